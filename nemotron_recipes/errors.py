@@ -1,0 +1,64 @@
+"""The one error tree. Everything a user can cause ends here, with an exit code and without a traceback.
+
+Exit codes: 0 done; 1 the job failed; 2 the request is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what it is, where it came from, what to do about it."""
+
+    what: str
+    where: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = self.what
+        if self.where:
+            text += f"\n    from: {self.where}"
+        if self.fix:
+            text += f"\n    fix:  {self.fix}"
+        return text
+
+
+class NemotronError(Exception):
+    """Root of the tree; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class UserError(NemotronError):
+    """The request is wrong. Carries every problem found, never only the first."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: Problem | str):
+        self.problems = tuple(p if isinstance(p, Problem) else Problem(p) for p in problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class JobFailed(NemotronError):
+    """A job ran and did not succeed: the message names the rank, its last error lines and the log."""
+
+    exit_code = 1
+
+
+class Cancelled(NemotronError):
+    """The user or somebody else stopped the run; 130 is the shell's convention for Ctrl-C."""
+
+    exit_code = 130
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """`did you mean 'x'?`, or the list of what is valid, or an empty string when nothing is."""
+    options = sorted(set(valid))
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"valid: {', '.join(options)}" if options else ""

@@ -1,0 +1,77 @@
+"""Writes that are whole or absent, and content digests. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_atomic(path: Path, text: str | bytes, mode: int = 0o644) -> None:
+    """Replace `path` by `text`: a reader, or a crash, sees the old file or the new one, never a part.
+
+    The temporary file lies in the same folder; file and folder are fsynced before this returns.
+    """
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(root: Path) -> None:
+    """fsync every file and folder below `root`, children first, then `root`."""
+    for folder, _, files in os.walk(root, topdown=False):
+        for name in files:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_folder(Path(folder))
+
+
+def file_digest(path: Path) -> str:
+    """`sha256:<hex>` of a file's bytes, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return "sha256:" + digest.hexdigest()
+
+
+def files_below(root: Path) -> list[Path]:
+    """Every regular file below `root`, in a stable order (by relative POSIX path)."""
+    found = [Path(folder, name) for folder, _, files in os.walk(root) for name in files]
+    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+
+
+def tree_digest(root: Path, files: Iterable[Path] | None = None) -> str:
+    """Digest of a file or of a folder: relative names and contents; times, modes and owners don't count."""
+    if root.is_file():
+        return file_digest(root)
+    digest = hashlib.sha256()
+    for path in sorted(files) if files is not None else files_below(root):
+        name = path.relative_to(root).as_posix()
+        digest.update(f"{name}\0{file_digest(path)}\n".encode("utf-8", "surrogateescape"))
+    return "sha256:" + digest.hexdigest()

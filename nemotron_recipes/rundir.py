@@ -1,0 +1,150 @@
+"""The run folder: the one place where its layout is decided. Standard library only.
+
+    <output>/runs/<run id>/
+        plan.json  rendered.json  handle.json
+        events.jsonl              what the launcher did: submitted, stage-started, stage-exited, cancelled, ...
+        driver.log                what the launcher printed
+        <stage>/
+            files/                the exact files of the Plan (train.yaml, ...)
+            events/attempt-1.rank-0.jsonl    append-only, one writer each
+            logs/attempt-1/rank-0.log        stdout and stderr of each rank; launcher.log beside them
+            metrics.jsonl         one line per logged step, written by rank 0
+            checkpoints/          iter_NNNNNNN folders and latest_checkpointed_iteration.txt
+            record.json           written once by rank 0, last of all
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.fsio import write_atomic
+
+TRACKER = "latest_checkpointed_iteration.txt"
+ATTEMPT_ENV = "NEMOTRON_ATTEMPT"
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """Paths of one stage of a run."""
+
+    path: Path
+
+    @property
+    def files(self) -> Path:
+        return self.path / "files"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "record.json"
+
+    def events(self, attempt: int, rank: int) -> Path:
+        return self.path / "events" / f"attempt-{attempt}.rank-{rank}.jsonl"
+
+    def logs(self, attempt: int) -> Path:
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def log(self, attempt: int, rank: int) -> Path:
+        return self.logs(attempt) / f"rank-{rank}.log"
+
+    def launcher_log(self, attempt: int) -> Path:
+        return self.logs(attempt) / "launcher.log"
+
+    def last_attempt(self) -> int:
+        """The newest attempt that left a log folder; 0 when none did."""
+        numbers = [int(p.name.removeprefix("attempt-")) for p in (self.path / "logs").glob("attempt-*")]
+        return max(numbers, default=0)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def rendered(self) -> Path:
+        return self.path / "rendered.json"
+
+    @property
+    def handle(self) -> Path:
+        return self.path / "handle.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def driver_log(self) -> Path:
+        return self.path / "driver.log"
+
+    def stage(self, name: str) -> StageDir:
+        return StageDir(self.path / name)
+
+
+def append_event(path: Path, event: str, **fields: Any) -> None:
+    """Append one JSON line: `time` (seconds since the epoch), `event`, and the fields. One write, then fsync."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=True) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines of a JSONL file; a last line cut short by a crash is left out. A missing file is empty."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as handle:
+        for line in handle:
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object written by `write_atomic`, or None when the file is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_record(stage: StageDir, record: dict[str, Any]) -> None:
+    """The stage's last word. Keys: run, stage, attempt, fingerprint, state ("succeeded" | "failed" | "cancelled"),
+    exit_code, started, ended, parents (list), outputs (slot -> {name, version, digest, uri}), results (name -> number),
+    error (text or None), rank (of the failure or None), host."""
+    write_atomic(stage.record, json.dumps(record, indent=2, sort_keys=True, ensure_ascii=True))
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint that the tracker file names, when its folder is there; the tracker is the commit."""
+    try:
+        step = int((root / TRACKER).read_text().strip())
+    except (FileNotFoundError, ValueError):
+        return None
+    folder = root / f"iter_{step:07d}"
+    return folder if folder.is_dir() else None

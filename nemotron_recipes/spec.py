@@ -1,0 +1,221 @@
+"""The frozen values that flow through a command, in the order in which they come to be.
+
+Standard library only: the CLI, the planner, executors, and the worker inside a container all read these.
+Every value is plain data (dataclasses of str, int, float, bool, None, tuple, dict), so a Plan is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Tree = dict[str, Any]  # a plain nested config: str keys; dict, list, str, int, float, bool or None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line. `words` is the path below `conf/recipe/<family>`, e.g. ("data", "prep", "sft")."""
+
+    family: str
+    words: tuple[str, ...]
+    config: str = "default"
+    mode: Literal["here", "run", "batch"] = "here"
+    profile: str | None = None
+    overrides: tuple[str, ...] = ()
+    config_dirs: tuple[str, ...] = ()
+    force: bool = False  # ignore caches and earlier results
+    offline: bool = False  # never ask the network, not even to pin a remote reference
+
+    @property
+    def stage(self) -> str:
+        return "-".join(self.words)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """Who made, or will make, an artifact: `fingerprint` says what, `run`/`stage` which, `slot` which output of it."""
+
+    fingerprint: str
+    run: str
+    stage: str
+    slot: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An input pinned to something immutable, or pending: the output of a stage that has not run yet.
+
+    source    what is set
+    store     name, version, uri (folder), digest, producer
+    path      uri (absolute path or glob), digest of the contents
+    hub       name (org/repo), revision (commit; None = UNPINNED, refused at submission)
+    builtin   name ("tiny", "sample:largest_of_three"); its content follows from the code and the config
+    pending   name, producer; the worker that runs later finds and verifies it by producer
+    """
+
+    source: Literal["store", "path", "hub", "builtin", "pending"]
+    kind: str  # "model", "tokenizer", "data", "checkpoint"
+    name: str = ""
+    version: int | None = None
+    uri: str = ""
+    digest: str = ""
+    revision: str | None = None
+    producer: Producer | None = None
+
+    @property
+    def label(self) -> str:
+        """For people: NAME:vN, a path, org/name@commit, builtin:NAME or NAME (pending)."""
+        if self.source == "store":
+            return f"{self.name}:v{self.version}"
+        if self.source == "path":
+            return self.uri
+        if self.source == "hub":
+            return f"hf://{self.name}@{self.revision or 'UNPINNED'}"
+        if self.source == "builtin":
+            return self.name if ":" in self.name else f"builtin:{self.name}"
+        assert self.producer is not None
+        return f"{self.name} (pending: output '{self.producer.slot}' of {self.producer.stage})"
+
+    @property
+    def identity(self) -> str:
+        """What enters a fingerprint. A pending output and the version it became are the same thing."""
+        if self.producer is not None:
+            return f"{self.producer.fingerprint}/{self.producer.slot}"
+        if self.source == "hub":
+            return f"hub:{self.name}@{self.revision}"
+        if self.source == "builtin":
+            return f"builtin:{self.name}"
+        return self.digest
+
+
+@dataclass(frozen=True)
+class Output:
+    """A named result that the stage registers in the store when it succeeds."""
+
+    slot: str  # "data", "model"
+    name: str  # artifact name in the store
+    kind: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What runs, before an executor says how: files to write (name -> text), and a module with its arguments."""
+
+    module: str
+    args: tuple[str, ...]
+    files: dict[str, str]
+    launcher: Literal["plain", "torchrun"] = "plain"
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where it runs. `options` are the executor's own validated fields; secrets are names, never values."""
+
+    executor: str
+    profile: str | None
+    nodes: int
+    nproc_per_node: int
+    options: Tree = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which layer set a value: kind is "group", "config", "profile" or "command line"; source names it."""
+
+    kind: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.source}".strip()
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code that runs: digest of the package's sources and recipes, and git's view where there is one."""
+
+    digest: str
+    version: str
+    git_commit: str | None = None
+    git_dirty: bool = False
+    git_diff_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: `fingerprint` covers the config without placement, the inputs' identities and the code."""
+
+    name: str  # unique in the plan, e.g. "data-prep-sft"
+    words: tuple[str, ...]
+    config_name: str
+    kind: Literal["data_prep", "train"]
+    method: str
+    config: Tree  # the validated envelope, complete
+    changed: dict[str, Origin]  # leaf -> layer, for leaves that differ from the recipe's base
+    inputs: dict[str, Artifact]  # config key that holds the reference -> what it is pinned to
+    outputs: tuple[Output, ...]
+    launch: Launch
+    placement: Placement
+    directory: str  # the stage's folder in the run folder
+    fingerprint: str
+    reused: Artifact | None = None  # set when an earlier run already made this stage's output
+    resume_from: str | None = None  # a whole checkpoint (iter_NNNNNNN) to continue from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a command. `id` is the run id: minted once, before anything is rendered."""
+
+    id: str
+    family: str
+    title: str  # what was asked: "nano3 pipe -c tiny"
+    request: Request
+    stages: tuple[StagePlan, ...]
+    code: Code
+    run_dir: str
+    store: str
+    created: str  # ISO 8601, UTC
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class RenderedStage:
+    """Bytes and argv of one stage. `argv` runs in `cwd` with `env` added to the inherited environment; no shell."""
+
+    name: str
+    files: dict[str, str]  # absolute path -> text
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Everything that a submission sends: the stages that run (reused ones left out) and the submitting argv."""
+
+    stages: tuple[RenderedStage, ...]
+    submit: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class JobHandle:
+    """How to find a submitted run again, from any later process. `native` belongs to the executor."""
+
+    executor: str
+    run: str
+    run_dir: str
+    native: Tree
+
+
+def to_json(value: Any, indent: int | None = 2) -> str:
+    """Stable JSON of any value here: sorted keys, UTF-8 text left as it is."""
+    data = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    return json.dumps(data, indent=indent, sort_keys=True, ensure_ascii=False)
+
+
+def sha256_text(text: str) -> str:
+    """`sha256:<hex>` of the UTF-8 bytes; lone surrogates are kept apart rather than refused."""
+    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
