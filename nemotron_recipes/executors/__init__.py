@@ -1,0 +1,54 @@
+"""Executors: each turns a Plan into exact bytes and argv, submits just those, and knows what became of them.
+
+To add one: a module here with a class that has the members of `Executor`, a row in `REGISTRY`, a commented profile in
+env.toml, and a green executor contract suite (tests/contract). nemo_run is imported only below this package, and only
+inside the functions that submit or render with it: it costs seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Literal, Protocol
+
+from nemotron_recipes.errors import Problem
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, StagePlan
+
+REGISTRY = {
+    "local": "nemotron_recipes.executors.local:LocalExecutor",
+}
+
+# What an executor can say of a submitted run. "lost": nobody runs it and nobody recorded an end.
+Liveness = Literal["queued", "running", "ended", "lost"]
+
+
+class Executor(Protocol):
+    """What the lifecycle asks of an executor."""
+
+    name: str
+    profile_model: type[Any]  # a pydantic model: every field that a profile, or `run.*`, may set
+
+    def check(self, stage: StagePlan) -> list[Problem]:
+        """Everything about the placement that can't work. Pure."""
+        ...
+
+    def render(self, plan: Plan) -> Rendered:
+        """Exact files, argv and environment. Pure: no file is written, no process is started."""
+        ...
+
+    def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
+        """Send exactly `rendered`. Its files are already on disk. Returns once the run is accepted."""
+        ...
+
+    def liveness(self, handle: JobHandle) -> Liveness:
+        """Whether anybody still runs it. Never blocks for long, never writes."""
+        ...
+
+    def cancel(self, handle: JobHandle) -> None:
+        """Stop the whole run and everything that it started; returns when it has stopped."""
+        ...
+
+
+def get_executor(name: str) -> Executor:
+    """The executor of that name; the schema has checked that it is registered."""
+    module, _, attribute = REGISTRY[name].partition(":")
+    return getattr(import_module(module), attribute)()
