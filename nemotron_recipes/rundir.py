@@ -10,6 +10,7 @@
             logs/attempt-1/rank-0.log        stdout and stderr of each rank; launcher.log beside them
             metrics.jsonl         one line per logged step, written by rank 0
             checkpoints/          iter_NNNNNNN folders and latest_checkpointed_iteration.txt
+            failures/attempt-1.rank-0.json   what ended a rank: time, rank, error, exit_code, lines
             record.json           written once by rank 0, last of all
 """
 
@@ -27,6 +28,7 @@ from nemotron_recipes.fsio import write_atomic
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ATTEMPT_ENV = "NEMOTRON_ATTEMPT"
+RUN_ID_ENV = "NEMOTRON_RUN_ID"  # in the environment of every process that an executor starts for a run
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ class StageDir:
 
     def events(self, attempt: int, rank: int) -> Path:
         return self.path / "events" / f"attempt-{attempt}.rank-{rank}.jsonl"
+
+    def failure(self, attempt: int, rank: int) -> Path:
+        return self.path / "failures" / f"attempt-{attempt}.rank-{rank}.json"
+
+    def first_failure(self, attempt: int) -> dict[str, Any] | None:
+        """The failure file of the rank that failed first: mostly the cause, the others fell over it."""
+        files = (self.path / "failures").glob(f"attempt-{attempt}.rank-*.json")
+        found = [failure for path in files if (failure := read_json(path)) is not None]
+        return min(found, key=lambda failure: failure["time"], default=None)
 
     def logs(self, attempt: int) -> Path:
         return self.path / "logs" / f"attempt-{attempt}"
@@ -135,8 +146,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_record(stage: StageDir, record: dict[str, Any]) -> None:
     """The stage's last word. Keys: run, stage, attempt, fingerprint, state ("succeeded" | "failed" | "cancelled"),
-    exit_code, started, ended, parents (list), outputs (slot -> {name, version, digest, uri}), results (name -> number),
-    error (text or None), rank (of the failure or None), host."""
+    exit_code, started, ended (seconds since the epoch), parents (list of {input, <fields of the exact Artifact>}),
+    outputs (slot -> {name, version, digest, uri}), results (name -> number; null when not finite), error (text or None),
+    rank (of the failure or None), host, world_size, python, versions (library -> version)."""
     write_atomic(stage.record, json.dumps(record, indent=2, sort_keys=True, ensure_ascii=True))
 
 

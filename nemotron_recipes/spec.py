@@ -27,6 +27,7 @@ class Request:
     config_dirs: tuple[str, ...] = ()
     force: bool = False  # ignore caches and earlier results
     offline: bool = False  # never ask the network, not even to pin a remote reference
+    cwd: str = "."  # absolute; relative paths and env.toml are looked for from here
 
     @property
     def stage(self) -> str:
@@ -88,6 +89,12 @@ class Artifact:
         if self.source == "builtin":
             return f"builtin:{self.name}"
         return self.digest
+
+    @classmethod
+    def from_tree(cls, tree: Tree) -> Artifact:
+        """The inverse of `asdict`. TypeError for a key that isn't a field."""
+        made = tree.get("producer")
+        return cls(**{**tree, "producer": Producer(**made) if made else None})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,251 @@
+"""The artifact store: numbered, immutable versions in plain folders, safe without locks.
+
+    <root>/<name>/v3/artifact.json         the manifest
+    <root>/<name>/v3/content/...           the data; `digest` in the manifest covers just this folder
+    <root>/<name>/.aliases/<alias>         text "v3"
+    <root>/.index/<key>/<name>@v3          empty; key = digest of "fingerprint/slot"
+    <root>/.staging/                       unfinished outputs (staging.py)
+
+A version comes to be by one rename of a finished, fsynced folder. Renaming a folder onto one that isn't empty fails on
+every file system, so two processes never get the same number; the loser takes the next one. The index entry is written
+before that rename: an entry may name a version that never came (readers check), but no version lacks its entry.
+Standard library only; importing this costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from nemotron_recipes.artifacts import staging
+from nemotron_recipes.artifacts.staging import Staged
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.fsio import fsync_folder, fsync_tree, tree_digest, write_atomic
+from nemotron_recipes.rundir import read_json
+from nemotron_recipes.spec import Artifact, Producer, Tree, sha256_text
+
+LATEST = "latest"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"v([1-9][0-9]*)")
+
+
+class Store:
+    """One store folder; it need not exist before the first `stage`."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    def resolve(self, ref: str) -> Artifact:
+        """The version that `NAME`, `NAME:vN` or `NAME:ALIAS` means now. Raises UserError when there is none."""
+        name, colon, selector = ref.partition(":")
+        check_name(name)
+        versions = self.versions(name)
+        if not versions:
+            fix = nearest(name, self.names()) or "nothing is registered there yet; run the stage that makes it"
+            raise UserError(Problem(f"no artifact '{name}' in the store", str(self.root), fix))
+        if not colon or selector == LATEST:
+            return self._artifact(name, versions[-1])
+        number = _VERSION.fullmatch(selector)
+        version = int(number[1]) if number else self.aliases(name).get(selector)
+        if version is None or version not in versions:
+            valid = [LATEST, *self.aliases(name), *(f"v{v}" for v in versions)]
+            raise UserError(Problem(f"artifact '{name}' has no '{selector}'", str(self.root), nearest(selector, valid)))
+        return self._artifact(name, version)
+
+    def names(self) -> list[str]:
+        """Every name that has a whole version."""
+        return [name for name in _listdir(self.root) if _NAME.fullmatch(name) and self.versions(name)]
+
+    def versions(self, name: str) -> list[int]:
+        """Numbers of the whole versions, oldest first."""
+        return [n for n in self._numbers(name) if self._manifest_path(name, n).is_file()]
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """The user's aliases of a name and the versions that they mean."""
+        folder = self.root / name / ".aliases"
+        found = {alias: _read_alias(folder / alias) for alias in _listdir(folder) if _NAME.fullmatch(alias)}
+        return {alias: version for alias, version in found.items() if version is not None}
+
+    def describe(self, artifact: Artifact) -> Tree:
+        """The manifest of a registered version."""
+        manifest = read_json(self._manifest_path(artifact.name, artifact.version or 0))
+        if manifest is None:
+            raise UserError(Problem(f"{artifact.label} isn't in the store", str(self.root), "make it again"))
+        return manifest
+
+    def verify(self, artifact: Artifact) -> None:
+        """Read all its data and raise UserError unless the digest is the recorded one."""
+        recorded = self.describe(artifact)["digest"]
+        content = self.content(artifact)
+        actual = tree_digest(content) if content.is_dir() else "missing"
+        for expected, whose in ((recorded, "recorded at registration"), (artifact.digest or recorded, "pinned")):
+            if actual != expected:
+                raise UserError(
+                    Problem(
+                        f"{artifact.label} has changed: its content is {actual}, {whose} was {expected}",
+                        str(content),
+                        "restore that folder, or run its stage again with --force",
+                    )
+                )
+
+    def content(self, artifact: Artifact) -> Path:
+        """The folder with the data of a registered version."""
+        return self._manifest_path(artifact.name, artifact.version or 0).parent / "content"
+
+    def find(self, fingerprint: str, slot: str, name: str) -> Artifact | None:
+        """The newest whole version of `name` that a stage with this fingerprint made as this output."""
+        return next((a for a in self._made_by(fingerprint, slot) if a.name == name), None)
+
+    def find_output(self, producer: Producer) -> Artifact | None:
+        """The newest whole version that just this run and stage made as this output."""
+        return next((a for a in self._made_by(producer.fingerprint, producer.slot) if a.producer == producer), None)
+
+    def stage(self, name: str) -> Staged:
+        """A private folder for a coming version of `name`; also removes what crashed processes left behind."""
+        check_name(name)
+        staged = staging.create(self.root, name)
+        staging.clean(self.root, now=staged.content.stat().st_mtime)
+        return staged
+
+    def commit(
+        self,
+        staged: Staged,
+        *,
+        kind: str,
+        producer: Producer | None = None,
+        attempt: int = 1,
+        parents: Mapping[str, Artifact] | None = None,
+        metadata: Tree | None = None,
+        results: Mapping[str, float | None] | None = None,
+        config: Tree | None = None,
+    ) -> Artifact:
+        """Register the staged content as the next version; when this returns, it is durable and will never change.
+
+        parents: config key -> the exact input; config: the settings that made it. A crash at any moment leaves the
+        version whole or absent. Raises UserError for content that can't be owned (links, nothing at all).
+        """
+        files = staging.own_files(staged.content)
+        if not files:
+            raise UserError(Problem(f"the output '{staged.name}' is empty", str(staged.content)))
+        manifest: Tree = {
+            "name": staged.name,
+            "kind": kind,
+            "digest": tree_digest(staged.content, files),
+            "size": sum(path.stat().st_size for path in files),
+            "files": len(files),
+            "created": round(time.time(), 3),
+            "producer": {**asdict(producer), "attempt": attempt, "config": config} if producer else None,
+            "parents": [{"input": key, **asdict(parent)} for key, parent in (parents or {}).items()],
+            "metadata": metadata or {},
+            "results": dict(results or {}),
+        }
+        fsync_tree(staged.version)
+        version = self._publish(staged, manifest, producer)
+        (staged.folder / "owner.json").unlink()
+        staged.folder.rmdir()
+        return self._artifact(staged.name, version)
+
+    def alias(self, name: str, alias: str, version: int) -> None:
+        """Let `NAME:ALIAS` mean `version` from now on; readers see the old meaning or the new one."""
+        check_name(alias, what="alias")
+        if alias == LATEST or _VERSION.fullmatch(alias):
+            raise UserError(Problem(f"'{alias}' can't be an alias", fix="'latest' and v1, v2, ... have their meaning"))
+        self.resolve(f"{name}:v{version}")
+        write_atomic(self.root / name / ".aliases" / alias, f"v{version}\n")
+
+    def rebuild_index(self) -> int:
+        """Write the index entries of every version anew (a store that was copied without its index); their number."""
+        found = [self._artifact(name, version) for name in self.names() for version in self.versions(name)]
+        made = [artifact for artifact in found if artifact.producer is not None]
+        for artifact in made:
+            self._index(artifact.identity, artifact.name, artifact.version or 0)
+        return len(made)
+
+    def _publish(self, staged: Staged, manifest: Tree, producer: Producer | None) -> int:
+        """Claim the next number by renaming the staged folder there; durable when this returns."""
+        home = self.root / staged.name
+        home.mkdir(parents=True, exist_ok=True)
+        fsync_folder(self.root)
+        version = 0
+        while True:
+            version = max([version, *self._numbers(staged.name)]) + 1
+            text = json.dumps({**manifest, "version": version}, indent=2, sort_keys=True)
+            write_atomic(staged.version / "artifact.json", text)
+            if producer:
+                self._index(f"{producer.fingerprint}/{producer.slot}", staged.name, version)
+            try:
+                os.rename(staged.version, home / f"v{version}")
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                continue  # another process took this number, perhaps with the same fingerprint: the entry stays
+            fsync_folder(home)
+            fsync_folder(staged.folder)
+            return version
+
+    def _index(self, identity: str, name: str, version: int) -> None:
+        entry = self.root / ".index" / sha256_text(identity).removeprefix("sha256:") / f"{name}@v{version}"
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.touch()
+        for folder in (entry.parent, entry.parent.parent, self.root):
+            fsync_folder(folder)
+
+    def _made_by(self, fingerprint: str, slot: str) -> list[Artifact]:
+        """What the index has for this output, newest version first; entries without a matching version left out."""
+        folder = self.root / ".index" / sha256_text(f"{fingerprint}/{slot}").removeprefix("sha256:")
+        found = []
+        for entry in _listdir(folder):
+            name, _, number = entry.rpartition("@v")
+            if not number.isdigit() or not self._manifest_path(name, int(number)).is_file():
+                continue
+            artifact = self._artifact(name, int(number))
+            if artifact.producer and (artifact.producer.fingerprint, artifact.producer.slot) == (fingerprint, slot):
+                found.append(artifact)
+        return sorted(found, key=lambda artifact: artifact.version or 0, reverse=True)
+
+    def _artifact(self, name: str, version: int) -> Artifact:
+        manifest = read_json(self._manifest_path(name, version))
+        assert manifest is not None, "callers have seen the manifest"
+        made = manifest["producer"]
+        return Artifact(
+            source="store",
+            kind=manifest["kind"],
+            name=name,
+            version=version,
+            uri=str(self._manifest_path(name, version).parent / "content"),
+            digest=manifest["digest"],
+            producer=Producer(made["fingerprint"], made["run"], made["stage"], made["slot"]) if made else None,
+        )
+
+    def _numbers(self, name: str) -> list[int]:
+        return sorted(int(found[1]) for entry in _listdir(self.root / name) if (found := _VERSION.fullmatch(entry)))
+
+    def _manifest_path(self, name: str, version: int) -> Path:
+        return self.root / name / f"v{version}" / "artifact.json"
+
+
+def check_name(name: str, what: str = "artifact name") -> None:
+    """Raise UserError unless `name` may be a folder of the store."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            Problem(f"'{name}' can't be an {what}", fix="use letters, digits, '.', '_' and '-', at most 128 of them")
+        )
+
+
+def _listdir(folder: Path) -> list[str]:
+    """Sorted names, read from the folder itself (a network file system may deny a new file until it is listed)."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _read_alias(path: Path) -> int | None:
+    found = _VERSION.fullmatch(path.read_text().strip())
+    return int(found[1]) if found else None

@@ -1,0 +1,271 @@
+"""One rank of one attempt of a stage, from the worker file to the record.
+
+The order of effects: log, `started`, inputs resolved and verified, the module's `run`, outputs registered, `finished`,
+record. The record comes last: what it says has happened. A process that is killed writes none of this; readers put
+the truth together from what is there (artifacts/records.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+from nemotron_recipes.artifacts.owner import this_process
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, UserError
+from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import write_record
+from nemotron_recipes.spec import Artifact, Producer
+from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.inputs import resolve_inputs
+from nemotron_recipes.worker.logs import RankLog
+from nemotron_recipes.worker.workerfile import REGISTRY, WorkerFile, attempt_from, load_worker_file, ranks_from
+
+LIBRARIES = (
+    "nemotron-recipes",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+)
+ERROR_LINES = 20  # last lines of a traceback that go into the failure file
+ECHO = 2.0  # seconds; torchrun and the launcher may both pass on one and the same wish to stop
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run this rank; returns the exit code: 0 done, 1 failed, 2 wrong request, 130 cancelled."""
+    parser = argparse.ArgumentParser(prog="python -m nemotron_recipes.worker", description="Run one rank of a stage.")
+    parser.add_argument("--config", required=True, metavar="FILE", type=Path, help="the stage's worker file")
+    parser.add_argument("--foreground", action="store_true", help="show rank 0 here too, also without a terminal")
+    options = parser.parse_args(argv)
+    try:
+        file = load_worker_file(options.config)
+        ranks = ranks_from(os.environ)
+        attempt = attempt_from(os.environ, file.dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    log = RankLog(file.dir.log(attempt, ranks.rank), show=ranks.rank == 0 and (options.foreground or os.isatty(1)))
+    log.open()
+    try:
+        context = Context(
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            local_rank=ranks.local_rank,
+            attempt=attempt,
+            dir=file.dir,
+            run=file.run,
+            store=Store(Path(file.run["store"])),
+            declared=file.outputs,
+        )
+        return Attempt(file, context, log).run()
+    finally:
+        log.close()
+
+
+class Attempt:
+    """The life of one rank: `run` does it all and never raises for what went wrong in the stage."""
+
+    def __init__(self, file: WorkerFile, context: Context, log: RankLog):
+        self.file = file
+        self.context = context
+        self.log = log
+        self.started = time.time()
+        self.outputs: dict[str, Artifact] = {}
+        self._pid = os.getpid()
+        self._ending = False
+        self._first_signal: float | None = None
+
+    def run(self) -> int:
+        """Run, register, record; returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        try:
+            self._begin()
+            self._work()
+        except BaseException as error:  # noqa: BLE001  the outermost boundary: whatever it is, it is recorded
+            return self._end_badly(error)
+        return self._end_well()
+
+    def _begin(self) -> None:
+        context = self.context
+        context.dir.failure(context.attempt, context.rank).unlink(missing_ok=True)  # torchrun restarted this attempt
+        if context.is_main:
+            stale = context.dir.record
+            if stale.exists() and json.loads(stale.read_text())["attempt"] == context.attempt:
+                stale.unlink()
+        context.event("started", world_size=context.world_size, **this_process())
+        began = time.monotonic()
+        context.inputs, context.artifacts = resolve_inputs(self.file.inputs, context.store, verify=context.is_main)
+        labels = {key: artifact.label for key, artifact in context.artifacts.items()}
+        context.event("inputs-verified", inputs=labels, seconds=round(time.monotonic() - began, 3))
+
+    def _work(self) -> None:
+        context = self.context
+        name, extra = REGISTRY[self.file.worker]
+        try:
+            importlib.import_module(name).run(self.file.config, context)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "nemotron_recipes":
+                raise
+            fix = f"pip install 'nemotron-recipes[{extra}]', or use an image that has it"
+            raise UserError(Problem(f"this stage needs the package '{error.name}'", sys.executable, fix)) from error
+        if context.stop_seen:
+            raise Cancelled("stopped when asked to")
+        self._ending = True  # from here on a first signal comes too late to undo anything
+        if not context.is_main:
+            return
+        missing = sorted(set(context.declared) - set(context.staged))
+        if missing:
+            raise JobFailed(f"the stage ended without writing its outputs: {', '.join(missing)}")
+        for slot, declared in context.declared.items():
+            self.outputs[slot] = context.store.commit(
+                context.staged[slot],
+                kind=declared.kind,
+                producer=self._producer(slot),
+                attempt=context.attempt,
+                parents=context.artifacts,
+                metadata=context.metadata,
+                results=_finite(context.results),
+                config=self.file.config,
+            )
+            context.event("registered", slot=slot, artifact=self.outputs[slot].label)
+
+    def _end_well(self) -> int:
+        self.context.event("finished", seconds=round(time.time() - self.started, 3))
+        if self.context.is_main:
+            self._record("succeeded", 0)
+        return 0
+
+    def _end_badly(self, error: BaseException) -> int:
+        """Say what happened in the log, the events, a failure file and the record, as far as the disk allows."""
+        self._ending = True
+        context = self.context
+        cancelled = isinstance(error, Cancelled) or context.stop_signal  # an error after the signal follows from it
+        code = Cancelled.exit_code if cancelled else _exit_code(error)
+        text = str(error) if isinstance(error, NemotronError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, NemotronError):
+            lines = text.splitlines()
+            print(f"{'cancelled' if cancelled else 'error'}: {text}", file=sys.stderr)
+        else:
+            lines = "".join(traceback.format_exception(error)).splitlines()
+            print("\n".join(lines), file=sys.stderr)
+        self.log.say_outside(
+            f"rank {context.rank} {'stopped' if cancelled else 'failed'}: {text}\n  log: {self.log.path}"
+        )
+        try:
+            context.event("cancelled" if cancelled else "failed", error=text, exit_code=code)
+            if not cancelled:
+                failure = {
+                    "time": time.time(),
+                    "rank": context.rank,
+                    "host": socket.gethostname(),
+                    "error": type(error).__name__,
+                    "message": text,
+                    "exit_code": code,
+                    "lines": lines[-ERROR_LINES:],
+                }
+                write_atomic(context.dir.failure(context.attempt, context.rank), json.dumps(failure, indent=2))
+            if context.is_main:
+                self._record("cancelled" if cancelled else "failed", code, text)
+        except OSError as disk:
+            print(f"error: this end can't be recorded: {disk}", file=sys.stderr)
+        return code
+
+    def _record(self, state: str, code: int, error: str | None = None) -> None:
+        """Rank 0's last word. Another rank's failure explains why this one was stopped or fell over, so it goes first."""
+        context = self.context
+        rank = context.rank if state == "failed" else None
+        first = context.dir.first_failure(context.attempt) if state != "succeeded" else None
+        if first is not None:
+            state, code, error, rank = "failed", first["exit_code"], first["message"], first["rank"]
+        outputs = {
+            slot: {"name": a.name, "version": a.version, "digest": a.digest, "uri": a.uri}
+            for slot, a in self.outputs.items()
+        }
+        write_record(
+            context.dir,
+            {
+                "run": context.run["id"],
+                "stage": context.run["stage"],
+                "attempt": context.attempt,
+                "fingerprint": context.run["fingerprint"],
+                "state": state,
+                "exit_code": code,
+                "started": round(self.started, 3),
+                "ended": round(time.time(), 3),
+                "parents": [{"input": key, **asdict(artifact)} for key, artifact in context.artifacts.items()],
+                "outputs": outputs,
+                "results": _finite(context.results),
+                "error": error,
+                "rank": rank,
+                "host": socket.gethostname(),
+                "world_size": context.world_size,
+                "python": platform.python_version(),
+                "versions": _versions(),
+            },
+        )
+
+    def _producer(self, slot: str) -> Producer:
+        run = self.context.run
+        return Producer(run["fingerprint"], run["id"], run["stage"], slot)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The first wish to stop is polite, the second one ends this process at once."""
+        name = signal.Signals(number).name
+        if os.getpid() != self._pid:  # a forked child (data loading) inherited this handler; it just dies
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        now = time.monotonic()
+        if self._first_signal is None:
+            self._first_signal = now
+            self.context.stop_signal = True
+            self.context.event("stop-requested", signal=name)
+            if not self.context.stop_watched and not self._ending:
+                raise Cancelled(f"stopped by {name}")
+        elif now - self._first_signal > ECHO:
+            if self.context.is_main:
+                self._record("cancelled", Cancelled.exit_code, f"stopped at once by a second {name}")
+            os._exit(Cancelled.exit_code)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, NemotronError):
+        return error.exit_code
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code:
+        return error.code
+    return 1
+
+
+def _finite(results: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN or infinity: such a result is kept by name, as null."""
+    numbers = {name: float(value) for name, value in results.items()}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
