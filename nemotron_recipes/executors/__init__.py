@@ -17,6 +17,9 @@ REGISTRY = {
     "local": "nemotron_recipes.executors.local:LocalExecutor",
 }
 
+# Between SIGTERM and SIGKILL, where an executor decides it and the profile says nothing.
+DEFAULT_GRACE_SECONDS = 10.0
+
 # What an executor can say of a submitted run. "lost": nobody runs it and nobody recorded an end.
 Liveness = Literal["queued", "running", "ended", "lost"]
 

@@ -1,0 +1,250 @@
+"""Executor `local`: this machine, one node, as a background process group that outlives the terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nemotron_recipes.errors import JobFailed, Problem, UserError
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness
+from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir, append_event, read_json, read_jsonl
+from nemotron_recipes.spec import JobHandle, Launch, Plan, Rendered, RenderedStage, StagePlan
+
+DRIVER = "nemotron_recipes.executors.local_driver"
+
+_START_SECONDS = 60.0  # for a driver to report; it takes 0.3 s on an idle machine
+_STOP_SLACK_SECONDS = 15.0  # beyond the grace, for SIGKILL and for NeMo-Run to close
+_LONGEST_ARGUMENT = 128 * 1024  # bytes; MAX_ARG_STRLEN of Linux, which counts the terminating NUL
+_DRIVERS: list[subprocess.Popen[bytes]] = []  # started by this process; polled so that a dead one is no zombie
+
+
+class LocalProfile(BaseModel):
+    """What a profile in env.toml, or `run.*` on the command line, may set."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    executor: Literal["local"] = "local"
+    nodes: Literal[1] = 1
+    nproc_per_node: Annotated[int, Field(ge=1)] = 1  # processes that train together, one per GPU if there are any
+    env: dict[str, str] = {}  # set for every stage; written to the run folder in plain text
+    secrets: list[str] = []  # names of variables that must be set where the run is started; never written anywhere
+    grace_seconds: Annotated[float, Field(ge=0)] = DEFAULT_GRACE_SECONDS  # between SIGTERM and SIGKILL
+
+
+class LocalExecutor:
+    """The `Executor` for this machine. A driver (local_driver.py) carries out what `render` has laid down."""
+
+    name = "local"
+    profile_model = LocalProfile
+
+    def check(self, stage: StagePlan) -> list[Problem]:
+        """Secrets that are not set or would be written, reserved names, and text that no process can receive."""
+        return [*_secret_problems(stage), *_env_problems(stage), *_text_problems(stage)]
+
+    def render(self, plan: Plan) -> Rendered:
+        """The stages that run, and the driver's command line."""
+        stages = tuple(_render_stage(plan, stage) for stage in plan.stages if stage.reused is None)
+        return Rendered(stages, (sys.executable, "-m", DRIVER, plan.run_dir))
+
+    def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
+        """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start."""
+        run = RunDir(Path(plan.run_dir))
+        earlier = len(list(read_jsonl(run.events)))
+        with open(run.driver_log, "ab") as log:
+            driver = subprocess.Popen(
+                rendered.submit,
+                cwd=plan.run_dir,
+                env={**os.environ, RUN_ID_ENV: plan.id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        _DRIVERS.append(driver)
+        _wait_for_start(run, driver, earlier)
+        handle = read_json(run.handle)
+        assert handle is not None, "the driver writes it before it reports its start"
+        return JobHandle(**handle)
+
+    def liveness(self, handle: JobHandle) -> Liveness:
+        """Orphans of a killed driver count as running: a second start beside them would write to the same folder.
+
+        From another machine nothing can be seen of the processes; without a recorded end the run counts as running.
+        """
+        from nemotron_recipes.executors import process_tree
+
+        for driver in _DRIVERS:
+            driver.poll()
+        native = handle.native
+        elsewhere = native["host"] != socket.gethostname()
+        if not elsewhere and process_tree.find(native["pid"], native["created"], handle.run):
+            return "running"
+        if _has_ended(handle):
+            return "ended"
+        return "running" if elsewhere or process_tree.members(handle.run) else "lost"
+
+    def cancel(self, handle: JobHandle) -> None:
+        """Ask the driver to stop, then stop whatever is left of the run; both when no driver lives any more."""
+        from nemotron_recipes.executors import process_tree
+
+        host = handle.native["host"]
+        if host != socket.gethostname():
+            raise UserError(
+                Problem(
+                    f"run {handle.run} was started on {host}: this machine can't stop it", fix=f"cancel it on {host}"
+                )
+            )
+        grace = _longest_grace(handle)
+        driver = process_tree.find(handle.native["pid"], handle.native["created"], handle.run)
+        if driver is not None:
+            process_tree.ask(driver)
+            process_tree.wait([driver], grace + _STOP_SLACK_SECONDS)  # it stops its stage, and records that
+        survivors = process_tree.stop(handle.run, grace)
+        if survivors:
+            raise JobFailed(f"run {handle.run}: processes {survivors} did not end, not even on SIGKILL")
+        if not _has_ended(handle):  # the driver was killed before it could say so
+            append_event(RunDir(Path(handle.run_dir)).events, "cancelled", stage=None, attempt=None)
+
+
+def _render_stage(plan: Plan, stage: StagePlan) -> RenderedStage:
+    launch, folder = stage.launch, StageDir(Path(stage.directory))
+    return RenderedStage(
+        name=stage.name,
+        files={str(folder.files / name): text for name, text in launch.files.items()},
+        argv=_argv(launch, stage.placement.nproc_per_node),
+        env={
+            "PYTHONSAFEPATH": "1",  # `-m` looks for modules in the environment alone, not in the stage's folder
+            "PYTHONUNBUFFERED": "1",
+            **launch.env,
+            **stage.placement.options.get("env", {}),
+            RUN_ID_ENV: plan.id,
+        },
+        cwd=stage.directory,
+    )
+
+
+def _argv(launch: Launch, nproc: int) -> tuple[str, ...]:
+    if launch.launcher == "plain":
+        return (sys.executable, "-m", launch.module, *launch.args)
+    return (
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--local-addr=127.0.0.1"),  # a free port, and no look-up of this machine's name
+        *("--nnodes=1", f"--nproc-per-node={nproc}", "--max-restarts=0"),
+        *("-m", launch.module),
+        # torchrun sends each of these through string.Template (${local_rank}): `$$` comes out as `$`
+        *(argument.replace("$", "$$") for argument in launch.args),
+    )
+
+
+def _secret_problems(stage: StagePlan) -> Iterator[Problem]:
+    written = [*stage.launch.files.values(), *stage.launch.args, *stage.launch.env.values()]
+    written += stage.placement.options.get("env", {}).values()
+    for name in stage.placement.secrets:
+        value = os.environ.get(name)
+        if not value:
+            yield Problem(
+                f"secret {name} is not set", _where(stage, "secrets"), f"export {name}=... where you start the run"
+            )
+        elif len(value) >= 8 and any(value in text for text in written):
+            yield Problem(
+                f"the value of secret {name} stands in the config in plain text",
+                _where(stage, "secrets"),
+                f"take it out: the stage inherits {name} from the environment",
+            )
+
+
+def _env_problems(stage: StagePlan) -> Iterator[Problem]:
+    for name in stage.placement.options.get("env", {}):
+        if name in (ATTEMPT_ENV, RUN_ID_ENV):
+            yield Problem(f"{name} is set by the executor itself", _where(stage, "env"), "choose another name")
+        elif name in stage.placement.secrets:
+            yield Problem(
+                f"{name} is a secret and set in plain text", _where(stage, "env"), "keep it under secrets only"
+            )
+        elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            yield Problem(
+                f"{name!r} is no name for an environment variable", _where(stage, "env"), "use letters, digits and _"
+            )
+
+
+def _text_problems(stage: StagePlan) -> Iterator[Problem]:
+    received = {"the run's folder": stage.directory}
+    received |= {f"argument {n}": text for n, text in enumerate(_argv(stage.launch, 1))}
+    received |= {f"file name {name!r}": name for name in stage.launch.files}
+    received |= {f"env {name}": text for name, text in stage.launch.env.items()}
+    received |= {f"env {name}": text for name, text in stage.placement.options.get("env", {}).items()}
+    for what, text in received.items():
+        if "\0" in text:
+            yield Problem(f"{what} holds a NUL character", _where(stage), "no process can receive it; take it out")
+        elif not _is_utf8(text):
+            yield Problem(f"{what} is not valid UTF-8: {text!r}", _where(stage), "rename it in UTF-8")
+        elif len(text.encode()) >= _LONGEST_ARGUMENT:
+            yield Problem(f"{what} is longer than {_LONGEST_ARGUMENT} bytes", _where(stage), "put it into a file")
+    for name, text in stage.launch.files.items():
+        if not _is_utf8(text):
+            yield Problem(f"the text of {name} is not valid UTF-8", _where(stage), "write it in UTF-8")
+
+
+def _is_utf8(text: str) -> bool:
+    """False for lone surrogates: how Python shows the bytes of a name that is in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _where(stage: StagePlan, key: str = "") -> str:
+    profile = f"profile {stage.placement.profile}" if stage.placement.profile else "executor local"
+    return f"stage {stage.name}, {profile}" + (f", {key}" if key else "")
+
+
+def _wait_for_start(run: RunDir, driver: subprocess.Popen[bytes], earlier: int) -> None:
+    """Until the driver's first event after the `earlier` ones; JobFailed or UserError when it can't start."""
+    from nemotron_recipes.executors.local_driver import BUSY
+
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        exited = driver.poll()  # before the look at the events: a short run may have ended by then
+        if any(
+            e["event"] == "driver-started" and e["pid"] == driver.pid for e in list(read_jsonl(run.events))[earlier:]
+        ):
+            return
+        if exited == BUSY:
+            fix = f"follow it: nemotron runs logs -f {run.path.name}; stop it: nemotron runs cancel {run.path.name}"
+            raise UserError(Problem(f"run {run.path.name} is running already", str(run.path), fix))
+        if exited is not None:
+            raise JobFailed(f"the driver ended with exit code {exited} before it started:\n{_tail(run.driver_log)}")
+        time.sleep(0.02)
+    driver.kill()
+    raise JobFailed(f"the driver did not start within {_START_SECONDS:.0f} s:\n{_tail(run.driver_log)}")
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([*text[-lines:], f"log: {log}"])
+
+
+def _has_ended(handle: JobHandle) -> bool:
+    """Whether the newest driver recorded an end."""
+    last = ""
+    for entry in read_jsonl(RunDir(Path(handle.run_dir)).events):
+        if entry["event"] in ("driver-started", "finished", "cancelled"):
+            last = entry["event"]
+    return last in ("finished", "cancelled")
+
+
+def _longest_grace(handle: JobHandle) -> float:
+    plan = read_json(RunDir(Path(handle.run_dir)).plan)
+    stages = plan["stages"] if plan is not None else []
+    found = [stage["placement"]["options"].get("grace_seconds", DEFAULT_GRACE_SECONDS) for stage in stages]
+    return max(found, default=DEFAULT_GRACE_SECONDS)

@@ -1,0 +1,122 @@
+"""The only module that imports NeMo-Run: one stage of a local run as a NeMo-Run experiment.
+
+NeMo-Run 0.11.1 hands a local job to TorchX, whose scheduler changes what it is given (torchx/schedulers/
+local_scheduler.py): it substitutes `${app_id}`, `$$` and the like in arguments, puts the working folder in front of
+PATH, adds TORCHELASTIC_ERROR_FILE, PET_LOG_DIR and other variables, copies the output by polling threads, and reports
+no more than SUCCEEDED or FAILED. The scheduler below leaves out all of that, and hands over the process itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.spec import RenderedStage
+
+HOME_ENV = "NEMORUN_HOME"
+_SCHEDULER = "local_persistent"  # the name under which NeMo-Run registers its local scheduler
+
+
+def load(home: Path) -> None:
+    """Import NeMo-Run (a second or more) with `home` for its own files, unless the user has set NEMORUN_HOME.
+
+    The home counts at import time only: a path below it is a module constant of NeMo-Run. NeMo-Run imports torch, where
+    it is installed, only to write dtypes to YAML; without that the import takes half the time and 200 MB less.
+    """
+    os.environ.setdefault(HOME_ENV, str(home))
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
+    try:
+        import_module("nemo_run")
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
+@contextmanager
+def launched(
+    stage: RenderedStage, environ: Mapping[str, str], log: Path, job: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start `stage` as the experiment `<stage>_<job>` and yield its process; closes the experiment afterwards.
+
+    stage    argv, cwd and env, delivered byte for byte
+    environ  what the process inherits below stage.env
+    log      gets stdout and stderr, in the order in which they are written
+    job      unique among all runs in NeMo-Run's home
+
+    The body must not end before the process has: NeMo-Run would wait for it. The process leads a session of its own.
+    """
+    import nemo_run
+
+    experiment = nemo_run.Experiment(
+        stage.name,
+        id=f"{stage.name}_{job}",
+        base_dir=os.environ[HOME_ENV],
+        log_level="WARNING",
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
+        serialize_metadata_for_scripts=False,
+    )
+    schedulers: list[Any] = []
+    experiment._runner._scheduler_factories = {_SCHEDULER: _factory(stage, environ, log, schedulers)}
+    script = nemo_run.Script(
+        entrypoint=stage.argv[0],
+        path=_escaped(stage.argv[1]),
+        args=[_escaped(argument) for argument in stage.argv[2:]],
+    )
+    with experiment:
+        experiment.add(script, executor=nemo_run.LocalExecutor(), name=stage.name)
+        experiment.run()
+        (process,) = schedulers[0].processes
+        yield process
+
+
+def _factory(stage: RenderedStage, environ: Mapping[str, str], log: Path, made: list[Any]) -> Any:
+    """What TorchX calls for a scheduler; those made are appended to `made`."""
+    from nemo_run.run.torchx_backend.schedulers.local import PersistentLocalScheduler
+    from torchx.schedulers.local_scheduler import CWDImageProvider
+
+    class StageFolder(CWDImageProvider):
+        """Processes start in the stage's folder, not in the driver's."""
+
+        def get_cwd(self, image: str) -> str:
+            return stage.cwd
+
+    class ExactScheduler(PersistentLocalScheduler):
+        """Starts what it was given, with nothing added, and keeps the processes."""
+
+        def __init__(self, session_name: str, **options: Any) -> None:
+            super().__init__(session_name, StageFolder, experiment=options.get("experiment"))
+            self.processes: list[subprocess.Popen[bytes]] = []
+
+        def _get_replica_env(self, replica_params: Any) -> dict[str, str]:
+            return {**environ, **stage.env}
+
+        def _get_replica_output_handles(self, replica_params: Any) -> tuple[Any, Any, None]:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            handle = open(log, "ab", buffering=0)  # noqa: SIM115 - TorchX closes it with the job
+            return handle, handle, None
+
+        def _popen(self, role_name: str, replica_id: int, replica_params: Any) -> Any:
+            replica = super()._popen(role_name, replica_id, replica_params)
+            self.processes.append(replica.proc)
+            return replica
+
+    def make(session_name: str, **options: Any) -> ExactScheduler:
+        made.append(ExactScheduler(session_name, **options))
+        return made[-1]
+
+    return make
+
+
+def _escaped(argument: str) -> str:
+    """TorchX sends each argument through string.Template once: `$$` comes out as `$`."""
+    return argument.replace("$", "$$")

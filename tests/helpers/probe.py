@@ -1,0 +1,67 @@
+"""What the executor tests run in place of a worker: it says what it received, then ends as it is told.
+
+Its orders stand in `files/probe.json` of the folder it starts in, so that the arguments are free for hostile text.
+Values of the environment are written as digests only: no secret may lie in the run folder. Standard library and
+nemotron_recipes.rundir only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, StageDir, write_record
+
+
+def main() -> int:
+    orders = json.loads((Path.cwd() / "files" / "probe.json").read_text())
+    attempt = int(os.environ[ATTEMPT_ENV])
+    rank = os.environ.get("RANK", "0")
+    children = [
+        subprocess.Popen([sys.executable, "-c", _CHILD], start_new_session=True) for _ in range(orders["children"])
+    ]
+    if orders["deaf"]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    received = {
+        "argv": sys.argv[1:],
+        "cwd": os.getcwd(),
+        "env": {name: digest(value) for name, value in os.environ.items()},
+        "files": {p.name: digest(p.read_text(encoding="utf-8")) for p in (Path.cwd() / "files").iterdir()},
+        "pid": os.getpid(),
+        "children": [child.pid for child in children],
+    }
+    partial = Path(f"received-{rank}.tmp")
+    partial.write_text(json.dumps(received))
+    partial.rename(f"received-{rank}.json")
+    print("probe: on stdout", flush=True)
+    print("probe: on stderr", file=sys.stderr, flush=True)
+    time.sleep(orders["sleep"])
+    if orders["signal"]:
+        os.kill(os.getpid(), orders["signal"])
+    if orders["record"] and rank == "0":
+        record = {
+            "run": os.environ[RUN_ID_ENV],
+            "stage": Path.cwd().name,
+            "attempt": attempt,
+            "fingerprint": orders["fingerprint"],
+            "state": orders["record"],
+            "exit_code": orders["exit"],
+        }
+        write_record(StageDir(Path.cwd()), record)
+    return int(orders["exit"])
+
+
+def digest(value: str) -> str:
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+_CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+if __name__ == "__main__":
+    sys.exit(main())
