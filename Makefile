@@ -1,0 +1,53 @@
+# Two commands: `make quickstart` shows a whole run on this machine, `make test` proves that everything works.
+# PYTHON is the interpreter that makes the environment, VENV its folder; pip runs with your own settings.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BIN = $(VENV)/bin
+SETUP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	echo 'error: Python 3.10 or newer is needed, and $(PYTHON) is not that; name another: PYTHON=/path/to/python3.11' >&2; \
+	exit 2; }; \
+	$(PYTHON) tools/venv.py --venv "$(VENV)"
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-system test-long lint bench lock clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+quickstart: ## install into .venv, then data prep, SFT and RL of a tiny Nemotron here
+	@$(SETUP) --extra trl
+	@"$(BIN)/nemotron" nano3 pipe -c tiny
+
+# CI machines are ours to change; nobody else's gets a system package from a test.
+ifeq ($(CI),true)
+test: test-system
+endif
+test: lint ## every check and test but the long ones
+	"$(BIN)/python" -m pytest -m "not long" $(PYTEST_ARGS)
+
+test-long: ## the tests marked long as well
+	@$(SETUP) --extra test
+	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+
+test-system: ## the system packages that tests need (none so far)
+	@echo "make test-system: no system package is needed beyond python3 with venv, and make."
+
+lint: ## ruff, the import rules, the type checker
+	@$(SETUP) --extra test
+	"$(BIN)/ruff" check .
+	"$(BIN)/lint-imports"
+	"$(BIN)/mypy"
+
+bench: ## CPU seconds of the commands that must start fast
+	@$(SETUP) --extra trl
+	"$(BIN)/python" bench/startup.py
+
+lock: ## pin anew after a change of dependencies in pyproject.toml
+	@$(SETUP) --extra test
+	"$(BIN)/python" tools/lock.py
+
+clean: ## remove the environment, caches and builds; runs and artifacts stay
+	rm -rf "$(VENV)" "$(VENV).lock" build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
