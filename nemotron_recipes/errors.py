@@ -59,6 +59,13 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     """`did you mean 'x'?`, or the list of what is valid, or an empty string when nothing is."""
     options = sorted(set(valid))
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    if not close and word:  # a word cut short
+        close = [option for option in options if option.startswith(word)][:1]
     if close:
         return f"did you mean '{close[0]}'?"
     return f"valid: {', '.join(options)}" if options else ""
+
+
+def printable(text: str) -> str:
+    """Text that is safe on a terminal: control and other unprintable characters as escapes; line breaks stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,0 +1,134 @@
+"""Entry point: `nemotron`. Thin: parses, calls the lifecycle, turns errors into messages and exit codes.
+
+Families and stages are the folders below `conf/recipe`; click commands are made from them when they are asked for, so
+nothing heavy is imported for `--help`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from nemotron_recipes.cli.stage import WordGroup
+from nemotron_recipes.cli.text import printable
+from nemotron_recipes.config.catalog import Catalog, config_roots
+from nemotron_recipes.errors import NemotronError, Problem, UserError, nearest
+
+EXAMPLES = """\b
+Examples:
+  nemotron nano3 pipe -c tiny                  the whole pipeline, on this machine
+  nemotron nano3 sft -c tiny --dry-run         exactly what would run
+  nemotron nano3 sft -c tiny optimizer.lr=1e-3 any value overridden
+  nemotron runs list                           what ran
+  nemotron lineage nano3-tiny-rl               which data made which model
+"""
+FIXED = {
+    "apply": "nemotron_recipes.cli.stage:apply_command",
+    "runs": "nemotron_recipes.cli.runs:runs",
+    "artifacts": "nemotron_recipes.cli.artifacts:artifacts",
+    "lineage": "nemotron_recipes.cli.artifacts:lineage",
+    "env": "nemotron_recipes.cli.environment:env",
+}
+HELP = {
+    "apply": "Run exactly a plan saved with --plan-out.",
+    "runs": "List, show, follow and cancel runs.",
+    "artifacts": "List and show what the store holds.",
+    "lineage": "Draw what a model or data set came from.",
+    "env": "Show the profiles of env.toml.",
+}
+
+
+class Root(click.Group):
+    """Fixed commands, and one per family that the config roots hold."""
+
+    def __init__(self, catalog: Catalog, config_dirs: tuple[str, ...]):
+        super().__init__("nemotron", help="Fine-tune NVIDIA's Nemotron models: data prep, SFT, DPO/RL, with lineage.")
+        self.catalog = catalog
+        self.config_dirs = config_dirs
+        self.params.append(_config_dir_option())
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self.catalog.families, *FIXED]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in FIXED:
+            from importlib import import_module
+
+            module, _, attribute = FIXED[name].partition(":")
+            command: click.Command = getattr(import_module(module), attribute)
+            return command
+        if name in self.catalog.families:
+            return WordGroup(self.catalog, self.config_dirs, (name,))
+        return None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None:
+            kind = "option" if args[0].startswith("-") else "command or family"
+            raise UserError(Problem(f"unknown {kind} '{args[0]}'", fix=nearest(args[0], self.list_commands(ctx))))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Families (conf/recipe)"):
+            formatter.write_dl([(f, ", ".join(" ".join(s) for s in self.catalog.stages(f))) for f in self.catalog.families])
+        with formatter.section("Commands"):
+            formatter.write_dl(list(HELP.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        formatter.write(EXAMPLES.replace("\b\n", ""))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command line; exits 0 done, 1 the job failed, 2 the request is wrong, 130 cancelled."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments, config_dirs = take_config_dirs(arguments)
+        root = Root(Catalog(config_roots(config_dirs)), config_dirs)
+        code = root.main(arguments, prog_name="nemotron", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else error.format_message())
+        sys.exit(0)
+    except click.ClickException as error:
+        usage = error.ctx.get_usage() + "\n" if isinstance(error, click.UsageError) and error.ctx else ""
+        click.echo(f"{usage}error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except UserError as error:
+        for problem in error.problems:
+            click.echo(f"error: {printable(str(problem))}", err=True)
+        sys.exit(error.exit_code)
+    except NemotronError as error:
+        click.echo(f"error: {printable(str(error))}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def take_config_dirs(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Take every `--config-dir DIR` out of the arguments: families must be known before the rest can be parsed."""
+    left: list[str] = []
+    taken: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config-dir":
+            value = next(rest, None)
+            if value is None or value.startswith("-"):
+                raise UserError(Problem("--config-dir needs a folder"))
+            taken.append(value)
+        elif argument.startswith("--config-dir="):
+            taken.append(argument.partition("=")[2])
+        else:
+            left.append(argument)
+    return left, tuple(taken)
+
+
+def _config_dir_option() -> click.Option:
+    return click.Option(["--config-dir"], metavar="DIR", help="Your own conf/ (anywhere on the line; repeatable).")
+

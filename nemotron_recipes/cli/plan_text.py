@@ -1,0 +1,100 @@
+"""A plan for people: what would run, on what, from which layer each value comes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from nemotron_recipes.cli.text import printable, short
+from nemotron_recipes.config.compose import flatten
+from nemotron_recipes.lifecycle import Prepared
+from nemotron_recipes.spec import Artifact, JobHandle, RenderedStage, StagePlan
+
+
+def describe(prepared: Prepared) -> str:
+    """The whole Plan: stages with provenance, pinned inputs, layout, files, argv, outputs, fingerprints."""
+    plan = prepared.plan
+    code = short(plan.code.digest)
+    if plan.code.git_commit:
+        code += f" (git {plan.code.git_commit[:12]}{', uncommitted changes' if plan.code.git_dirty else ''})"
+    lines = [
+        f"Plan {plan.id}",
+        f"  command   nemotron {plan.title}",
+        f"  code      {code}, nemotron-recipes {plan.code.version}",
+        f"  run dir   {plan.run_dir}",
+        f"  store     {plan.store}",
+    ]
+    rendered = {stage.name: stage for stage in prepared.rendered.stages}
+    for number, stage in enumerate(plan.stages, 1):
+        lines += ["", f"Stage {number}/{len(plan.stages)}: {stage.name} -c {stage.config_name}"]
+        lines += _stage(stage, rendered.get(stage.name))
+    if prepared.rendered.stages:
+        lines += ["", "Submitted with", f"  {shlex.join(prepared.rendered.submit)}"]
+    return printable("\n".join(lines))
+
+
+def submitted(handle: JobHandle, as_json: bool) -> str:
+    """What a detached submission prints."""
+    if as_json:
+        return json.dumps({"run": handle.run, "run_dir": handle.run_dir, "native": handle.native}, sort_keys=True)
+    lines = [f"submitted {handle.run}", f"  follow   nemotron runs logs -f {handle.run}"]
+    lines += [f"  state    nemotron runs show {handle.run}", f"  stop     nemotron runs cancel {handle.run}"]
+    return printable("\n".join(lines))
+
+
+def nothing_to_do(prepared: Prepared, as_json: bool) -> str:
+    """Every output exists already: name them."""
+    made = {stage.name: stage.reused for stage in prepared.plan.stages if stage.reused}
+    if as_json:
+        return json.dumps({name: {"artifact": a.label, "digest": a.digest, "uri": a.uri} for name, a in made.items()})
+    lines = ["nothing to run: the same config, inputs and code have made these already (--force makes them anew)"]
+    return printable("\n".join([*lines, *(f"  {name:<16} {a.label}  {a.uri}" for name, a in made.items())]))
+
+
+def _stage(stage: StagePlan, rendered: RenderedStage | None) -> list[str]:
+    place = stage.placement
+    lines = [f"  fingerprint  {stage.fingerprint}"]
+    if stage.reused:
+        lines.append(f"  REUSED       {stage.reused.label}  {short(stage.reused.digest)}  (not run again)")
+    profile = f"profile {place.profile}" if place.profile else "this machine"
+    layout = f"{place.nodes} node(s) x {place.nproc_per_node} process(es)"
+    lines.append(f"  placement    {place.executor} ({profile}), {layout}")
+    lines += [f"               {key}: {value!r}" for key, value in place.options.items() if value]
+    if place.secrets:
+        lines.append(f"               secrets passed on by name: {', '.join(place.secrets)}")
+    lines.append("  inputs")
+    lines += [f"    {key:<24} {_pinned(artifact)}" for key, artifact in stage.inputs.items()]
+    if stage.resume_from:
+        lines.append(f"  resumes from {stage.resume_from}")
+    lines.append("  outputs")
+    lines += [f"    {output.slot:<24} {output.name} (next version)" for output in stage.outputs]
+    lines += ["  values (*: differs from the recipe's base, with the layer that set it)", *_values(stage)]
+    if rendered:
+        lines += _rendered(rendered)
+    return lines
+
+
+def _values(stage: StagePlan) -> list[str]:
+    lines = []
+    for key, value in flatten({k: v for k, v in stage.config.items() if k != "run"}).items():
+        origin = stage.changed.get(key)
+        text = json.dumps(value, ensure_ascii=False)
+        lines.append(f"  {'*' if origin else ' '} {key:<28} {text}" + (f"   <- {origin}" if origin else ""))
+    for key, origin in stage.changed.items():
+        if key.startswith("run."):
+            lines.append(f"  * {key:<28} {json.dumps(flatten(stage.config).get(key))}   <- {origin}")
+    return lines
+
+
+def _pinned(artifact: Artifact) -> str:
+    return f"{artifact.label}  {artifact.digest}".strip()
+
+
+def _rendered(stage: RenderedStage) -> list[str]:
+    lines = []
+    for path, text in stage.files.items():
+        lines += [f"  file {path}", *(f"    | {line}" for line in text.splitlines())]
+    lines.append("  environment added")
+    lines += [f"    {name}={shlex.quote(value)}" for name, value in sorted(stage.env.items())]
+    lines += [f"  runs in {stage.cwd}", f"    {shlex.join(stage.argv)}"]
+    return lines

@@ -1,0 +1,176 @@
+"""`nemotron <family> <stage>`: commands made from the folders below `conf/recipe/<family>`, and `nemotron apply`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nemotron_recipes.config.catalog import Catalog
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.spec import Request
+
+
+class WordGroup(click.Group):
+    """A family, or a word between a family and its stages (`data`, `prep`)."""
+
+    def __init__(self, catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[str, ...]):
+        super().__init__(path[-1], help=f"Stages of {' '.join(path)}.")
+        self.catalog, self.config_dirs, self.path = catalog, config_dirs, path
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.catalog.words(*self.path))
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        path = (*self.path, name)
+        if self.catalog.configs(*path):
+            return stage_command(self.catalog, self.config_dirs, path)
+        return WordGroup(self.catalog, self.config_dirs, path) if self.catalog.words(*path) else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None:
+            valid = self.list_commands(ctx)
+            what = "option" if args[0].startswith("-") else f"stage of {' '.join(self.path)}"
+            raise UserError(Problem(f"unknown {what} '{args[0]}'", fix=nearest(args[0], valid)))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for words in self.catalog.stages(self.path[0]):
+            if words[: len(self.path) - 1] == self.path[1:]:
+                configs = self.catalog.configs(self.path[0], *words)
+                rows.append((" ".join(words[len(self.path) - 1 :]), f"configs: {', '.join(configs)}"))
+        with formatter.section("Stages"):
+            formatter.write_dl(rows)
+
+
+class StageCommand(click.Command):
+    """A stage; its help lists what can be chosen."""
+
+    catalog: Catalog
+    path: tuple[str, ...]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from nemotron_recipes.config.profiles import read_environment
+
+        profiles = read_environment().profiles
+        rows = [("configs (-c)", ", ".join(self.catalog.configs(*self.path)))]
+        rows.append(("profiles (-r, -b)", ", ".join(profiles) or "none: add one to env.toml"))
+        rows += [(f"{group}=", ", ".join(choices)) for group, choices in self.catalog.groups.items()]
+        with formatter.section("Choices"):
+            formatter.write_dl(rows)
+        command = f"nemotron {' '.join(self.path)}"
+        example = self.catalog.configs(*self.path)[-1]
+        is_pipe = self.path[-1] == "pipe"
+        override = "sft.train.train_iters=100" if is_pipe else "'outputs.model=my-model'"
+        if "prep" in self.path:
+            override = "'data.sources=[{path: my-chats.jsonl}]'"
+        with formatter.section("Examples"):
+            formatter.write_text(f"{command} -c {example} --dry-run")
+            formatter.write_text(f"{command} -c {example} {override}")
+            profile = next(iter(profiles), "PROFILE")
+            formatter.write_text(f"{command} -c {example} --batch {profile}")
+
+
+def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[str, ...]) -> StageCommand:
+    """The command of `recipe/<path>`. `--sample` is offered where data is prepared, `--force` where results are reused."""
+    prepares = path[1:2] == ("data",)
+    params: list[click.Parameter] = [
+        click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."),
+        click.Option(["-c", "--config"], default="default", metavar="NAME", help="Config to use  [default: default]"),
+        click.Option(["-r", "--run"], metavar="PROFILE", help="Run where a profile says, and follow it."),
+        click.Option(["-b", "--batch"], metavar="PROFILE", help="Submit where a profile says, and detach."),
+        click.Option(["-d", "--dry-run"], is_flag=True, help="Show exactly what would run; write and start nothing."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print for programs."),
+        click.Option(["--offline"], is_flag=True, help="Never ask the network; unpinned inputs show as UNPINNED."),
+        click.Option(["--plan-out"], metavar="FILE", help="Save the plan for `nemotron apply`; run nothing."),
+        click.Option(["--config-dir"], metavar="DIR", help="Your own conf/ (repeatable)."),
+    ]
+    if prepares:
+        params.append(click.Option(["--sample"], type=click.IntRange(min=1), metavar="N", help="At most N rows a source."))
+    if prepares or path[-1] == "pipe":
+        params.append(click.Option(["--force"], is_flag=True, help="Make everything anew; reuse no earlier result."))
+
+    def run(**options: Any) -> int:
+        return _run(_request(config_dirs, path, options), options)
+
+    title = "Run the whole pipe" if path[-1] == "pipe" else f"Run stage '{' '.join(path[1:])}'"
+    command = StageCommand(path[-1], params=params, callback=run, help=f"{title} of {path[0]}.")
+    command.catalog, command.path = catalog, path
+    return command
+
+
+def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[str, Any]) -> Request:
+    run, batch = options["run"], options["batch"]
+    problems = [
+        Problem(f"{flag} needs a profile, not the option {value!r}", "command line", f"{flag} PROFILE")
+        for flag, value in (("--run", run), ("--batch", batch), ("--config", options["config"]))
+        if value is not None and (value.startswith("-") or "=" in value)
+    ]
+    if run and batch:
+        problems.append(Problem("--run and --batch exclude each other", "command line", "follow it, or detach"))
+    if problems:
+        raise UserError(*problems)
+    overrides = options["overrides"]
+    if options.get("sample"):
+        overrides = (*overrides, f"data.sample={options['sample']}")
+    return Request(
+        family=path[0],
+        words=path[1:],
+        config=options["config"],
+        mode="batch" if batch else "run" if run else "here",
+        profile=run or batch,
+        overrides=tuple(overrides),
+        config_dirs=config_dirs,
+        force=bool(options.get("force")),
+        offline=options["offline"],
+        cwd=os.getcwd(),
+    )
+
+
+def _run(request: Request, options: dict[str, Any]) -> int:
+    from nemotron_recipes import lifecycle
+    from nemotron_recipes.cli import plan_text
+
+    prepared = lifecycle.prepare(request)
+    if options["dry_run"] or options["plan_out"]:
+        if options["plan_out"]:
+            lifecycle.save_plan(prepared, Path(options["plan_out"]))
+        click.echo(lifecycle.rendered_json(prepared) if options["as_json"] else plan_text.describe(prepared))
+        if options["plan_out"] and not options["as_json"]:
+            click.echo(f"saved; run it with: nemotron apply {options['plan_out']}")
+        return 0
+    return carry_out(prepared, request.mode == "batch", options["as_json"])
+
+
+def carry_out(prepared: Any, detach: bool, as_json: bool) -> int:
+    """Submit, then follow or detach; the exit code."""
+    from nemotron_recipes import lifecycle
+    from nemotron_recipes.cli import follow, plan_text
+
+    if prepared.done:
+        click.echo(plan_text.nothing_to_do(prepared, as_json))
+        return 0
+    handle = lifecycle.submit(prepared)
+    if detach:
+        click.echo(plan_text.submitted(handle, as_json))
+        return 0
+    return follow.attached(prepared, handle, as_json)
+
+
+@click.command("apply")
+@click.argument("plan", type=click.Path(dir_okay=False, path_type=Path), metavar="PLAN.json")
+@click.option("-d", "--dry-run", is_flag=True, help="Check that the plan still holds and show it.")
+@click.option("--json", "as_json", is_flag=True, help="Print for programs.")
+def apply_command(plan: Path, dry_run: bool, as_json: bool) -> int:
+    """Run exactly a plan saved with --plan-out; refuse when an input, the code or the config has moved since."""
+    from nemotron_recipes import lifecycle
+    from nemotron_recipes.cli import plan_text
+
+    prepared = lifecycle.reprepare(lifecycle.load_plan(plan))
+    if dry_run:
+        click.echo(lifecycle.rendered_json(prepared) if as_json else plan_text.describe(prepared))
+        return 0
+    return carry_out(prepared, prepared.plan.request.mode == "batch", as_json)

@@ -1,0 +1,282 @@
+"""Compose one stage config with Hydra's compose API, and remember which layer set every value.
+
+Layers, weakest first: group files and configs in the order of Hydra's defaults list, the profile (as `run`), the command
+line. Hydra composes; the layers are then read one by one in that same order, so that every leaf has an origin.
+
+Hydra alone would refuse `train.seed=1` where no file names the key (the schema does), and accept `+train.sede=1`. So plain
+overrides are handed to it as `++key=value`, and the schema, which knows every key, judges them all (planning/validate.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemotron_recipes.config.catalog import Catalog
+from nemotron_recipes.config.profiles import merge
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.spec import Origin, Tree
+
+# Configs that exist in memory only. The primary one lies at the root and includes the recipe, so that `+group=choice`
+# means a group at the root; the profile stands behind the recipe in its defaults list and so wins over it.
+PRIMARY = "nemotron_request"
+PROFILE = "nemotron_profile"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one file, the profile or one override contributes. `removed`: dotted keys that it deletes."""
+
+    origin: Origin
+    tree: Tree
+    removed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config: plain, resolved, not yet validated; and the layers that explain it.
+
+    problems: overrides that were left out because they can't be understood.
+    """
+
+    tree: Tree
+    layers: tuple[Layer, ...]
+    problems: tuple[Problem, ...] = ()
+
+    def origin(self, key: str) -> Origin | None:
+        """The last layer that set `key`, something below it, or a section around it; None: no layer did."""
+        for layer in reversed(self.layers):
+            if any(key == gone or key.startswith(gone + ".") for gone in layer.removed):
+                return layer.origin
+            if _mentions(layer.tree, key.split(".")):
+                return layer.origin
+        return None
+
+
+def compose(
+    catalog: Catalog,
+    config_path: str,
+    overrides: Iterable[str] = (),
+    profile: tuple[str, Tree] | None = None,
+) -> Composed:
+    """Compose `config_path` (`recipe/nano3/sft/tiny`). UserError: what Hydra refuses, and values that can't be resolved."""
+    parsed, problems = parse_overrides(overrides, catalog)
+    lines = [_for_hydra(o, catalog) for o in parsed]
+    _store_primary(config_path, profile[1] if profile else {})
+    with _hydra(catalog) as search:
+        try:
+            config = hydra_compose(PRIMARY, overrides=[*search, *lines])
+            loader = GlobalHydra.instance().config_loader()
+            defaults = loader.compute_defaults_list(PRIMARY, [*search, *lines], RunMode.RUN)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(*problems, _explained(error, config_path)) from None
+        except yaml.YAMLError as error:
+            raise UserError(*problems, Problem(f"a config file is not YAML: {error}", config_path)) from None
+    tree, unresolved = _plain(config, config_path, parsed)
+    if unresolved:
+        raise UserError(*problems, *unresolved)
+    layers = [*_file_layers(catalog, defaults.defaults, parsed, profile), *_override_layers(parsed, catalog)]
+    return Composed(tree, tuple(layers), tuple(problems))
+
+
+def base_tree(catalog: Catalog, config_path: str) -> Tree:
+    """What the recipe's own `default` config sets, files only: the base that a plan is compared with. {} without one."""
+    _store_primary(config_path, {})
+    with _hydra(catalog) as search:
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            defaults = loader.compute_defaults_list(PRIMARY, search, RunMode.RUN)
+        except HydraException:
+            return {}
+    tree: Tree = {}
+    for layer in _file_layers(catalog, defaults.defaults, [], None):
+        tree = merge(tree, layer.tree)
+    return tree
+
+
+def parse_overrides(overrides: Iterable[str], catalog: Catalog) -> tuple[list[Override], list[Problem]]:
+    """Hydra's grammar: what can be used, and all mistakes. Sweeps and Hydra's own settings are refused."""
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    problems: list[Problem] = []
+    for text in overrides:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            problems.append(Problem(f"override {text!r} is not valid UTF-8", "command line"))
+            continue
+        try:
+            override = parser.parse_overrides([text])[0]
+        except OverrideParseException as error:
+            fix = "quote values that hold spaces or special characters: 'key=\"value\"'"
+            if "=" not in text and not text.startswith("~"):
+                fix = "overrides are key=value; a config is chosen with -c NAME"
+            reason = str(error).splitlines()[0].rstrip(".")
+            detail = "" if reason.startswith(("Lexer", "Error parsing")) else f": {reason}"
+            problems.append(Problem(f"can't read override {text!r}{detail}", "command line", fix))
+            continue
+        key = override.key_or_group
+        if override.is_sweep_override():
+            fix = f"a list is written {key}=[a,b]; one run is one set of values"
+            problems.append(Problem(f"override {text!r} sweeps over several values", "command line", fix))
+        elif override.is_hydra_override() or key in ("recipe", "defaults", PRIMARY, PROFILE):
+            problems.append(Problem(f"'{key}' can't be set", "command line"))
+        elif _is_group(override, catalog) and not override.is_delete() and override.value() not in catalog.groups[key]:
+            fix = nearest(str(override.value()), catalog.groups[key])
+            problems.append(Problem(f"unknown {key} '{override.value()}'", "command line", fix))
+        else:
+            parsed.append(override)
+    return parsed, problems
+
+
+def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf. A list is one leaf; an empty section is a leaf too."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            leaves.update(flatten(value, f"{name}."))
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def _store_primary(config_path: str, run: Tree) -> None:
+    store = ConfigStore.instance()
+    store.store(name=PRIMARY, node={"defaults": [f"/{config_path}", f"/{PROFILE}", "_self_"]})
+    store.store(name=PROFILE, node={"run": run} if run else {}, package="_global_")
+
+
+@contextmanager
+def _hydra(catalog: Catalog) -> Iterator[list[str]]:
+    """Hydra over the config roots; yields the override that names the roots behind the first."""
+    first, *others = catalog.roots
+    paths = ",".join(QuotedString(f"file://{p}", Quote.single).with_quotes() for p in others)
+    with initialize_config_dir(str(first), version_base="1.3", job_name="nemotron"):
+        yield [f"hydra.searchpath=[{paths}]"] if others else []
+
+
+def _is_group(override: Override, catalog: Catalog) -> bool:
+    return override.key_or_group in catalog.groups and not isinstance(override.value(), (dict, list))
+
+
+def _for_hydra(override: Override, catalog: Catalog) -> str:
+    line = override.input_line
+    assert line is not None
+    if override.is_delete() or line.startswith("+") or _is_group(override, catalog):
+        return line
+    return f"++{line}"
+
+
+def _plain(config: DictConfig, config_path: str, overrides: list[Override]) -> tuple[Tree, list[Problem]]:
+    """The resolved tree, or every value that is missing or can't be resolved: one leaf at a time, to name them all."""
+    unresolved = flatten(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+    problems = [
+        Problem(f"'{key}' has no default and must be set", config_path, f"add '{key}=...'")
+        for key, value in unresolved.items()
+        if value == "???"
+    ]
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException:
+        for key, value in unresolved.items():
+            try:
+                selected = OmegaConf.select(config, key)
+                if OmegaConf.is_config(selected):
+                    OmegaConf.to_container(selected, resolve=True)
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                source = next((f"command line {o.input_line}" for o in overrides if o.key_or_group == key), config_path)
+                problems.append(Problem(f"'{key}' = {value!r} can't be resolved: {reason}", source))
+        tree = {}
+    assert isinstance(tree, dict)
+    return tree, problems  # type: ignore[return-value]
+
+
+def _file_layers(
+    catalog: Catalog, defaults: list[Any], overrides: list[Override], profile: tuple[str, Tree] | None
+) -> Iterator[Layer]:
+    """One layer per entry of Hydra's defaults list, Hydra's own configs left out."""
+    chosen = {o.key_or_group: o.input_line for o in overrides if _is_group(o, catalog)}
+    for default in defaults:
+        path, package = default.config_path, default.package or ""
+        if path is None or path == PRIMARY or package.split(".")[0] == "hydra":
+            continue
+        if path == PROFILE:
+            if profile is not None:
+                yield Layer(Origin("profile", profile[0]), {"run": profile[1]})
+            continue
+        file = catalog.file(path)
+        if file is None:
+            continue
+        tree = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # as Hydra reads it: 1e-5 is a number
+        assert isinstance(tree, dict)
+        tree.pop("defaults", None)
+        for part in reversed([p for p in package.split(".") if p]):
+            tree = {part: tree}
+        group = path.split("/")[0]
+        if group == "recipe":
+            origin = Origin("config", path)
+        else:
+            by = f" ({chosen[group]})" if group in chosen else ""
+            origin = Origin("group", path + by)
+        yield Layer(origin, tree)  # type: ignore[arg-type]
+
+
+def _override_layers(overrides: list[Override], catalog: Catalog) -> Iterator[Layer]:
+    for override in overrides:
+        if _is_group(override, catalog):
+            continue
+        assert override.input_line is not None
+        origin = Origin("command line", override.input_line)
+        if override.is_delete():
+            yield Layer(origin, {}, (override.key_or_group,))
+            continue
+        tree: Any = _unquoted(override.value())
+        for part in reversed(override.key_or_group.split(".")):
+            tree = {part: tree}
+        yield Layer(origin, tree)
+
+
+def _unquoted(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_unquoted(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _unquoted(v) for k, v in value.items()}
+    return value
+
+
+def _mentions(tree: Any, parts: list[str]) -> bool:
+    """Whether a layer sets the key, or sets something that is not a section above it."""
+    node = tree
+    for part in parts:
+        if not isinstance(node, dict):
+            return True
+        if part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _explained(error: Exception, config_path: str) -> Problem:
+    """Hydra's or OmegaConf's message, shortened to what a user can act on."""
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    lines = [line.strip() for line in (str(error) or str(cause)).splitlines() if line.strip()]
+    if isinstance(cause, OmegaConfBaseException) and cause is not error:
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()][:1]
+    return Problem("; ".join(dict.fromkeys(lines[:3])) or type(cause).__name__, config_path)
+

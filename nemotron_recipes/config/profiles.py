@@ -1,0 +1,152 @@
+"""env.toml: where runs go. Found upwards from the current folder, or named by $NEMOTRON_ENV.
+
+    [wandb]           project, entity
+    [artifacts]       output (folder of runs), store (folder of artifacts); relative to the file
+    [PROFILE]         executor = "...", extends = "OTHER", and the executor's own fields
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.spec import Tree
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SETTINGS = {"wandb": ("entity", "project"), "artifacts": ("output", "store")}
+DEFAULT_OUTPUT = "nemotron-output"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A read env.toml; an empty one, based on the current folder, when there is none."""
+
+    base: Path
+    path: Path | None = None
+    wandb: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    profiles: Mapping[str, Tree] = field(default_factory=dict)  # `extends` already merged in
+
+    @property
+    def output(self) -> Path:
+        """Folder that holds `runs/`."""
+        return (self.base / Path(self.artifacts.get("output", DEFAULT_OUTPUT)).expanduser()).absolute()
+
+    @property
+    def store(self) -> Path:
+        """Folder of the artifact store."""
+        named = self.artifacts.get("store")
+        return (self.base / Path(named).expanduser()).absolute() if named else self.output / "store"
+
+    def profile(self, name: str) -> Tree:
+        """A profile's fields. UserError with the nearest name when there is none."""
+        if name not in self.profiles:
+            where = str(self.path) if self.path else "no env.toml was found upwards from the current folder"
+            fix = nearest(name, self.profiles) or "add the profile to env.toml (an example stands in the project's own)"
+            raise UserError(Problem(f"unknown profile '{name}'", where, fix))
+        return self.profiles[name]
+
+
+def find_env_file(cwd: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """$NEMOTRON_ENV, else the first env.toml upwards from `cwd`."""
+    named = environ.get("NEMOTRON_ENV")
+    if named:
+        path = (cwd / Path(named).expanduser()).absolute()
+        if not path.is_file():
+            raise UserError(Problem(f"$NEMOTRON_ENV names {named!r}, which is not a file", fix="unset it or mend it"))
+        return path
+    for folder in (cwd, *cwd.parents):
+        if (folder / "env.toml").is_file():
+            return folder / "env.toml"
+    return None
+
+
+def read_environment(cwd: Path | None = None, environ: Mapping[str, str] = os.environ) -> Environment:
+    """Find, parse and check env.toml. UserError carries every problem of the file at once."""
+    cwd = (cwd or Path.cwd()).absolute()
+    path = find_env_file(cwd, environ)
+    if path is None:
+        return Environment(base=cwd)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(Problem(f"env.toml can't be read: {error}", str(path), "mend the line that is named")) from None
+    except OSError as error:
+        raise UserError(Problem(f"env.toml can't be read: {error.strerror}", str(path))) from None
+
+    problems: list[Problem] = []
+    settings = {name: _settings(name, tables.pop(name, {}), path, problems) for name in SETTINGS}
+    profiles: dict[str, Tree] = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            problems.append(Problem(f"'{name}' stands outside any table", str(path), "put it below [PROFILE]"))
+    raw = {name: table for name, table in tables.items() if isinstance(table, dict)}
+    for name in raw:
+        merged = _extended(name, raw, path, problems)
+        if merged is None:
+            continue
+        if "executor" not in merged:
+            fix = nearest(name, SETTINGS) if nearest(name, SETTINGS).startswith("did") else 'add executor = "local"'
+            problems.append(Problem(f"profile [{name}] names no executor", str(path), fix))
+            continue
+        profiles[name] = merged
+    if problems:
+        raise UserError(*problems)
+    return Environment(path.parent, path, settings["wandb"], settings["artifacts"], profiles)
+
+
+def _settings(name: str, table: Any, path: Path, problems: list[Problem]) -> dict[str, str]:
+    if not isinstance(table, dict):
+        problems.append(Problem(f"[{name}] must be a table", str(path)))
+        return {}
+    for key, value in table.items():
+        if key not in SETTINGS[name]:
+            problems.append(Problem(f"unknown key '{key}' in [{name}]", str(path), nearest(key, SETTINGS[name])))
+        elif not isinstance(value, str) or not value:
+            problems.append(Problem(f"[{name}] {key} must be a non-empty string, not {value!r}", str(path)))
+    return table
+
+
+def _extended(name: str, raw: Mapping[str, Tree], path: Path, problems: list[Problem]) -> Tree | None:
+    """The profile over everything that it extends, nearest first; None (and a problem) when the chain is broken."""
+    chain: list[str] = []
+    current = name
+    while True:
+        if current in chain:
+            circle = " -> ".join([*chain[chain.index(current) :], current])
+            if current == name:  # said once, by the first of the circle
+                problems.append(Problem(f"profiles extend each other in a circle: {circle}", str(path)))
+            return None
+        chain.append(current)
+        parent = raw[current].get("extends")
+        if parent is None:
+            break
+        if not isinstance(parent, str) or parent not in raw:
+            if current == name:
+                fix = nearest(str(parent), [p for p in raw if p != name])
+                problems.append(Problem(f"profile [{name}] extends unknown profile {parent!r}", str(path), fix))
+            return None
+        current = parent
+    merged: Tree = {}
+    for link in reversed(chain):
+        merged = merge(merged, raw[link])
+    merged.pop("extends", None)
+    return merged
+
+
+def merge(base: Tree, over: Tree) -> Tree:
+    """`over` laid on `base`: sections merge, everything else (lists too) replaces. Neither is changed."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result

@@ -1,0 +1,196 @@
+"""Every effect of a command in one place: prepare (reads only), submit, watch, cancel, apply.
+
+`prepare` is all that `--dry-run` does; `submit` sends exactly what `prepare` returned.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.config.catalog import Catalog, config_roots
+from nemotron_recipes.config.profiles import Environment, read_environment
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.executors import get_executor
+from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import RunDir, append_event, read_json
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, Request, StagePlan, to_json
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan and the bytes it renders to; nothing has happened yet."""
+
+    plan: Plan
+    rendered: Rendered
+
+    @property
+    def executor(self) -> str:
+        return self.plan.stages[0].placement.executor
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to run: every stage's output is in the store already."""
+        return not self.rendered.stages
+
+
+def prepare(request: Request, environment: Environment | None = None) -> Prepared:
+    """Compose, resolve, plan, validate and render. UserError carries every problem; nothing is written."""
+    from nemotron_recipes.planning.plan import make_plan
+
+    cwd = Path(request.cwd)
+    environment = environment or read_environment(cwd)
+    catalog = Catalog(config_roots(request.config_dirs, cwd))
+    plan = make_plan(request, catalog, environment)
+    return Prepared(plan, get_executor(plan.stages[0].placement.executor).render(plan))
+
+
+def submit(prepared: Prepared) -> JobHandle:
+    """Write the run folder and hand it to the executor. UserError: an input is unpinned, or the plan has run already."""
+    plan = prepared.plan
+    _refuse_unpinned(plan)
+    run = RunDir(Path(plan.run_dir))
+    try:
+        _write_run(run, prepared)
+    except OSError as error:
+        problem = Problem(f"the run folder {run.path} can't be written: {error.strerror}", fix="see [artifacts] output")
+        raise UserError(problem) from None
+    append_event(run.events, "submitted", executor=prepared.executor, mode=plan.request.mode)
+    return get_executor(prepared.executor).submit(plan, prepared.rendered)
+
+
+def save_plan(prepared: Prepared, path: Path) -> None:
+    """Write a plan for `apply`."""
+    try:
+        write_atomic(path, to_json(prepared.plan) + "\n")
+    except OSError as error:
+        raise UserError(Problem(f"--plan-out {path}: {error.strerror}")) from None
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan that `save_plan` or a run folder holds. UserError when it isn't one."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Plan).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(Problem(f"plan {path} can't be read: {error.strerror}")) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        what = f"{path} is not a plan: {key + ': ' if key else ''}{first['msg']}"
+        raise UserError(Problem(what, fix="make one with --plan-out FILE")) from None
+
+
+def reprepare(saved: Plan) -> Prepared:
+    """Check that a saved plan still holds, and render it. UserError names everything that has moved since."""
+    now = prepare(saved.request).plan
+    moved = _moved(saved, now)
+    if moved:
+        fix = "look at what changed, then make the plan again with --plan-out"
+        raise UserError(*(Problem(f"the plan no longer holds: {what}", fix=fix) for what in moved))
+    return Prepared(saved, get_executor(saved.stages[0].placement.executor).render(saved))
+
+
+def watch(handle: JobHandle, poll: Callable[[], None]) -> None:
+    """Call `poll` until the run has ended, and once after."""
+    executor = get_executor(handle.executor)
+    while executor.liveness(handle) in ("queued", "running"):
+        poll()
+        time.sleep(POLL_SECONDS)
+    poll()
+
+
+def cancel(handle: JobHandle) -> None:
+    """Stop a run and everything that it started."""
+    get_executor(handle.executor).cancel(handle)
+
+
+def load_handle(run_dir: Path) -> JobHandle | None:
+    """The handle of a submitted run; None when the submission never got that far."""
+    data = read_json(RunDir(run_dir).handle)
+    return JobHandle(**data) if data else None
+
+
+def _refuse_unpinned(plan: Plan) -> None:
+    unpinned = [
+        Problem(f"{stage.name}: {key} is {artifact.label}", fix="pin it: hf://ORG/NAME@COMMIT, or plan without --offline")
+        for stage in plan.stages
+        for key, artifact in stage.inputs.items()
+        if artifact.source == "hub" and artifact.revision is None
+    ]
+    if unpinned:
+        raise UserError(*unpinned)
+
+
+def _write_run(run: RunDir, prepared: Prepared) -> None:
+    from nemotron_recipes.planning.code import git_diff
+
+    plan = prepared.plan
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.plan, to_json(plan))
+    write_atomic(run.rendered, to_json(prepared.rendered))
+    patch = git_diff() if plan.code.git_dirty else None
+    if patch:
+        write_atomic(run.path / "code.patch", patch.encode("utf-8", "surrogateescape"))
+    for stage in prepared.rendered.stages:
+        Path(stage.cwd).mkdir(parents=True, exist_ok=True)
+        for path, text in stage.files.items():
+            write_atomic(Path(path), text)
+
+
+def _moved(saved: Plan, now: Plan) -> list[str]:
+    """What differs between a saved plan and the same request planned now, in words."""
+    moved = []
+    if saved.code.digest != now.code.digest:
+        moved.append(f"the code changed ({_short(saved.code.digest)} -> {_short(now.code.digest)})")
+    if [s.name for s in saved.stages] != [s.name for s in now.stages]:
+        return [*moved, "the recipe has other stages now"]
+    for before, after in zip(saved.stages, now.stages, strict=True):
+        moved += _moved_stage(before, after)
+    return moved
+
+
+def _moved_stage(before: StagePlan, after: StagePlan) -> list[str]:
+    from nemotron_recipes.config.compose import flatten
+
+    moved = []
+    old, new = flatten(before.config), flatten(after.config)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            moved.append(f"{before.name}: {key} was {old.get(key)!r}, is {new.get(key)!r}")
+    for key in sorted(before.inputs.keys() | after.inputs.keys()):
+        was, is_ = before.inputs.get(key), after.inputs.get(key)
+        if was is None or is_ is None or was.identity != is_.identity or (was.digest and is_.digest != was.digest):
+            moved.append(f"{before.name}: input {key} was {_pin(was)}, is {_pin(is_)}")
+    if before.placement != after.placement:
+        moved.append(f"{before.name}: where it runs changed (profile {before.placement.profile})")
+    return moved
+
+
+def _pin(artifact: Any) -> str:
+    if artifact is None:
+        return "absent"
+    return f"{artifact.label} {_short(artifact.digest)}".strip()
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+def rendered_json(prepared: Prepared) -> str:
+    """Plan and rendered bytes as one JSON document: what `--dry-run --json` prints."""
+    return json.dumps(
+        {"plan": json.loads(to_json(prepared.plan)), "rendered": json.loads(to_json(prepared.rendered))},
+        indent=2,
+        sort_keys=True,
+        ensure_ascii=False,
+    )
+
+

@@ -1,0 +1,266 @@
+"""Request -> Plan. One path for a single stage and for a pipe: a pipe is a Plan with several stages.
+
+Everything is read, nothing is written. All problems of all stages are reported together.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.backends import get_backend
+from nemotron_recipes.config.catalog import Catalog
+from nemotron_recipes.config.compose import Composed, base_tree, compose, flatten
+from nemotron_recipes.config.profiles import Environment
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.executors import get_executor
+from nemotron_recipes.planning.code import describe_code
+from nemotron_recipes.planning.resolve import Resolver
+from nemotron_recipes.planning.resume import find_resumable
+from nemotron_recipes.planning.validate import defaults_of, validate
+from nemotron_recipes.rundir import RunDir
+from nemotron_recipes.spec import (
+    Artifact,
+    Code,
+    Origin,
+    Output,
+    Placement,
+    Plan,
+    Producer,
+    Request,
+    StagePlan,
+    Tree,
+    sha256_text,
+)
+
+# Keys that change where, how often or under which name, but not what comes out.
+NOT_IDENTITY = ("run", "outputs", "train.resume", "train.log_interval", "checkpoint.save_interval", "checkpoint.keep")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a request before it is planned."""
+
+    name: str
+    words: tuple[str, ...]
+    config_name: str
+    overrides: tuple[str, ...]
+
+
+def make_plan(request: Request, catalog: Catalog, environment: Environment) -> Plan:
+    """Plan every stage of a request. UserError carries every problem found."""
+    config_path = catalog.require(request.family, request.words, request.config)
+    profile = (request.profile, environment.profile(request.profile)) if request.profile else None
+    plan_id = f"{request.family}-{request.stage}-{request.config}-{secrets.token_hex(4)}"
+    run_dir = environment.output / "runs" / plan_id
+    store = Store(environment.store)
+    resolver = Resolver(store, Path(request.cwd), request.offline)
+    code = describe_code()
+
+    steps, problems = _steps(request, catalog, config_path)
+    reuse = not request.force
+    stages: list[StagePlan] = []
+    for step in steps:
+        try:
+            planner = _StagePlanner(request, catalog, resolver, code, plan_id, run_dir, environment.output / "runs")
+            stage = planner.plan(step, profile, reuse=reuse and (len(steps) > 1 or step.words[0] == "data"))
+        except UserError as error:
+            prefix = f"{step.name}: " if len(steps) > 1 else ""
+            problems += [Problem(prefix + p.what, p.where, p.fix) for p in error.problems]
+            continue
+        stages.append(stage)
+        for output in stage.outputs:
+            producer = Producer(stage.fingerprint, plan_id, stage.name, output.slot)
+            pending = Artifact("pending", output.kind, output.name, producer=producer)
+            resolver.produced[output.name] = stage.reused or pending
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return Plan(
+        id=plan_id,
+        family=request.family,
+        title=f"{request.family} {' '.join(request.words)} -c {request.config}",
+        request=request,
+        stages=tuple(stages),
+        code=code,
+        run_dir=str(run_dir),
+        store=str(environment.store),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def fingerprint(config: Tree, inputs: dict[str, Artifact], code: Code) -> str:
+    """What a stage computes: its config without placement and names, its inputs' identities, the code."""
+    identity = copy.deepcopy(config)
+    for key in NOT_IDENTITY:
+        _drop(identity, key.split("."))
+    for key, artifact in inputs.items():
+        _put(identity, key.split("."), artifact.identity)
+    text = json.dumps({"config": identity, "code": code.digest}, sort_keys=True, ensure_ascii=True)
+    return sha256_text(text)
+
+
+def _steps(request: Request, catalog: Catalog, config_path: str) -> tuple[list[Step], list[Problem]]:
+    """The stages of a request with the overrides of each, and the overrides that belong to none."""
+    first = compose(catalog, config_path) if request.words[-1] == "pipe" else None
+    if first is None or first.tree.get("kind") != "pipe":
+        return [Step(request.stage, request.words, request.config, request.overrides)], []
+    checked, problems = validate(first, config_path)
+    if problems:
+        raise UserError(*problems)
+    steps: list[Step] = []
+    for entry in checked["stages"]:
+        words = tuple(entry["stage"].split())
+        name = "-".join(words)
+        if any(step.name == name for step in steps):
+            name = f"{name}-{entry['config']}"
+        steps.append(Step(name, words, entry["config"], ()))
+    return _shared_out(steps, request.overrides)
+
+
+def _shared_out(steps: list[Step], overrides: Sequence[str]) -> tuple[list[Step], list[Problem]]:
+    """Give each override of a pipe to its stage (`sft.train.train_iters=5`); `run.*` goes to all of them."""
+    names = [step.name for step in steps]
+    given: dict[str, list[str]] = {name: [] for name in names}
+    problems = []
+    for text in overrides:
+        mark = text[: len(text) - len(text.lstrip("+~"))]
+        stage, dot, rest = text[len(mark) :].partition(".")
+        if stage in given and dot:
+            given[stage].append(mark + rest)
+        elif stage == "run" and dot:
+            for name in names:
+                given[name].append(text)
+        elif "=" not in text and not mark:
+            problems.append(Problem(f"can't read override {text!r}", "command line", "overrides are STAGE.key=value"))
+        else:
+            near = nearest(stage, names)
+            fix = near if near.startswith("did") else f"name the stage: {names[-1]}.{text} (stages: {', '.join(names)})"
+            problems.append(Problem(f"override {text!r} names no stage of this pipe", "command line", fix))
+    return [Step(s.name, s.words, s.config_name, tuple(given[s.name])) for s in steps], problems
+
+
+@dataclass(frozen=True)
+class _StagePlanner:
+    request: Request
+    catalog: Catalog
+    resolver: Resolver
+    code: Code
+    plan_id: str
+    run_dir: Path
+    runs: Path
+
+    def plan(self, step: Step, profile: tuple[str, Tree] | None, reuse: bool) -> StagePlan:
+        config_path = self.catalog.require(self.request.family, step.words, step.config_name)
+        composed = compose(self.catalog, config_path, step.overrides, profile)
+        config, problems = validate(composed, config_path, ("data_prep", "train"))
+        if problems:
+            raise UserError(*problems)
+        inputs, problems = self.resolver.resolve_all(config, composed.origin)
+        backend = get_backend(config["backend"]["name"] if config["kind"] == "train" else "data_prep")
+        placement = _placement(config, self.request.profile)
+        nproc = placement.nodes * placement.nproc_per_node
+        problems += backend.check(config, nproc)
+        outputs = tuple(Output(slot, name, slot) for slot, name in config["outputs"].items() if name)
+        if not outputs:
+            slot = "data" if config["kind"] == "data_prep" else "model"
+            problems.append(Problem(f"'outputs.{slot}' must name what the stage makes", fix=f"outputs.{slot}=NAME"))
+        if problems:
+            raise UserError(*problems)
+
+        print_ = fingerprint(config, inputs, self.code)
+        directory = RunDir(self.run_dir).stage(step.name).path
+        resume_from = _resume_from(config, inputs, print_, self.runs)
+        run = {
+            "id": self.plan_id,
+            "stage": step.name,
+            "dir": str(directory),
+            "store": str(self.resolver.store.root),
+            "fingerprint": print_,
+        }
+        stage = StagePlan(
+            name=step.name,
+            words=step.words,
+            config_name=step.config_name,
+            kind=config["kind"],
+            method=config["method"],
+            config=config,
+            changed=_changed(config, composed, self._base(step)),
+            inputs=inputs,
+            outputs=outputs,
+            launch=backend.describe(config, inputs, outputs, run, resume_from, nproc),
+            placement=placement,
+            directory=str(directory),
+            fingerprint=print_,
+            reused=self._reused(print_, outputs) if reuse else None,
+            resume_from=resume_from,
+        )
+        problems = get_executor(placement.executor).check(stage)
+        if problems:
+            raise UserError(*problems)
+        return stage
+
+    def _reused(self, print_: str, outputs: tuple[Output, ...]) -> Artifact | None:
+        found = [self.resolver.store.find(print_, output.slot, output.name) for output in outputs]
+        return found[0] if all(found) else None
+
+    def _base(self, step: Step) -> Tree:
+        if "default" not in self.catalog.configs(self.request.family, *step.words):
+            return {}
+        return base_tree(self.catalog, "/".join(("recipe", self.request.family, *step.words, "default")))
+
+
+def _changed(config: Tree, composed: Composed, base: Tree) -> dict[str, Origin]:
+    """Which layer set each leaf that differs from the recipe's base; "default" where a removal uncovered one."""
+    before = {**defaults_of(config["kind"]), **flatten(base)}
+    changed = {}
+    for key, value in flatten(config).items():
+        known = key in before or any(name.startswith(f"{key}.") for name in before)
+        origin = composed.origin(key)
+        if key.startswith("run.") and origin is None:
+            continue  # the executor's own default
+        if not known or before.get(key) != value:
+            if not known and origin is None:
+                continue  # a default inside a section that the base leaves out
+            changed[key] = origin or Origin("default", "schema")
+    return changed
+
+
+def _placement(config: Tree, profile: str | None) -> Placement:
+    options = dict(config["run"])
+    executor, nodes = options.pop("executor"), options.pop("nodes")
+    nproc, names = options.pop("nproc_per_node"), tuple(options.pop("secrets", ()))
+    # Data prep is one process whatever the training stages of the same profile use.
+    return Placement(executor, profile, nodes, nproc if config["kind"] == "train" else 1, options, names)
+
+
+def _resume_from(config: Tree, inputs: dict[str, Artifact], print_: str, runs: Path) -> str | None:
+    if config["kind"] != "train":
+        return None
+    if "checkpoint.load" in inputs:
+        return inputs["checkpoint.load"].uri
+    if not config["train"]["resume"]:
+        return None
+    found = find_resumable(runs, print_)
+    if found is None:
+        what = "train.resume=true, but no unfinished run with this fingerprint has a whole checkpoint"
+        raise UserError(Problem(what, fix=f"leave it out to start anew; runs are looked for in {runs}"))
+    return str(found)
+
+
+def _drop(tree: Any, parts: list[str]) -> None:
+    for part in parts[:-1]:
+        tree = tree.get(part, {})
+    tree.pop(parts[-1], None)
+
+
+def _put(tree: Any, parts: list[str], value: str) -> None:
+    for part in parts[:-1]:
+        tree = tree[int(part)] if part.isdigit() else tree[part]
+    tree[parts[-1]] = value

@@ -1,0 +1,160 @@
+"""Turn the references of a config into inputs pinned to something immutable. Reads only; never downloads."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.config.schema import REFERENCES
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.fsio import tree_digest
+from nemotron_recipes.rundir import latest_checkpoint
+from nemotron_recipes.spec import Artifact, Tree
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_TIMEOUT = 10  # seconds
+
+
+@dataclass
+class Resolver:
+    """`produced`: outputs of earlier stages of the same plan by artifact name, pending or already made."""
+
+    store: Store
+    cwd: Path
+    offline: bool = False
+    produced: dict[str, Artifact] = field(default_factory=dict)
+
+    def resolve_all(self, config: Tree, origin: Any) -> tuple[dict[str, Artifact], list[Problem]]:
+        """Config key -> pinned input for every reference of a validated config; `origin(key)` says who set it."""
+        inputs: dict[str, Artifact] = {}
+        problems: list[Problem] = []
+        for key, kind, reference in references(config):
+            try:
+                inputs[key] = self.resolve(reference, kind)
+            except UserError as error:
+                where = str(origin(key) or "")
+                problems += [Problem(f"{key}: {p.what}", p.where or where, p.fix) for p in error.problems]
+        return inputs, problems
+
+    def resolve(self, reference: str, kind: str) -> Artifact:
+        """One reference (docs/contracts.md). UserError: it names nothing that exists."""
+        if reference.startswith("artifact:"):
+            return self._stored(reference.removeprefix("artifact:"))
+        if reference == "tiny" and kind in ("model", "tokenizer"):
+            return Artifact("builtin", kind, "tiny")
+        if reference.startswith("sample:") and kind == "data":
+            return _sample(reference)
+        if reference.startswith("hf://"):
+            return self._hub(reference.removeprefix("hf://"), kind)
+        if kind == "checkpoint":
+            return self._checkpoint(reference)
+        path = self._path(reference)
+        if not glob.has_magic(reference) and not path.exists():
+            if kind in ("model", "tokenizer") and HUB_NAME.fullmatch(reference):
+                return self._hub(reference, kind)
+        return self._local(reference, path, kind)
+
+    def _path(self, reference: str) -> Path:
+        return Path(os.path.abspath(self.cwd / os.path.expanduser(reference)))
+
+    def _stored(self, reference: str) -> Artifact:
+        name, _, version = reference.partition(":")
+        if not version and name in self.produced:
+            return self.produced[name]
+        return self.store.resolve(reference)
+
+    def _local(self, reference: str, path: Path, kind: str) -> Artifact:
+        if path.exists():
+            if kind in ("model", "tokenizer") and not path.is_dir():
+                raise UserError(Problem(f"{path} is not a folder", fix=f"a {kind} is a Hugging Face folder"))
+            try:
+                return Artifact("path", kind, uri=str(path), digest=tree_digest(path))
+            except OSError as error:
+                raise UserError(Problem(f"{error.filename or path} can't be read: {error.strerror}")) from None
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
+        if not found:
+            parent = path.parent
+            near = nearest(path.name, os.listdir(parent)) if parent.is_dir() else f"{parent} does not exist either"
+            fix = near if near.startswith(("did", str(parent))) else "give a path that exists, hf://ORG/NAME or artifact:NAME"
+            raise UserError(Problem(f"nothing at {path}", fix=fix))
+        digest = tree_digest(Path(os.path.commonpath([p.parent for p in found])), found)
+        return Artifact("path", kind, uri=str(path), digest=digest)
+
+    def _checkpoint(self, reference: str) -> Artifact:
+        path = self._path(reference)
+        folder = path if path.name.startswith("iter_") else latest_checkpoint(path)
+        if folder is None or not folder.is_dir():
+            fix = "give an iter_NNNNNNN folder, or the folder that holds latest_checkpointed_iteration.txt"
+            raise UserError(Problem(f"no whole checkpoint at {path}", fix=fix))
+        return Artifact("path", "checkpoint", uri=str(folder), digest=tree_digest(folder))
+
+    def _hub(self, reference: str, kind: str) -> Artifact:
+        name, _, revision = reference.partition("@")
+        if not HUB_NAME.fullmatch(name):
+            raise UserError(Problem(f"'hf://{reference}' is not hf://ORG/NAME[@REVISION]"))
+        if COMMIT.fullmatch(revision):
+            return Artifact("hub", kind, name, revision=revision)
+        if self.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+            return Artifact("hub", kind, name)
+        return Artifact("hub", kind, name, revision=_commit(name, revision or None, kind))
+
+
+def references(config: Tree) -> Iterator[tuple[str, str, str]]:
+    """(key, kind, reference) for each reference that is set; list elements as `data.sources.0.path`."""
+    for pattern, kind in REFERENCES[config["kind"]]:
+        for key, value in _values(config, pattern.split("."), ""):
+            if value is not None:
+                yield key, kind, value
+
+
+def _values(node: Any, parts: list[str], prefix: str) -> Iterator[tuple[str, Any]]:
+    if not parts:
+        yield prefix.rstrip("."), node
+        return
+    name, rest = parts[0], parts[1:]
+    if name.endswith("[]"):
+        name = name[:-2]
+        for index, element in enumerate(node[name]):
+            yield from _values(element, rest, f"{prefix}{name}.{index}.")
+    else:
+        yield from _values(node[name], rest, f"{prefix}{name}.")
+
+
+def _sample(reference: str) -> Artifact:
+    from nemotron_recipes.tiny.tasks import TASKS
+
+    task = reference.removeprefix("sample:")
+    if task not in TASKS:
+        raise UserError(Problem(f"unknown sample task '{task}'", fix=nearest(task, TASKS)))
+    return Artifact("builtin", "data", reference)
+
+
+def _commit(name: str, revision: str | None, kind: str) -> str:
+    """Ask the hub which commit a repository is at: the only use of the network while planning."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    fix = "give a local path, pin it (hf://ORG/NAME@COMMIT), or look at the plan with --dry-run --offline"
+    try:
+        api = HfApi()
+        ask = api.dataset_info if kind == "data" else api.model_info
+        sha = ask(name, revision=revision, timeout=HUB_TIMEOUT).sha
+    except HfHubHTTPError as error:
+        raise UserError(Problem(f"the hub refuses {name}@{revision or 'main'}: {str(error).splitlines()[0]}", fix=fix)) from None
+    except (OSError, OfflineModeIsEnabled) as error:  # httpx's and requests' connection errors, DNS, time-outs
+        raise UserError(Problem(f"the hub can't be asked for the commit of {name}: {_reason(error)}", fix=fix)) from None
+    if not sha:
+        raise UserError(Problem(f"the hub names no commit for {name}", fix=fix))
+    return sha
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,180 @@
+"""Hold a composed tree against the schema, the executor's fields and the backend's; every problem at once."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from nemotron_recipes.backends import REGISTRY as BACKENDS
+from nemotron_recipes.backends import get_backend
+from nemotron_recipes.config.compose import Composed, flatten
+from nemotron_recipes.config.schema import KINDS
+from nemotron_recipes.errors import Problem, nearest
+from nemotron_recipes.executors import REGISTRY as EXECUTORS
+from nemotron_recipes.executors import get_executor
+from nemotron_recipes.spec import Tree
+
+DEFAULT_EXECUTOR = "local"
+
+
+def validate(composed: Composed, config_path: str, kinds: Iterable[str] = tuple(KINDS)) -> tuple[Tree, list[Problem]]:
+    """The complete config (defaults filled in) and no problems, or an empty tree and all problems.
+
+    `run` is checked against the fields of the executor that it names, `backend.native` against the backend's.
+    """
+    tree = composed.tree
+    kind = tree.get("kind")
+    if kind not in kinds:
+        stray = set(tree) - {name for model in KINDS.values() for name in model.model_fields}
+        hint = "its first line must be '# @package _global_'" if "recipe" in stray else f"set kind: {', '.join(kinds)}"
+        problem = Problem(f"config sets no valid kind (got {kind!r})", config_path, hint)
+        return {}, [*composed.problems, problem]
+    model = KINDS[kind]
+    problems: list[Problem] = list(composed.problems)
+    checked: Tree = {}
+    try:
+        checked = model.model_validate(tree).model_dump()
+    except ValidationError as error:
+        problems += _problems(error, model, origin_of(composed), "")
+    run = tree.get("run", {})
+    if isinstance(run, dict):
+        problems += _executor_by_profile(composed)
+        checked["run"], found = check_run(run, origin_of(composed))
+        problems += found
+    backend = tree.get("backend")
+    if kind == "train" and isinstance(backend, dict):
+        _check_backend(backend, tree.get("method"), composed, problems)
+    return ({}, problems) if problems else (checked, [])
+
+
+def defaults_of(kind: str) -> Tree:
+    """Flat dotted defaults of a kind's schema, required keys left out."""
+    return flatten(_defaults(KINDS[kind]))
+
+
+def check_run(run: Tree, origin: Callable[[str], str]) -> tuple[Tree, list[Problem]]:
+    """`run`, or a profile, complete with its executor's defaults; or all that its executor does not have or take."""
+    name = run.get("executor", DEFAULT_EXECUTOR)
+    if name not in EXECUTORS:
+        return {}, [Problem(f"unknown executor {name!r}", origin("run.executor"), nearest(str(name), EXECUTORS))]
+    model = get_executor(name).profile_model
+    try:
+        return model.model_validate({**run, "executor": name}).model_dump(), []
+    except ValidationError as error:
+        return {}, _problems(error, model, origin, "run.")
+
+
+def origin_of(composed: Composed) -> Callable[[str], str]:
+    """Dotted key -> the layer that set it, in words."""
+    return lambda key: str(composed.origin(key) or "")
+
+
+def _executor_by_profile(composed: Composed) -> list[Problem]:
+    origin = composed.origin("run.executor")
+    if origin is None or origin.kind == "profile":
+        return []
+    return [Problem("the executor is chosen by a profile", str(origin), "use --run or --batch PROFILE")]
+
+
+def _check_backend(backend: Tree, method: Any, composed: Composed, problems: list[Problem]) -> None:
+    name = backend.get("name")
+    if name is None:
+        return  # the schema has said so
+    if name not in BACKENDS:
+        where = str(composed.origin("backend.name") or "")
+        problems.append(Problem(f"unknown backend {name!r}", where, nearest(str(name), BACKENDS)))
+        return
+    described = get_backend(name)
+    if method not in described.methods:
+        where = str(composed.origin("backend.name") or "")
+        fix = f"it does: {', '.join(sorted(described.methods))}"
+        problems.append(Problem(f"backend {name} has no method '{method}'", where, fix))
+        return
+    native = backend.get("native")
+    if not isinstance(native, dict):
+        return
+    valid = described.native_keys(method)
+    back = {native_key: key for key, native_key in described.table(method).items()}
+    for key in native:
+        where = str(composed.origin(f"backend.native.{key}") or "")
+        if key in back:
+            fix = f"set {back[key]} instead"
+            problems.append(Problem(f"'backend.native.{key}' and '{back[key]}' are one thing", where, fix))
+        elif key not in valid:
+            problems.append(Problem(f"unknown key 'backend.native.{key}' of {name}", where, nearest(key, valid)))
+
+
+def _problems(
+    error: ValidationError, model: type[BaseModel], origin: Callable[[str], str], prefix: str
+) -> list[Problem]:
+    found = []
+    for item in error.errors(include_url=False):
+        key = prefix + ".".join(str(part) for part in item["loc"])
+        where = origin(key)
+        kind, value = item["type"], item.get("input")
+        fix = ""
+        if kind == "extra_forbidden":
+            what, fix = f"unknown key '{key}'", _suggest(key, tuple(item["loc"]), model, prefix)
+        elif kind == "missing":
+            what, fix, where = f"'{key}' has no default and must be set", f"add '{key}=...'", ""
+        elif kind in ("model_type", "dict_type", "model_attributes_type"):
+            what, fix = f"'{key}' is a section, not {value!r}", "set a key below it"
+        else:
+            message = item["msg"].removeprefix("Input ").removeprefix("Value error, ")
+            what = f"'{key}' {message}, not {value!r}"
+        found.append(Problem(what, where, fix))
+    return found
+
+
+def _suggest(key: str, loc: tuple[Any, ...], model: type[BaseModel], prefix: str) -> str:
+    """The nearest key in the same section, else the same name in another section, else what the section has."""
+    section: type[BaseModel] | None = model
+    for part in loc[:-1]:
+        if section is None or isinstance(part, int):
+            continue
+        field = section.model_fields.get(str(part))
+        section = _section(field.annotation) if field else None
+    valid = list(section.model_fields) if section else []
+    close = nearest(str(loc[-1]), valid)
+    if close.startswith("did"):
+        path = prefix + "".join(f"{p}." for p in loc[:-1])
+        return close.replace("'", f"'{path}", 1)
+    elsewhere = [name for name in _names(model) if name.split(".")[-1] == loc[-1]]
+    if elsewhere:
+        return f"did you mean '{prefix}{elsewhere[0]}'?"
+    return nearest(key, _names(model)) if len(loc) == 1 else close
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model inside an annotation such as `list[Source]` or `Lora | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _section(inner)
+        if found:
+            return found
+    return None
+
+
+def _names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        names.append(prefix + name)
+        if section:
+            names += _names(section, f"{prefix}{name}.")
+    return names
+
+
+def _defaults(model: type[BaseModel]) -> Tree:
+    tree: Tree = {}
+    for name, field in model.model_fields.items():
+        if not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            tree[name] = default.model_dump() if isinstance(default, BaseModel) else default
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            tree[name] = _defaults(field.annotation)
+    return tree
