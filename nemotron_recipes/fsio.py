@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import uuid
@@ -62,8 +63,7 @@ def file_digest(path: Path) -> str:
 
 def files_below(root: Path) -> list[Path]:
     """Every regular file below `root`, in a stable order (by relative POSIX path)."""
-    found = [Path(folder, name) for folder, _, files in os.walk(root) for name in files]
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    return _ordered(root, (Path(folder, name) for folder, _, files in os.walk(root) for name in files))
 
 
 def tree_digest(root: Path, files: Iterable[Path] | None = None) -> str:
@@ -71,7 +71,25 @@ def tree_digest(root: Path, files: Iterable[Path] | None = None) -> str:
     if root.is_file():
         return file_digest(root)
     digest = hashlib.sha256()
-    for path in sorted(files) if files is not None else files_below(root):
+    for path in _ordered(root, files) if files is not None else files_below(root):
         name = path.relative_to(root).as_posix()
         digest.update(f"{name}\0{file_digest(path)}\n".encode("utf-8", "surrogateescape"))
     return "sha256:" + digest.hexdigest()
+
+
+def path_digest(pattern: str) -> str:
+    """Digest of what a local path or glob names now; FileNotFoundError when that is nothing.
+
+    The files of a glob count by their names below their deepest common folder.
+    """
+    if os.path.exists(pattern):
+        return tree_digest(Path(pattern))
+    files = [Path(found) for found in glob.glob(pattern, recursive=True) if os.path.isfile(found)]
+    if not files:
+        raise FileNotFoundError(f"nothing at {pattern}")
+    return tree_digest(Path(os.path.commonpath([path.parent for path in files])), files)
+
+
+def _ordered(root: Path, files: Iterable[Path]) -> list[Path]:
+    """By relative POSIX path as text. Comparing Path objects would order a/b and a-b differently."""
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())

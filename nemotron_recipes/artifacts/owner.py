@@ -1,7 +1,7 @@
-"""Who owns unfinished work, and whether that process is provably gone. Standard library only.
+"""Who owns unfinished work, and what became of that process. Standard library only.
 
-A process is provably gone only when it lived under this very kernel boot and in this very PID namespace, and its PID
-is free or belongs to a process that started at another time. Of other hosts and containers nothing can be proved.
+Something is known only of a process of this very kernel boot and PID namespace: it is alive while its PID belongs to a
+process that started at the same time. Of other hosts and containers nothing can be proved.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 def this_process() -> dict[str, Any]:
@@ -17,13 +17,14 @@ def this_process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid()), **_place()}
 
 
-def provably_gone(owner: dict[str, Any]) -> bool:
-    """True only when the process that wrote `owner` can't run any more; False also when nobody can tell."""
-    place = _place()
+def fate(owner: dict[str, Any]) -> Literal["alive", "gone", "unknown"]:
+    """What became of the process that wrote `owner`."""
+    place, pid, start = _place(), owner.get("pid"), owner.get("start")
     if not place["boot"] or any(owner.get(key) != value for key, value in place.items()):
-        return False
-    pid, start = owner.get("pid"), owner.get("start")
-    return isinstance(pid, int) and start is not None and _start_time(pid) != start
+        return "unknown"
+    if not isinstance(pid, int) or start is None:
+        return "unknown"
+    return "alive" if _start_time(pid) == start else "gone"
 
 
 def _place() -> dict[str, str]:

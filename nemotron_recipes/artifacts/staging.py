@@ -14,7 +14,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemotron_recipes.artifacts.owner import provably_gone, this_process
+from nemotron_recipes.artifacts.owner import fate, this_process
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import write_atomic
 
@@ -99,7 +99,7 @@ def _left_behind(folder: Path, now: float) -> bool:
         owner = json.loads((folder / "owner.json").read_text())
     except FileNotFoundError:
         owner = {}
-    if provably_gone(owner):
+    if fate(owner) == "gone":
         return True
     return now - _newest_change(folder) > OLD
 

@@ -17,7 +17,7 @@ from nemotron_recipes.spec import Artifact, Output
 class Context:
     """One rank of one attempt of a stage.
 
-    inputs      config key -> folder or file (a glob stays one); only inputs that have a path: store, path, earlier output
+    inputs      config key -> folder, file or glob of each input that has a path (store, path, an earlier output)
     artifacts   config key -> what it is, for every input; an earlier stage's output is its exact version here
     results     numbers to record, filled by rank 0 (final loss, exact match before and after, ...)
     metadata    facts about the outputs that go into their manifests, filled by rank 0

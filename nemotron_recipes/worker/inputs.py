@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.fsio import path_digest
 from nemotron_recipes.spec import Artifact
 
 
@@ -30,7 +31,7 @@ def resolve_inputs(
                     store.verify(artifact)
                 paths[key] = store.content(artifact)
             elif artifact.source == "path":
-                paths[key] = _existing(artifact)
+                paths[key] = _existing(artifact, verify)
             artifacts[key] = artifact
         except UserError as error:
             problems.extend(Problem(f"input {key}: {p.what}", p.where, p.fix) for p in error.problems)
@@ -46,7 +47,7 @@ def _exact(pinned: Artifact, store: Store) -> Artifact:
         if pinned.digest and found.digest != pinned.digest:
             raise UserError(
                 Problem(
-                    f"{pinned.label} isn't the version that was planned: digest {found.digest}, planned {pinned.digest}",
+                    f"{pinned.label} isn't what was planned: its digest is {found.digest}, planned {pinned.digest}",
                     str(store.root),
                     "plan again",
                 )
@@ -68,8 +69,13 @@ def _exact(pinned: Artifact, store: Store) -> Artifact:
     return pinned
 
 
-def _existing(artifact: Artifact) -> Path:
-    """The path of a path input: a file, a folder, or a glob that matches something."""
+def _existing(artifact: Artifact, verify: bool) -> Path:
+    """The path of a path input: a file, a folder, or a glob that matches something; unchanged since it was planned."""
     if not os.path.exists(artifact.uri) and not glob.glob(artifact.uri, recursive=True):
         raise UserError(Problem(f"{artifact.uri} doesn't exist here", fix="mount or copy it where the stage runs"))
+    if verify and artifact.digest:
+        actual = path_digest(artifact.uri)
+        if actual != artifact.digest:
+            what = f"{artifact.uri} has changed: its content is {actual}, when planned it was {artifact.digest}"
+            raise UserError(Problem(what, fix="plan again"))
     return Path(artifact.uri)

@@ -190,7 +190,7 @@ class Attempt:
         return code
 
     def _record(self, state: str, code: int, error: str | None = None) -> None:
-        """Rank 0's last word. Another rank's failure explains why this one was stopped or fell over, so it goes first."""
+        """Rank 0's last word. Another rank's earlier failure explains why this one was stopped or fell."""
         context = self.context
         rank = context.rank if state == "failed" else None
         first = context.dir.first_failure(context.attempt) if state != "succeeded" else None

@@ -1,0 +1,273 @@
+"""The read side of the run folders: which runs there are, and what became of each. Writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.artifacts.owner import fate
+from nemotron_recipes.artifacts.reconcile import Alive, Evidence, State, judge
+from nemotron_recipes.errors import Problem, UserError, nearest, printable
+from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
+from nemotron_recipes.spec import JobHandle, Tree
+
+Liveness = Callable[[JobHandle], Alive]
+TAIL_LINES = 12
+TAIL_BYTES = 16384
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage as it stands now. Times are seconds since the epoch.
+
+    note         a disagreement between the record and the exit code, or a gap in what is known
+    explanation  for people, when it failed or got lost: the rank that failed first, its last lines, the log
+    log          the log to look at: of the rank that failed first, else of rank 0
+    """
+
+    name: str
+    state: State
+    note: str = ""
+    attempt: int = 0
+    exit_code: int | None = None
+    started: float | None = None
+    ended: float | None = None
+    fingerprint: str = ""
+    outputs: Tree = field(default_factory=dict)  # slot -> {name, version, digest, uri}
+    results: Tree = field(default_factory=dict)
+    parents: list[Tree] = field(default_factory=list)
+    explanation: str = ""
+    log: str | None = None
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run as it stands now. `plan` is plan.json as it is; empty when it can't be read."""
+
+    id: str
+    path: str
+    title: str
+    created: str  # ISO 8601, UTC
+    state: State
+    stages: tuple[StageView, ...]
+    plan: Tree
+    handle: JobHandle | None = None
+    explanation: str = ""
+
+    def stage(self, name: str) -> StageView:
+        """The stage of that name; UserError names the nearest."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        fix = nearest(name, (stage.name for stage in self.stages))
+        raise UserError(Problem(f"run {self.id} has no stage '{name}'", self.path, fix))
+
+
+def list_runs(runs_root: Path, liveness: Liveness | None = None) -> list[RunView]:
+    """Every run below `runs_root`, newest first. A damaged one is listed too, and says what is wrong with it."""
+    views = [load_run(folder, liveness) for folder in _run_folders(runs_root)]
+    return sorted(views, key=lambda view: (view.created, view.id), reverse=True)
+
+
+def find_run(runs_root: Path, text: str) -> Path:
+    """The folder of the run whose id is `text`, or of the only one whose id contains it. UserError otherwise."""
+    ids = [folder.name for folder in _run_folders(runs_root)]
+    found = [run for run in ids if run == text] or [run for run in ids if text and text in run]
+    if len(found) == 1:
+        return runs_root / found[0]
+    if found:
+        raise UserError(
+            Problem(f"'{text}' may be any of {', '.join(sorted(found))}", str(runs_root), "give more of it")
+        )
+    raise UserError(Problem(f"no run '{text}'", str(runs_root), nearest(text, ids) or "there are no runs there yet"))
+
+
+def load_run(run_dir: Path, liveness: Liveness | None = None) -> RunView:
+    """One run, its state put together from plan, handle, events and records. UserError when there is no such run.
+
+    liveness: asks the executor; not asked when the launcher itself recorded the end. None: nobody can be asked.
+    """
+    run = RunDir(Path(run_dir))
+    try:
+        plan, handle_tree = read_json(run.plan), read_json(run.handle)
+    except ValueError as error:
+        what = f"plan.json or handle.json can't be read: {error}"
+        return RunView(run.path.name, str(run.path), "", "", "lost", (), {}, explanation=what)
+    if plan is None:
+        raise UserError(Problem(f"{run.path} is not a run folder", fix="it has no plan.json"))
+    handle = JobHandle(**handle_tree) if handle_tree else None
+    events = list(read_jsonl(run.events))
+    alive = _liveness(events, handle, liveness)
+    stages = tuple(_stage_view(stage, run.stage(stage["name"]), events, alive) for stage in plan["stages"])
+    state, explanation = _overall(stages, events, alive)
+    return RunView(
+        id=plan["id"],
+        path=str(run.path),
+        title=plan["title"],
+        created=plan["created"],
+        state=state,
+        stages=stages,
+        plan=plan,
+        handle=handle,
+        explanation=explanation,
+    )
+
+
+def _run_folders(runs_root: Path) -> list[Path]:
+    return sorted(path.parent for path in Path(runs_root).glob("*/plan.json"))
+
+
+def _liveness(events: list[Tree], handle: JobHandle | None, liveness: Liveness | None) -> Alive | None:
+    """What is known of the whole run; a launcher that started later takes back an earlier end."""
+    turns = [e["event"] for e in events if e["event"] in ("submitted", "driver-started", "finished", "cancelled")]
+    if turns and turns[-1] in ("finished", "cancelled"):
+        return "ended"
+    return liveness(handle) if handle and liveness else None
+
+
+def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Alive | None) -> StageView:
+    name = stage["name"]
+    if stage["reused"]:
+        made = stage["reused"]
+        output = {key: made[key] for key in ("name", "version", "digest", "uri")}
+        return StageView(name, "reused", fingerprint=stage["fingerprint"], outputs={made["producer"]["slot"]: output})
+    record = read_json(folder.record)
+    attempt = max([*_launched(events, name), *_attempts(folder), record["attempt"] if record else 0])
+    if record and record["attempt"] != attempt:
+        record = None
+    launched, exited, cancelled, retrying = _launcher_says(events, name, attempt)
+    worker = _last_event(folder, attempt, "started")
+    failure = folder.first_failure(attempt)
+    exit_code = exited["exit_code"] if exited else None
+    state, note = judge(
+        Evidence(
+            started=attempt > 0,
+            exit_code=exit_code,
+            record=record,
+            failure=failure,
+            cancelled=cancelled,
+            liveness=alive,
+            worker=fate(worker) if worker else None,
+            launched=launched is not None,
+            retrying=retrying and alive in ("queued", "running"),
+        )
+    )
+    said = record or {}
+    began = launched or worker or {}
+    ended = said.get("ended") or (exited or {}).get("time")
+    explanation, log = _explain(folder, attempt, failure, note) if state in ("failed", "lost") else ("", None)
+    if log is None and attempt:
+        log = folder.log(attempt, 0)
+    return StageView(
+        name=name,
+        state=state,
+        note=note,
+        attempt=attempt,
+        exit_code=exit_code if exit_code is not None else said.get("exit_code"),
+        started=said.get("started") or began.get("time"),
+        ended=ended,
+        fingerprint=stage["fingerprint"],
+        outputs=said.get("outputs", {}),
+        results=said.get("results", {}),
+        parents=said.get("parents", []),
+        explanation=explanation,
+        log=str(log) if log else None,
+    )
+
+
+def _launched(events: list[Tree], name: str) -> list[int]:
+    return [e["attempt"] for e in events if e["event"] == "stage-started" and e["stage"] == name]
+
+
+def _attempts(folder: StageDir) -> list[int]:
+    """Attempts in which a worker wrote anything."""
+    names = (path.name.split(".")[0].removeprefix("attempt-") for path in (folder.path / "events").glob("attempt-*"))
+    return [int(number) for number in names if number.isdigit()]
+
+
+def _launcher_says(events: list[Tree], name: str, attempt: int) -> tuple[Tree | None, Tree | None, bool, bool]:
+    """(stage-started, stage-exited, cancelled, retrying) of this attempt, each seen after the one before."""
+    started: Tree | None = None
+    exited: Tree | None = None
+    cancelled = retrying = False
+    for event in events:
+        kind, mine = event["event"], event.get("stage") == name and event.get("attempt") == attempt
+        if kind == "stage-started" and mine:
+            started, exited, cancelled, retrying = event, None, False, False
+        elif kind == "stage-exited" and mine:
+            exited = event
+        elif kind == "cancelled" and event.get("stage") in (name, None):
+            cancelled = True
+        elif kind in ("driver-started", "submitted"):
+            retrying = attempt > 0
+    return started, exited, cancelled, retrying
+
+
+def _last_event(folder: StageDir, attempt: int, kind: str) -> Tree | None:
+    """Rank 0's newest event of this kind."""
+    found = [event for event in read_jsonl(folder.events(attempt, 0)) if event["event"] == kind]
+    return found[-1] if found else None
+
+
+def _explain(folder: StageDir, attempt: int, failure: Tree | None, note: str) -> tuple[str, Path | None]:
+    """(text, log): what the first failing rank said; where none did, the end of the log of a rank that fell silent."""
+    lines = [note] if note else []
+    if failure is not None:
+        log = folder.log(attempt, failure["rank"])
+        lines.append(f"rank {failure['rank']} on {failure['host']} failed first: {failure['message']}")
+        lines += [f"  | {line}" for line in failure["lines"][-TAIL_LINES:] if line != failure["message"]]
+    else:
+        silent = _silent_rank(folder, attempt)
+        log = folder.launcher_log(attempt) if silent is None else folder.log(attempt, silent)
+        if silent is not None:
+            lines.append(f"rank {silent} ended without a word; its last lines:")
+        lines += [f"  | {line}" for line in tail(log)]
+    lines.append(f"log: {log}")
+    if folder.launcher_log(attempt).exists() and log != folder.launcher_log(attempt):
+        lines.append(f"launcher: {folder.launcher_log(attempt)}")
+    return printable("\n".join(lines)), log
+
+
+def _silent_rank(folder: StageDir, attempt: int) -> int | None:
+    """The lowest rank that started and then neither finished nor failed nor stopped when asked."""
+    ranks = []
+    for path in (folder.path / "events").glob(f"attempt-{attempt}.rank-*.jsonl"):
+        last = [event["event"] for event in read_jsonl(path)][-1:]
+        if last and last[0] not in ("finished", "failed", "cancelled"):
+            ranks.append(int(path.name.split(".rank-")[1].removesuffix(".jsonl")))
+    return min(ranks, default=None)
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines of a log, however long it is; none when there is no log."""
+    try:
+        with open(log, "rb") as handle:
+            handle.seek(0, 2)
+            handle.seek(max(0, handle.tell() - TAIL_BYTES))
+            text = handle.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return []
+    return [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")[-lines:] if line.strip()]
+
+
+def _overall(stages: Iterable[StageView], events: list[Tree], alive: Alive | None) -> tuple[State, str]:
+    """(state, explanation) of the whole run."""
+    states = {stage.state: stage for stage in reversed(tuple(stages))}  # the first stage of each state
+    for state in ("running", "failed", "lost", "cancelled"):
+        if state in states:
+            stage = states[state]
+            return stage.state, f"stage {stage.name}: {stage.explanation or stage.note}".rstrip(": ")
+    if "pending" not in states:
+        return "succeeded", ""
+    if alive in ("queued", "running"):
+        return ("running" if alive == "running" else "pending"), ""
+    last: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("cancelled", "finished")), {})
+    if alive == "ended":
+        if last.get("event") == "cancelled":
+            return "cancelled", ""
+        return "failed", printable(str(last.get("cause") or "the launcher ended before every stage had run"))
+    if alive == "lost":
+        return "lost", "nobody runs it any more, and nobody recorded an end"
+    return "pending", "it was never submitted, or submitting it was interrupted"
