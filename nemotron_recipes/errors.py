@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+SHOWN = 12  # valid names listed where none is near
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -63,7 +65,10 @@ def nearest(word: str, valid: Iterable[str]) -> str:
         close = [option for option in options if option.startswith(word)][:1]
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"valid: {', '.join(options)}" if options else ""
+    if not options:
+        return ""
+    more = f", ... ({len(options)} in all)" if len(options) > SHOWN else ""
+    return f"valid: {', '.join(options[:SHOWN])}{more}"
 
 
 def printable(text: str) -> str:

@@ -9,6 +9,7 @@ Cheap (it lists folders), so that `--help` can show what is there.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +91,17 @@ class Catalog:
             if candidate.is_file():
                 return candidate
         return None
+
+    def makers(self, artifact: str) -> tuple[str, ...]:
+        """Commands whose config names `artifact` as an output; found by reading the files as text."""
+        named = re.compile(rf"^\s*(?:outputs:\s*\{{\s*)?\w+:\s*['\"]?{re.escape(artifact)}['\"]?\s*\}}?\s*$", re.MULTILINE)
+        return tuple(
+            f"nemotron {family} {' '.join(words)} -c {config}"
+            for family in self.families
+            for words in self.stages(family)
+            for config in self.configs(family, *words)
+            if named.search(self.file("/".join(("recipe", family, *words, config))).read_text(encoding="utf-8"))  # type: ignore[union-attr]
+        )
 
     def require(self, family: str, words: tuple[str, ...], config: str) -> str:
         """Hydra's config path of a config. UserError naming the nearest family, stage or config that exists."""

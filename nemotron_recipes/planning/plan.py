@@ -61,7 +61,7 @@ def make_plan(request: Request, catalog: Catalog, environment: Environment) -> P
     plan_id = f"{request.family}-{request.stage}-{request.config}-{secrets.token_hex(4)}"
     run_dir = environment.output / "runs" / plan_id
     store = Store(environment.store)
-    resolver = Resolver(store, Path(request.cwd), request.offline)
+    resolver = Resolver(store, Path(request.cwd), catalog.makers, request.offline)
     code = describe_code()
 
     steps, problems = _steps(request, catalog, config_path)

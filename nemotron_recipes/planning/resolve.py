@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Resolver:
 
     store: Store
     cwd: Path
+    makers: Callable[[str], tuple[str, ...]]  # artifact name -> commands that make it, for messages
     offline: bool = False
     produced: dict[str, Artifact] = field(default_factory=dict)
 
@@ -68,6 +69,10 @@ class Resolver:
         name, _, version = reference.partition(":")
         if not version and name in self.produced:
             return self.produced[name]
+        made_by = () if self.store.versions(name) else self.makers(name)
+        if made_by:
+            what = f"no artifact '{name}' in the store yet"
+            raise UserError(Problem(what, str(self.store.root), f"make it first: {made_by[0]}"))
         return self.store.resolve(reference)
 
     def _local(self, reference: str, path: Path, kind: str) -> Artifact:
@@ -139,7 +144,7 @@ def _sample(reference: str) -> Artifact:
 def _commit(name: str, revision: str | None, kind: str) -> str:
     """Ask the hub which commit a repository is at: the only use of the network while planning."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     fix = "give a local path, pin it (hf://ORG/NAME@COMMIT), or look at the plan with --dry-run --offline"
     try:
@@ -148,7 +153,7 @@ def _commit(name: str, revision: str | None, kind: str) -> str:
         sha = ask(name, revision=revision, timeout=HUB_TIMEOUT).sha
     except HfHubHTTPError as error:
         raise UserError(Problem(f"the hub refuses {name}@{revision or 'main'}: {str(error).splitlines()[0]}", fix=fix)) from None
-    except (OSError, OfflineModeIsEnabled) as error:  # httpx's and requests' connection errors, DNS, time-outs
+    except (HTTPError, OSError, OfflineModeIsEnabled) as error:  # no route, no name, a time-out
         raise UserError(Problem(f"the hub can't be asked for the commit of {name}: {_reason(error)}", fix=fix)) from None
     if not sha:
         raise UserError(Problem(f"the hub names no commit for {name}", fix=fix))
