@@ -46,6 +46,11 @@ class StageDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def curves(self) -> Path:
+        """Loss and learning rate over steps, as a picture."""
+        return self.path / "curves.png"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -15,10 +15,10 @@ import click
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.cli import summary
-from nemotron_recipes.cli.text import duration, printable
-from nemotron_recipes.errors import NemotronError
+from nemotron_recipes.cli.text import duration
+from nemotron_recipes.errors import NemotronError, printable
 from nemotron_recipes.executors import get_executor
-from nemotron_recipes.rundir import RunDir, read_jsonl
+from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import JobHandle
 
 BAR = 24  # characters
@@ -144,11 +144,6 @@ def show_logs(run: RunDir, stage: str, rank: int, show: Callable[[str], None]) -
         raise NemotronError(f"{stage} has no log of rank {rank}" + (f"; there are ranks {known}" if known else " yet"))
     for line in Tail(log).lines(whole=False):
         show(printable(line))
-
-
-def last_rows(path: Path) -> list[dict[str, Any]]:
-    """All logged steps of a metrics file."""
-    return list(read_jsonl(path))
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from typing import Any
 import click
 
 from nemotron_recipes.cli.stage import WordGroup
-from nemotron_recipes.cli.text import printable
 from nemotron_recipes.config.catalog import Catalog, config_roots
-from nemotron_recipes.errors import NemotronError, Problem, UserError, nearest
+from nemotron_recipes.errors import NemotronError, Problem, UserError, nearest, printable
 
 EXAMPLES = """\b
 Examples:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 
-
-def printable(text: str) -> str:
-    """Control characters made visible, so that no name, file or log can drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+from nemotron_recipes.errors import printable
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -30,3 +28,17 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def age(created: str) -> str:
+    """How long ago an ISO 8601 time was: `just now`, `5 min ago`, `3 h ago`, then the date."""
+    try:
+        then = datetime.fromisoformat(created)
+    except ValueError:
+        return "?"
+    seconds = (datetime.now(timezone.utc) - then).total_seconds()
+    if seconds < 60:
+        return "just now"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min ago"
+    return f"{seconds // 3600:.0f} h ago" if seconds < 86400 else then.strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,120 @@
+"""`nemotron artifacts list | show | alias` and `nemotron lineage`: what the store holds and where it came from."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from typing import Any
+
+import click
+
+from nemotron_recipes.artifacts.lineage import RENDERERS
+from nemotron_recipes.artifacts.lineage import lineage as read_lineage
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.cli.text import age, short, table
+from nemotron_recipes.config.profiles import read_environment
+from nemotron_recipes.errors import Problem, UserError, printable
+from nemotron_recipes.spec import Artifact
+
+NAME = click.argument("name", metavar="NAME[:VERSION]")
+
+
+@click.group()
+def artifacts() -> None:
+    """List and show what the store holds. VERSION is vN, latest or an alias of yours."""
+
+
+@artifacts.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print for programs.")
+def list_command(as_json: bool) -> None:
+    """List every artifact: newest version, kind, size, and the run that made it."""
+    store = _store()
+    rows = []
+    for name in store.names():
+        newest = store.resolve(name)
+        rows.append((newest, store.describe(newest), len(store.versions(name)), store.aliases(name)))
+    if as_json:
+        tree = [{**m, "versions": count, "aliases": aliases, "uri": a.uri} for a, m, count, aliases in rows]
+        click.echo(json.dumps(tree, indent=2))
+    elif not rows:
+        click.echo(f"no artifacts yet in {store.root}")
+    else:
+        cells = [
+            (f"{a.name}:v{a.version}", a.kind, _size(m["size"]), age(_iso(m["created"])), (m["producer"] or {}).get("run", ""))
+            for a, m, _, _ in rows
+        ]
+        click.echo(table(("ARTIFACT", "KIND", "SIZE", "CREATED", "MADE BY"), cells))
+
+
+@artifacts.command()
+@NAME
+@click.option("--verify", is_flag=True, help="Read all its data and compare with the recorded digest.")
+@click.option("--json", "as_json", is_flag=True, help="Print for programs.")
+def show(name: str, verify: bool, as_json: bool) -> None:
+    """Show one version: digest, folder, producer, parents, results."""
+    store = _store()
+    artifact = store.resolve(name)
+    if verify:
+        store.verify(artifact)
+    manifest = store.describe(artifact)
+    if as_json:
+        click.echo(json.dumps({**manifest, "uri": artifact.uri}, indent=2))
+        return
+    made = manifest["producer"] or {}
+    lines = [
+        f"{artifact.label}  ({manifest['kind']}{', verified' if verify else ''})",
+        f"  folder    {artifact.uri}",
+        f"  digest    {manifest['digest']}",
+        f"  size      {_size(manifest['size'])} in {manifest['files']} files",
+        f"  created   {_iso(manifest['created'])}",
+    ]
+    if made:
+        lines.append(f"  made by   {made['stage']} of {made['run']}, fingerprint {short(made['fingerprint'])}")
+    for parent in manifest["parents"]:
+        label = Artifact.from_tree({k: v for k, v in parent.items() if k != "input"}).label
+        lines.append(f"  input     {parent['input']} = {label}  {short(parent['digest'])}")
+    lines += [f"  result    {key} = {value}" for key, value in manifest["results"].items()]
+    versions, aliases = store.versions(artifact.name), store.aliases(artifact.name)
+    lines.append(f"  versions  {', '.join(f'v{v}' for v in versions)}")
+    lines += [f"  alias     {alias} = v{version}" for alias, version in aliases.items()]
+    click.echo(printable("\n".join(lines)))
+
+
+@artifacts.command()
+@NAME
+@click.argument("alias")
+def alias(name: str, alias: str) -> None:
+    """Let NAME:ALIAS mean this version from now on."""
+    store = _store()
+    artifact = store.resolve(name)
+    store.alias(artifact.name, alias, artifact.version or 0)
+    click.echo(f"{artifact.name}:{alias} is v{artifact.version}")
+
+
+@click.command()
+@NAME
+@click.option("--format", "form", type=click.Choice(sorted(RENDERERS)), default="tree", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+def lineage(name: str, form: str, as_json: bool) -> None:
+    """Draw what an artifact came from, back to the data."""
+    if as_json and form != "tree":
+        raise UserError(Problem("--json and --format exclude each other", "command line"))
+    store = _store()
+    click.echo(RENDERERS["json" if as_json else form](read_lineage(store, store.resolve(name))))
+
+
+def _store() -> Store:
+    return Store(read_environment().store)
+
+
+def _size(size: Any) -> str:
+    number = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def _iso(created: float) -> str:
+    return datetime.fromtimestamp(created, timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,133 @@
+"""How a run ended, for people and for programs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.artifacts.records import RunView, StageView
+from nemotron_recipes.cli.text import duration
+from nemotron_recipes.errors import printable
+from nemotron_recipes.rundir import RunDir
+
+# result name of a stage's measurement -> how it is told; each has a value before and after training
+MEASURES = {"exact_match": "held-out exact match", "preference_accuracy": "held-out preference accuracy"}
+
+
+def closing(view: RunView) -> str:
+    """The last words of a followed run: what was made and learned, or what went wrong and what to do."""
+    lines = ["", f"{view.id}: {view.state}"]
+    if view.state != "succeeded":
+        lines += [view.explanation] if view.explanation else []
+        lines += ["", f"look closer  nemotron runs show {view.id}", f"logs         nemotron runs logs {view.id}"]
+        if len(view.stages) > 1:
+            lines.append("continue     run the same command again: what is done is not done twice")
+        return printable("\n".join(lines))
+    lines += ["", "what was made"]
+    for stage in view.stages:
+        for made in stage.outputs.values():
+            reused = "  (reused)" if stage.state == "reused" else ""
+            lines.append(f"  {stage.name:<14} {made['name']}:v{made['version']}  {made['uri']}{reused}")
+    learned = [line for stage in view.stages for line in _learned(stage)]
+    if learned:
+        lines += ["", "what was learned", *learned]
+    curves = [str(path) for stage in view.stages if (path := curve(view, stage)).exists()]
+    if curves:
+        lines += ["", "loss curves", *(f"  {path}" for path in curves)]
+    return printable("\n".join([*lines, "", *_next(view)]))
+
+
+def describe(view: RunView) -> str:
+    """A run in full: its stages, inputs, outputs, results and, where it failed, why."""
+    lines = [f"{view.id}  {view.state}", f"  command  nemotron {view.title}", f"  created  {view.created}"]
+    lines.append(f"  folder   {view.path}")
+    if view.explanation and not view.stages:
+        lines.append(f"  {view.explanation}")
+    for stage in view.stages:
+        lines += ["", *_stage(view, stage)]
+    return printable("\n".join(lines))
+
+
+def as_tree(view: RunView) -> dict[str, Any]:
+    """A run for programs."""
+    return {
+        "id": view.id,
+        "state": view.state,
+        "command": f"nemotron {view.title}",
+        "created": view.created,
+        "run_dir": view.path,
+        "explanation": view.explanation,
+        "stages": [
+            {
+                "name": stage.name,
+                "state": stage.state,
+                "note": stage.note,
+                "attempt": stage.attempt,
+                "exit_code": stage.exit_code,
+                "started": stage.started,
+                "ended": stage.ended,
+                "fingerprint": stage.fingerprint,
+                "parents": stage.parents,
+                "outputs": stage.outputs,
+                "results": stage.results,
+                "explanation": stage.explanation,
+                "log": stage.log,
+            }
+            for stage in view.stages
+        ],
+    }
+
+
+def curve(view: RunView, stage: StageView) -> Path:
+    """Where a stage's loss curve lies, if it has one."""
+    return RunDir(Path(view.path)).stage(stage.name).curves
+
+
+def _stage(view: RunView, stage: StageView) -> list[str]:
+    attempt = f", attempt {stage.attempt}" if stage.attempt > 1 else ""
+    code = f", exit code {stage.exit_code}" if stage.exit_code else ""
+    took = f", {duration((stage.ended or time.time()) - stage.started)}" if stage.started else ""
+    lines = [f"{stage.name}: {stage.state}{attempt}{code}{took}", f"  fingerprint {stage.fingerprint}"]
+    if stage.note:
+        lines.append(f"  note        {stage.note}")
+    if stage.explanation:
+        lines += [f"  {line}" for line in stage.explanation.splitlines() if line != stage.note]
+    planned = next((s for s in view.plan.get("stages", ()) if s["name"] == stage.name), {})
+    for key, origin in planned.get("changed", {}).items():
+        lines.append(f"  set         {key} <- {origin['kind']} {origin['source']}")
+    for parent in stage.parents:
+        version = f":v{parent['version']}" if parent.get("version") else ""
+        lines.append(f"  input       {parent['input']} = {parent.get('name') or parent.get('uri')}{version}")
+    for slot, made in stage.outputs.items():
+        lines.append(f"  output      {slot} = {made['name']}:v{made['version']}  {made['uri']}")
+    for name, value in stage.results.items():
+        lines.append(f"  result      {name} = {value if isinstance(value, int) or value is None else f'{value:.4g}'}")
+    if stage.log:
+        lines.append(f"  log         {stage.log}")
+    return lines
+
+
+def _learned(stage: StageView) -> list[str]:
+    lines = []
+    for name, words in MEASURES.items():
+        before, after = stage.results.get(f"{name}_before"), stage.results.get(f"{name}_after")
+        if before is not None and after is not None:
+            lines.append(f"  {stage.name:<14} {words} {before:.1%} -> {after:.1%}")
+    return lines
+
+
+def _next(view: RunView) -> list[str]:
+    models = [made for stage in view.stages for slot, made in stage.outputs.items() if slot == "model"]
+    made = (models or [m for stage in view.stages for m in stage.outputs.values()] or [None])[-1]
+    if made is None:
+        return []
+    lines = [f"lineage      nemotron lineage {made['name']}:v{made['version']}"]
+    lines += [f"this run     nemotron runs show {view.id}"]
+    if models:
+        family = view.plan["family"]
+        lines += ["", "what to try next"]
+        lines += [f"  nemotron {view.title} --dry-run                 exactly what ran, and what is reused now"]
+        lines += [f"  nemotron {family} sft -c tiny train.train_iters=100      any value overridden"]
+        lines += [f"  nemotron {family} data prep sft -c default 'data.sources=[{{path: my.jsonl}}]' data.tokenizer=tiny"]
+    return lines
