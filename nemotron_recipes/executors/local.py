@@ -120,7 +120,7 @@ def _render_stage(plan: Plan, stage: StagePlan) -> RenderedStage:
     return RenderedStage(
         name=stage.name,
         files={str(folder.files / name): text for name, text in launch.files.items()},
-        argv=_argv(launch, stage.placement.nproc_per_node),
+        argv=_argv(stage),
         env={
             "PYTHONSAFEPATH": "1",  # `-m` looks for modules in the environment alone, not in the stage's folder
             "PYTHONUNBUFFERED": "1",
@@ -132,13 +132,15 @@ def _render_stage(plan: Plan, stage: StagePlan) -> RenderedStage:
     )
 
 
-def _argv(launch: Launch, nproc: int) -> tuple[str, ...]:
+def _argv(stage: StagePlan) -> tuple[str, ...]:
+    launch = stage.launch
     if launch.launcher == "plain":
         return (sys.executable, "-m", launch.module, *launch.args)
     return (
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--standalone", "--local-addr=127.0.0.1"),  # a free port, and no look-up of this machine's name
-        *("--nnodes=1", f"--nproc-per-node={nproc}", "--max-restarts=0"),
+        *("--nnodes=1", f"--nproc-per-node={stage.placement.nproc_per_node}", "--max-restarts=0"),
+        f"--log-dir={StageDir(Path(stage.directory)).path / 'logs' / 'torchrun'}",  # else it litters the temporary folder
         *("-m", launch.module),
         # torchrun sends each of these through string.Template (${local_rank}): `$$` comes out as `$`
         *(argument.replace("$", "$$") for argument in launch.args),
@@ -178,7 +180,7 @@ def _env_problems(stage: StagePlan) -> Iterator[Problem]:
 
 def _text_problems(stage: StagePlan) -> Iterator[Problem]:
     received = {"the run's folder": stage.directory}
-    received |= {f"argument {n}": text for n, text in enumerate(_argv(stage.launch, 1))}
+    received |= {f"argument {n}": text for n, text in enumerate(_argv(stage))}
     received |= {f"file name {name!r}": name for name in stage.launch.files}
     received |= {f"env {name}": text for name, text in stage.launch.env.items()}
     received |= {f"env {name}": text for name, text in stage.placement.options.get("env", {}).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nemotron_recipes.executors import Executor
 from nemotron_recipes.fsio import write_atomic
@@ -22,7 +22,8 @@ from nemotron_recipes.spec import (
     to_json,
 )
 
-HELPERS = Path(__file__).parent
+PROBE = "tests.helpers.probe"
+ROOT = Path(__file__).parents[2]  # has to be on the PYTHONPATH of what a test submits
 
 
 def probe_stage(
@@ -32,10 +33,11 @@ def probe_stage(
     placement: Placement,
     env: dict[str, str] | None = None,
     files: dict[str, str] | None = None,
-    launcher: str = "plain",
+    launcher: Literal["plain", "torchrun"] = "plain",
     **orders: Any,
 ) -> StagePlan:
-    """A stage that runs probe.py. orders: exit, signal, sleep (s), record ("succeeded", ... or None), children, deaf."""
+    """A stage that runs probe.py. orders: exit, signal, sleep (s), record ("succeeded", ... or None), children (how
+    many that ignore SIGTERM), deaf (ignores it itself)."""
     fingerprint = f"fingerprint-of-{name}"
     told = {"exit": 0, "signal": 0, "sleep": 0, "record": "succeeded", "children": 0, "deaf": False, **orders}
     told["fingerprint"] = fingerprint
@@ -49,7 +51,9 @@ def probe_stage(
         changed={},
         inputs={},
         outputs=(),
-        launch=Launch("probe", args, {"probe.json": json.dumps(told), **(files or {})}, launcher, env or {}),
+        launch=Launch(
+            "tests.helpers.probe", args, {"probe.json": json.dumps(told), **(files or {})}, launcher, env or {}
+        ),
         placement=placement,
         directory="",  # set by `plan_of`
         fingerprint=fingerprint,

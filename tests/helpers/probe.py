@@ -32,7 +32,7 @@ def main() -> int:
         "argv": sys.argv[1:],
         "cwd": os.getcwd(),
         "env": {name: digest(value) for name, value in os.environ.items()},
-        "files": {p.name: digest(p.read_text(encoding="utf-8")) for p in (Path.cwd() / "files").iterdir()},
+        "files": {p.name: digest(p.read_bytes()) for p in (Path.cwd() / "files").iterdir()},
         "pid": os.getpid(),
         "children": [child.pid for child in children],
     }
@@ -57,8 +57,9 @@ def main() -> int:
     return int(orders["exit"])
 
 
-def digest(value: str) -> str:
-    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()
+def digest(value: str | bytes) -> str:
+    data = os.fsencode(value) if isinstance(value, str) else value
+    return hashlib.sha256(data).hexdigest()
 
 
 _CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"

@@ -1,0 +1,60 @@
+"""What the executor contract suite needs to know of each executor. A row per row of `executors.REGISTRY`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.executors import Executor
+from nemotron_recipes.rundir import RunDir, read_jsonl
+from nemotron_recipes.spec import JobHandle, Placement
+
+
+@dataclass(frozen=True)
+class Harness:
+    """`profile`: fields of a profile that works where the tests run. `unavailable`: why it can't run here, or ""."""
+
+    profile: dict[str, Any]
+    unavailable: Callable[[], str] = lambda: ""
+
+
+HARNESSES = {
+    "local": Harness({"executor": "local", "grace_seconds": 1.0}),
+}
+
+
+def placement(executor: Executor, **fields: Any) -> Placement:
+    """A placement made as planning makes it: the profile's fields, validated by the executor's own model."""
+    options = executor.profile_model(**{**HARNESSES[executor.name].profile, **fields}).model_dump()
+    return Placement(
+        executor.name, "test", options["nodes"], options["nproc_per_node"], options, tuple(options["secrets"])
+    )
+
+
+def wait_until_over(executor: Executor, handle: JobHandle, seconds: float = 60) -> str:
+    """The liveness that follows "queued" and "running"."""
+    deadline = time.monotonic() + seconds
+    while (state := executor.liveness(handle)) in ("queued", "running"):
+        assert time.monotonic() < deadline, f"still {state} after {seconds} s: {events(handle)}"
+        time.sleep(0.05)
+    return state
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"nothing after {seconds} s"
+        time.sleep(0.05)
+    return value
+
+
+def events(handle: JobHandle, *names: str) -> list[dict[str, Any]]:
+    """The run's events, without their times; only those called `names`, if any are given."""
+    found = [dict(e) for e in read_jsonl(RunDir(Path(handle.run_dir)).events)]
+    for entry in found:
+        del entry["time"]
+    return [e for e in found if not names or e["event"] in names]
