@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the project's virtual environment, or leave it alone when it is already what is asked for.
 
-usage: python3 tools/venv.py [--venv DIR] [--extra NAME ...]
+usage: python3 tools/venv.py [--venv DIR] --extra NAME [...]
 
 Installs this checkout (editable) with the extras named and the exact versions of constraints.txt. pip runs with the
 user's own settings: no index, proxy or cache is set here. A stamp in the environment says what it holds; while that
@@ -42,7 +42,7 @@ MB_TORCH_CPU, MB_TORCH_CUDA, MB_TORCH_MAC = 190, 2500, 90
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make or refresh the project's virtual environment.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--extra", action="append", default=[], choices=["data", "trl", "test"])
+    parser.add_argument("--extra", action="append", required=True, choices=["trl", "test"])
     args = parser.parse_args()
     venv = args.venv.absolute()
     venv.parent.mkdir(parents=True, exist_ok=True)
@@ -63,11 +63,11 @@ def install(venv: Path, want: dict[str, Any], have: dict[str, Any] | None) -> No
     begun = time.monotonic()
     prepare(venv, want, have)
     announce(venv, want["extras"])
-    # pip reads its configuration (files, PIP_* variables) as always; only its chatter is left out of logs.
+    # pip reads its configuration (files, PIP_* variables) as always; into a log it writes its errors only.
     pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--constraint", str(CONSTRAINTS)]
     if not sys.stdout.isatty():
-        pip.append("--quiet")
-    target = f"{ROOT}[{','.join(want['extras'])}]" if want["extras"] else str(ROOT)
+        pip.append("-qq")
+    target = f"{ROOT}[{','.join(want['extras'])}]"
     for step in ([*pip, *BUILD_TOOLS], [*pip, "--no-build-isolation", "--editable", target]):
         if subprocess.call(step, stdin=subprocess.DEVNULL) != 0:
             fail("pip could not install the packages (its own message is above).", "mend that and run the same again.")
@@ -108,8 +108,7 @@ def announce(venv: Path, extras: list[str]) -> None:
     rest = MB_OTHER["test" if "test" in extras else "trl"]
     say(f"Installing the versions of constraints.txt into {venv}, with your own pip settings.")
     say("To download, less what pip has cached:")
-    if {"trl", "test"} & set(extras):
-        say("  " + describe_torch(venv))
+    say("  " + describe_torch(venv))
     say(f"  about {rest} MB in some 130 other packages; about 2 GB on disk when all is installed")
 
 
