@@ -1,0 +1,132 @@
+"""Conversations -> training samples, and prompts and answers -> ids: what is rendered and which turns are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemotron_recipes.data.encoder import Encoded, Encoder, keep_blocks
+from nemotron_recipes.data.rows import BadRow, Message, Row
+from nemotron_recipes.data.template import Rendered
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation to render, and the indices of the assistant turns to learn from."""
+
+    messages: list[Message]
+    learned: tuple[int, ...]
+
+
+def samples(messages: list[Message]) -> list[Sample]:
+    """With reasoning, one sample per user turn that is answered, learning only what follows it: the template cuts
+    reasoning out of earlier turns. Without, one sample that learns from every assistant turn. `weight: 0` turns are
+    never learned from; a sample without anything to learn is left out."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if any(message.get("reasoning_content") for message in messages) and users:
+        ends = [*users[1:], len(messages)]
+        parts = [(messages[:end], start) for start, end in zip(users, ends, strict=True)]
+    else:
+        parts = [(messages, -1)]
+    found = [Sample(part, _learned(part, after)) for part, after in parts]
+    return [sample for sample in found if sample.learned]
+
+
+class ChatEncoder:
+    """Samples and rows to ids, many at a time."""
+
+    def __init__(self, encoder: Encoder, thinking: bool):
+        self.encoder = encoder
+        self.thinking = thinking
+
+    def conversations(self, rows: Sequence[Row]) -> list[list[Encoded] | BadRow]:
+        """The samples of each row, encoded, in order."""
+        plans = [samples(row.messages) for row in rows]
+        jobs = [(sample, row) for plan, row in zip(plans, rows, strict=True) for sample in plan]
+        encoded = iter(self._encode([self._render(sample.messages, row) for sample, row in jobs]))
+        results: list[list[Encoded] | BadRow] = []
+        for plan in plans:
+            parts = [_learn(next(encoded), sample) for sample in plan]
+            bad = next((part for part in parts if isinstance(part, BadRow)), None)
+            results.append(bad if bad else [part for part in parts if isinstance(part, Encoded)])
+        return results
+
+    def prompts(self, rows: Sequence[Row]) -> list[np.ndarray | BadRow]:
+        """Ids up to and including the generation prompt. A conversation's prompt ends with its last user turn, or the
+        tool result that its last answer follows."""
+        rendered = [self._render(row.prompt or _asked(row.messages), row, prompt=True) for row in rows]
+        return [one if isinstance(one, BadRow) else one.ids for one in self._encode(rendered)]
+
+    def answers(self, rows: Sequence[Row], names: Sequence[str]) -> list[list[np.ndarray] | BadRow]:
+        """For each row the prompt's ids and then those of each named answer. Prompt and answer joined are the whole
+        conversation. The prompt is what all answers share before the model has to write."""
+        jobs = [self._render(row.prompt + getattr(row, name), row) for row in rows for name in names]
+        encoded = self._encode(jobs)
+        results: list[list[np.ndarray] | BadRow] = []
+        for index, row in enumerate(rows):
+            group = encoded[index * len(names) : (index + 1) * len(names)]
+            turns = [sum(m["role"] == "assistant" for m in getattr(row, name)) for name in names]
+            results.append(_prompt_and_answers(group, turns))
+        return results
+
+    def _render(self, messages: list[Message], row: Row, prompt: bool = False) -> Rendered | BadRow:
+        try:
+            return self.encoder.template.render(
+                messages, row.tools, add_generation_prompt=prompt, enable_thinking=self.thinking
+            )
+        except BadRow as bad:
+            return bad
+
+    def _encode(self, rendered: Sequence[Rendered | BadRow]) -> list[Encoded | BadRow]:
+        """Encoded where rendering went well."""
+        encoded = iter(self.encoder.encode([one for one in rendered if isinstance(one, Rendered)]))
+        return [one if isinstance(one, BadRow) else next(encoded) for one in rendered]
+
+
+def _learned(messages: list[Message], after: int) -> tuple[int, ...]:
+    return tuple(
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and index > after and message.get("weight") != 0
+    )
+
+
+def _learn(encoded: Encoded | BadRow, sample: Sample) -> Encoded | BadRow:
+    """Keep the generation blocks of the learned turns. A template marks either every assistant turn or just these."""
+    if isinstance(encoded, BadRow):
+        return encoded
+    turns = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
+    if len(encoded.blocks) == len(turns):
+        return keep_blocks(encoded, [block for block, turn in enumerate(turns) if turn in sample.learned])
+    if len(encoded.blocks) == len(sample.learned):
+        return encoded
+    return BadRow("template_refused", f"{len(turns)} assistant turns give {len(encoded.blocks)} generation blocks")
+
+
+def _asked(messages: list[Message]) -> list[Message]:
+    """The conversation up to its last answer's question."""
+    end = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]
+
+
+def _prompt_and_answers(group: Sequence[Encoded | BadRow], turns: Sequence[int]) -> list[np.ndarray] | BadRow:
+    """`turns`: how many assistant turns each answer has; their blocks are the last ones."""
+    starts = []
+    whole = []
+    for one, count in zip(group, turns, strict=True):
+        if isinstance(one, BadRow):
+            return one
+        if len(one.blocks) < count:
+            return BadRow("template_refused", f"an answer of {count} turns gives {len(one.blocks)} generation blocks")
+        starts.append(one.blocks[-count][0])
+        whole.append(one.ids)
+    length = min(starts)
+    first = whole[0]
+    for ids in whole[1:]:
+        differs = np.flatnonzero(ids[:length] != first[:length])
+        length = int(differs[0]) if len(differs) else length
+    return [first[:length], *(ids[length:] for ids in whole)]

@@ -1,0 +1,71 @@
+"""metadata.json: what was prepared from what, with which settings, and what came of it. Nothing in it depends on the
+time, the machine or the place where the data lie, so equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.data.prepare import Job, Report
+from nemotron_recipes.fsio import file_digest, files_below, tree_digest, write_atomic
+from nemotron_recipes.spec import sha256_text, to_json
+
+LIBRARIES = ("numpy", "tokenizers", "jinja2")
+
+
+def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
+    """Describe every file in `output`; returns what was written."""
+    settings = job.settings
+    splits = {}
+    for name, split in report.splits.items():
+        room = split.packs * settings.pack_size
+        efficiency = {"packing_efficiency": round(split.tokens / room, 6)} if room else {}
+        splits[name] = {**vars(split), **efficiency}
+    metadata = {
+        "version": 1,
+        "method": job.method,
+        "format": settings.format,
+        "pack_size": settings.pack_size,
+        "mask_alignment": "labels",  # position i says whether token i+1 is learned; the last of a sequence is 0
+        "thinking": settings.thinking,
+        "splits": splits,
+        "sources": list(report.sources),
+        "total": report.total.facts(),
+        "bad_rows": report.bad_rows,
+        "tokenizer": {"digest": report.encoder.digest, "vocabulary_size": report.encoder.vocabulary_size},
+        "chat_template": {"file": "chat_template.jinja", "digest": report.encoder.template.digest},
+        "key": _key(job, report),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "files": {
+            path.relative_to(output).as_posix(): {"digest": file_digest(path), "bytes": path.stat().st_size}
+            for path in files_below(output)
+        },
+    }
+    text = json.dumps(metadata, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomic(output / "metadata.json", text.encode("utf-8", "backslashreplace"))
+    return metadata
+
+
+def code_digest() -> str:
+    """Identity of the code that prepares: the sources and templates of this package."""
+    root = Path(__file__).parent
+    return tree_digest(root, [path for path in files_below(root) if path.suffix in (".py", ".jinja")])
+
+
+def _key(job: Job, report: Report) -> dict[str, str]:
+    """What the result follows from: change one of these and the bytes may change, change none and they do not."""
+    settings = asdict(job.settings)
+    for source in settings["sources"]:
+        source.pop("path")  # where it lies; `data` says what it holds
+    for name in ("tokenizer", "chat_template", "on_bad_row"):
+        settings.pop(name)
+    return {
+        "data": sha256_text(to_json([source["files"] for source in report.sources])),
+        "settings": sha256_text(to_json({"method": job.method, **settings})),
+        "tokenizer": report.encoder.digest,
+        "template": report.encoder.template.digest,
+        "code": code_digest(),
+    }

@@ -1,0 +1,338 @@
+"""Rows as they come -> one normalised form per method, or a `BadRow` that says what is wrong.
+
+Normalised messages hold `role`, `content` (text), and for assistants `reasoning_content`, `tool_calls`
+(`[{"function": {"name", "arguments": dict}}]`) and `weight` where they were given. docs/data.md lists every case.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemotron_recipes.data.settings import Columns
+
+Message = dict[str, Any]
+USUAL_NAMES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "question"),
+    "response": ("response", "answer"),
+    "expected_answer": ("expected_answer",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "completion": ("completion",),
+    "label": ("label",),
+}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+
+
+class BadRow(Exception):
+    """A row that can't be used. `reason` is one of the closed set in docs/data.md; `detail` is for people."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass
+class Row:
+    """A normalised row. sft: `messages`; dpo: prompt, chosen, rejected; kto: prompt, completion, label;
+    rl: prompt, expected_answer, extra."""
+
+    messages: list[Message] = field(default_factory=list)
+    prompt: list[Message] = field(default_factory=list)
+    chosen: list[Message] = field(default_factory=list)
+    rejected: list[Message] = field(default_factory=list)
+    completion: list[Message] = field(default_factory=list)
+    label: bool | None = None
+    expected_answer: str | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How the rows of a data set are read. `split_thoughts`: the template renders `reasoning_content`."""
+
+    method: str
+    columns: Columns
+    answer_pattern: str | None = None
+    split_thoughts: bool = True
+
+    def read(self, row: Any) -> Row:
+        """The normalised row. BadRow: it is none."""
+        if not isinstance(row, dict):
+            raise BadRow("not_an_object", f"a JSON object is expected, not {type(row).__name__}")
+        read = {"sft": self._sft, "dpo": self._dpo, "kto": self._kto, "rl": self._rl}[self.method]
+        result = read(row)
+        if self.method != "sft":  # weights are about SFT's loss
+            for message in result.prompt + result.chosen + result.rejected + result.completion:
+                message.pop("weight", None)
+        result.tools = _tools(row.get("tools"))
+        _check_tool_markup(result)
+        return result
+
+    def _sft(self, row: dict[str, Any]) -> Row:
+        explicit_prompt = self.columns.prompt is not None or self.columns.response is not None
+        if not explicit_prompt and (self._find(row, "messages") is not None or self._find(row, "prompt") is None):
+            messages = self._messages(self._get(row, "messages"), "messages")
+        else:
+            answer = self._as_answer(self._get(row, "response"), "response")
+            messages = self._as_prompt(self._get(row, "prompt")) + answer
+        _check_order(messages)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise BadRow("no_assistant", "no assistant turn to learn from")
+        return Row(messages=messages, expected_answer=self._sft_answer(row, messages))
+
+    def _sft_answer(self, row: dict[str, Any], messages: list[Message]) -> str | None:
+        """What an evaluation compares with; a row without one is still good to learn from."""
+        name = self._find(row, "expected_answer")
+        text = row[name] if name is not None else messages[-1]["content"]
+        if not isinstance(text, str):
+            return None
+        if self.answer_pattern is None:
+            return text if name is not None else None
+        return _search(self.answer_pattern, text)
+
+    def _dpo(self, row: dict[str, Any]) -> Row:
+        chosen, rejected = self._get(row, "chosen"), self._get(row, "rejected")
+        if _is_conversation(chosen) and _is_conversation(rejected):
+            prompt, good, bad = self._shared_prompt(chosen, rejected)
+        else:
+            prompt = self._as_prompt(self._get(row, "prompt"))
+            good, bad = self._as_answer(chosen, "chosen"), self._as_answer(rejected, "rejected")
+        _check_answer(good, "chosen")
+        _check_answer(bad, "rejected")
+        if good == bad:
+            raise BadRow("same_pair", "chosen and rejected are the same")
+        return Row(prompt=prompt, chosen=good, rejected=bad)
+
+    def _kto(self, row: dict[str, Any]) -> Row:
+        prompt = self._as_prompt(self._get(row, "prompt"))
+        completion = self._as_answer(self._get(row, "completion"), "completion")
+        label = self._get(row, "label")
+        if not isinstance(label, bool):
+            raise BadRow("wrong_type", f"label must be true or false, not {label!r}")
+        _check_answer(completion, "completion")
+        return Row(prompt=prompt, completion=completion, label=label)
+
+    def _rl(self, row: dict[str, Any]) -> Row:
+        by_messages = self.columns.messages is not None or self._find(row, "prompt") is None
+        name = "messages" if by_messages and self._find(row, "messages") is not None else "prompt"
+        prompt = self._as_prompt(self._get(row, name))
+        _check_order(prompt)
+        answer_name = self._find(row, "expected_answer")
+        response_name = self._find(row, "response") if self.answer_pattern is not None else None
+        source = answer_name or response_name
+        if source is None:
+            raise BadRow("no_expected_answer", "the row has no expected_answer, and no answer to find one in")
+        answer = row[source]
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+            answer = json.dumps(answer)
+        if not isinstance(answer, str):
+            raise BadRow("wrong_type", f"{source} must be text or a number, not {type(answer).__name__}")
+        if self.answer_pattern is not None:
+            found = _search(self.answer_pattern, answer)
+            if found is None:
+                raise BadRow("no_expected_answer", f"answer_pattern finds nothing in {source}")
+            answer = found
+        used = {self._find(row, name), answer_name, "tools"}
+        extra = {key: value for key, value in row.items() if key not in used}
+        return Row(prompt=prompt, expected_answer=answer.strip(), extra=extra)
+
+    def _shared_prompt(self, chosen: Any, rejected: Any) -> tuple[list[Message], list[Message], list[Message]]:
+        """Two whole conversations: what they share up to an assistant turn is the prompt."""
+        good, bad = self._messages(chosen, "chosen"), self._messages(rejected, "rejected")
+        length = 0
+        while length < min(len(good), len(bad)) and good[length] == bad[length]:
+            length += 1
+        while length and not all(len(c) > length and c[length]["role"] == "assistant" for c in (good, bad)):
+            length -= 1
+        if not length:
+            raise BadRow("bad_order", "chosen and rejected don't share a prompt that an assistant turn follows")
+        return good[:length], good[length:], bad[length:]
+
+    def _as_prompt(self, value: Any) -> list[Message]:
+        """Text is a user turn; messages must end with a user's turn or a tool result."""
+        if isinstance(value, str):
+            return [{"role": "user", "content": value}]
+        messages = self._messages(value, "prompt")
+        if messages[-1]["role"] not in ("user", "tool"):
+            raise BadRow("bad_order", f"the prompt ends with a turn of '{messages[-1]['role']}'")
+        return messages
+
+    def _as_answer(self, value: Any, name: str) -> list[Message]:
+        """Text is an assistant turn."""
+        return self._messages([{"role": "assistant", "content": value}] if isinstance(value, str) else value, name)
+
+    def _messages(self, value: Any, name: str) -> list[Message]:
+        if not isinstance(value, list):
+            raise BadRow("wrong_type", f"{name} must be a list of messages, not {type(value).__name__}")
+        if not value:
+            raise BadRow("empty_conversation", f"{name} is empty")
+        return [_message(message, f"{name}[{i}]", self.split_thoughts) for i, message in enumerate(value)]
+
+    def _find(self, row: dict[str, Any], field_name: str) -> str | None:
+        """The key of the row that holds this field."""
+        named = getattr(self.columns, field_name)
+        names = USUAL_NAMES[field_name] if named is None else (named,)
+        return next((name for name in names if row.get(name) is not None), None)
+
+    def _get(self, row: dict[str, Any], field_name: str) -> Any:
+        name = self._find(row, field_name)
+        if name is None:
+            named = getattr(self.columns, field_name)
+            names = USUAL_NAMES[field_name] if named is None else (named,)
+            raise BadRow("missing_field", f"no field {' or '.join(map(repr, names))}")
+        return row[name]
+
+
+def _message(message: Any, where: str, split_thoughts: bool) -> Message:
+    if not isinstance(message, dict):
+        raise BadRow("wrong_type", f"{where} must be an object, not {type(message).__name__}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRow("unknown_role", f"{where} has role {role!r}; known: {', '.join(ROLES)}")
+    role = ROLES[role]
+    content = _text(message.get("content"), role, where)
+    if role != "assistant":
+        return {"role": role, "content": content}
+    return _assistant(message, content, where, split_thoughts)
+
+
+def _assistant(message: dict[str, Any], content: str, where: str, split_thoughts: bool) -> Message:
+    result: Message = {"role": "assistant", "content": content}
+    reasoning = message.get("reasoning_content")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise BadRow("wrong_type", f"{where}.reasoning_content must be text")
+    if split_thoughts and not (reasoning or "").strip():
+        reasoning, result["content"] = _split_thought(content)
+    if reasoning and reasoning.strip():
+        result["reasoning_content"] = reasoning
+    calls = _tool_calls(message.get("tool_calls"), where)
+    if calls:
+        result["tool_calls"] = calls
+    weight = message.get("weight")
+    if weight is not None:
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise BadRow("bad_weight", f"{where}.weight must be 0 or 1, not {weight!r}")
+        result["weight"] = int(weight)
+    if not result["content"].strip() and "reasoning_content" not in result and not calls:
+        raise BadRow("empty_assistant", f"{where} says nothing")
+    return result
+
+
+def _split_thought(content: str) -> tuple[str | None, str]:
+    """(reasoning, rest) of a text that begins with `<think>...</think>`, without the newlines that templates write."""
+    match = _LEADING_THOUGHT.match(content)
+    if match is None:
+        return None, content
+    thought = match.group(1).removeprefix("\n").removesuffix("\n")
+    return thought, content[match.end() :].removeprefix("\n")
+
+
+def _text(content: Any, role: str, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if role == "user":
+            raise BadRow("null_content", f"{where}: a user turn without content")
+        return ""
+    if not isinstance(content, list):
+        raise BadRow("wrong_type", f"{where}.content must be text, text parts or null, not {type(content).__name__}")
+    texts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif isinstance(part, str):
+            texts.append(part)
+        else:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise BadRow("non_text_content", f"{where}.content has a part of type {kind!r}")
+    return "".join(texts)
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise BadRow("bad_tool_call", f"{where}.tool_calls must be a list")
+    result = []
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise BadRow("bad_tool_call", f"{where}.tool_calls[{index}] names no function")
+        arguments = _parsed(function.get("arguments", {}), "bad_tool_call", f"{where}.tool_calls[{index}].arguments")
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise BadRow("bad_tool_call", f"{where}.tool_calls[{index}].arguments is not an object")
+        result.append({"function": {"name": function["name"], "arguments": arguments}})
+    return result
+
+
+def _tools(tools: Any) -> list[dict[str, Any]]:
+    tools = _parsed(tools, "bad_tools", "tools")
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise BadRow("bad_tools", "tools must be a list")
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow("bad_tools", f"tools[{index}] has no name")
+    return tools
+
+
+def _parsed(value: Any, reason: str, where: str) -> Any:
+    """JSON text is parsed; anything else is left as it is."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise BadRow(reason, f"{where} is not valid JSON") from None
+
+
+def _check_order(messages: list[Message]) -> None:
+    """A tool result must answer an assistant turn; the template groups it under a user header."""
+    previous = None
+    for index, message in enumerate(messages):
+        if message["role"] == "tool" and previous not in ("assistant", "tool"):
+            raise BadRow("bad_order", f"turn {index} is a tool result that follows no assistant turn")
+        previous = message["role"]
+
+
+def _check_answer(messages: list[Message], name: str) -> None:
+    """One answer: assistant turns, and results of the tools that they called."""
+    if messages[0]["role"] != "assistant" or any(m["role"] not in ("assistant", "tool") for m in messages):
+        roles = ", ".join(m["role"] for m in messages)
+        raise BadRow("bad_order", f"{name} must begin with the assistant and hold no other speaker: {roles}")
+
+
+def _check_tool_markup(row: Row) -> None:
+    """Tool calls, structured or as text, in a row that never says which tools there are."""
+    messages = row.messages + row.prompt + row.chosen + row.rejected + row.completion
+    if row.tools or any("# Tools" in m["content"] for m in messages):
+        return
+    for message in messages:
+        texts = message["content"] + (message.get("reasoning_content") or "")
+        if message.get("tool_calls") or "<tool_call>" in texts:
+            raise BadRow("tool_call_without_tools", "a tool call, but no tools and no '# Tools' header")
+
+
+def _is_conversation(value: Any) -> bool:
+    """A list of messages that doesn't begin with the assistant: prompt and answer in one."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and first.get("role") != "assistant"
+
+
+def _search(pattern: str, text: str) -> str | None:
+    """The last match: a final answer stands at the end."""
+    found = [match.group(1) for match in re.finditer(pattern, text, re.MULTILINE)]
+    return found[-1].strip() if found and found[-1] is not None else None

@@ -1,0 +1,122 @@
+"""The worker of data preparation stages: adapts a worker file to `nemotron_recipes.data`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.data.metadata import write_metadata
+from nemotron_recipes.data.prepare import Job, prepare
+from nemotron_recipes.data.settings import Settings, read_settings
+from nemotron_recipes.data.sources import Hub
+from nemotron_recipes.data.template import template_source
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.spec import Tree
+from nemotron_recipes.worker.context import Context
+
+KEYS = ("method", "data")
+SLOT = "data"
+PROGRESS_INTERVAL = 2.0  # seconds
+
+
+def run(config: Tree, ctx: Context) -> None:
+    """Prepare the data of a worker file (`method`, `data`) into the output `data`. UserError: the file, or the rows."""
+    unknown = [Problem(f"unknown key '{key}'", fix=nearest(str(key), KEYS)) for key in config if key not in KEYS]
+    if unknown:
+        raise UserError(*unknown)
+    method = config.get("method")
+    settings = read_settings(config.get("data"), method)
+    if ctx.world_size != 1:
+        raise UserError(Problem(f"data prep is one process, not {ctx.world_size}"))
+    progress = _Progress()
+    with tempfile.TemporaryDirectory(prefix="tokenizer-", dir=ctx.dir.path) as scratch:
+        job = Job(
+            method=str(method),
+            settings=settings,
+            locations=tuple(_location(index, settings, ctx) for index in range(len(settings.sources))),
+            tokenizer=_tokenizer(settings.tokenizer, ctx, Path(scratch)),
+            template_source=template_source(str(ctx.inputs.get("data.chat_template", settings.chat_template))),
+        )
+        output = ctx.output(SLOT)
+        report = prepare(job, output, progress)
+    metadata = write_metadata(job, report, output)
+    total, splits = report.total, report.splits.values()
+    ctx.results |= {
+        "rows_read": total.read,
+        "rows_written": total.written,
+        "rows_dropped": sum(total.dropped.values()),
+        "packs": sum(split.packs for split in splits),
+        "tokens": sum(split.tokens for split in splits),
+    }
+    ctx.metadata |= {name: metadata[name] for name in ("method", "format", "splits", "key")}
+    progress.last(_summary(metadata, total.read))
+
+
+def _location(index: int, settings: Settings, ctx: Context) -> Path | Hub | None:
+    key = f"data.sources.{index}.path"
+    if key in ctx.inputs:
+        return ctx.inputs[key]
+    artifact = ctx.artifacts.get(key)
+    if artifact is not None and artifact.source == "hub":
+        return Hub(artifact.name, artifact.revision)
+    if settings.sources[index].path.startswith("sample:"):
+        return None
+    raise UserError(Problem(f"the worker file has no input {key} for {settings.sources[index].path}"))
+
+
+def _tokenizer(reference: str, ctx: Context, scratch: Path) -> Path:
+    """The folder with tokenizer.json: given, made (tiny), or fetched from the hub."""
+    key = "data.tokenizer"
+    if key in ctx.inputs:
+        return ctx.inputs[key]
+    artifact = ctx.artifacts.get(key)
+    if artifact is not None and artifact.source == "hub":
+        return _fetch(artifact.name, artifact.revision)
+    if reference == "tiny":
+        from nemotron_recipes.tiny.tokenizer import write_tokenizer
+
+        write_tokenizer(scratch)
+        return scratch
+    raise UserError(Problem(f"the worker file has no input {key} for {reference}"))
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "tokenizer.json", revision=revision)).parent
+    except (OSError, ValueError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        what = f"the tokenizer of hf://{name} can't be fetched: {lines[0]}"
+        raise UserError(Problem(what, fix="check the network and the access token, or give a local folder")) from None
+
+
+def _summary(metadata: dict[str, Any], read: int) -> str:
+    total = metadata["total"]
+    parts = [f"{read} rows read", f"{total['rows_written']} written"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in total["rows_dropped"].items())
+    parts.append(f"{sum(total['rows_dropped'].values())} left out" + (f" ({dropped})" if dropped else ""))
+    train = metadata["splits"]["train"]
+    if train["packs"]:
+        parts.append(f"{train['packs']} packs for training, {train['packing_efficiency']:.1%} full")
+    if metadata["bad_rows"]:
+        parts.append(f"bad rows are listed in bad_rows.jsonl ({metadata['bad_rows']})")
+    return "; ".join(parts)
+
+
+class _Progress:
+    """A line every few seconds."""
+
+    def __init__(self) -> None:
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        now = time.monotonic()
+        if now - self._shown >= PROGRESS_INTERVAL:
+            self._shown = now
+            print(f"{rows} rows, {rows / (now - self._started):.0f} rows/s", flush=True)
+
+    def last(self, summary: str) -> None:
+        print(f"{summary}; {time.monotonic() - self._started:.1f} s", flush=True)
