@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness, torchrun
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir, append_event, read_json, read_jsonl
-from nemotron_recipes.spec import JobHandle, Launch, Plan, Rendered, RenderedStage, StagePlan
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, RenderedStage, StagePlan
 
 DRIVER = "nemotron_recipes.executors.local_driver"
 
@@ -70,7 +70,12 @@ class LocalExecutor:
                 start_new_session=True,
             )
         _DRIVERS.append(driver)
-        _wait_for_start(run, driver, earlier)
+        try:
+            _wait_for_start(run, driver, earlier)
+        except BaseException:  # Ctrl-C, too: whoever doesn't get a handle leaves nothing running
+            driver.terminate()
+            driver.wait()
+            raise
         handle = read_json(run.handle)
         assert handle is not None, "the driver writes it before it reports its start"
         return JobHandle(**handle)
@@ -136,15 +141,8 @@ def _argv(stage: StagePlan) -> tuple[str, ...]:
     launch = stage.launch
     if launch.launcher == "plain":
         return (sys.executable, "-m", launch.module, *launch.args)
-    return (
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", "--local-addr=127.0.0.1"),  # a free port, and no look-up of this machine's name
-        *("--nnodes=1", f"--nproc-per-node={stage.placement.nproc_per_node}", "--max-restarts=0"),
-        f"--log-dir={StageDir(Path(stage.directory)).path / 'logs' / 'torchrun'}",  # else it litters the temporary folder
-        *("-m", launch.module),
-        # torchrun sends each of these through string.Template (${local_rank}): `$$` comes out as `$`
-        *(argument.replace("$", "$$") for argument in launch.args),
-    )
+    nproc, log_dir = stage.placement.nproc_per_node, Path(stage.directory) / "logs" / "torchrun"
+    return torchrun.command(launch.module, launch.args, nproc, log_dir)
 
 
 def _secret_problems(stage: StagePlan) -> Iterator[Problem]:
@@ -227,7 +225,7 @@ def _wait_for_start(run: RunDir, driver: subprocess.Popen[bytes], earlier: int) 
         if exited is not None:
             raise JobFailed(f"the driver ended with exit code {exited} before it started:\n{_tail(run.driver_log)}")
         time.sleep(0.02)
-    driver.kill()
+    driver.kill()  # it may be stuck too early to heed SIGTERM
     raise JobFailed(f"the driver did not start within {_START_SECONDS:.0f} s:\n{_tail(run.driver_log)}")
 
 

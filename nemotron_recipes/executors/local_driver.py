@@ -5,7 +5,8 @@ It outlives the terminal, reads plan.json and rendered.json, runs the stages in 
     driver-started  pid
     stage-skipped   stage, reason
     stage-started   stage, attempt, pid
-    stage-exited    stage, attempt, exit_code (128+n for signal n), seconds
+    stage-exited    stage, attempt, exit_code (128+n for signal n), seconds; under torchrun, which always ends with 1,
+                    also rank and rank_exit_code of the worker that failed first
     cancelled       stage, attempt (null when no stage ran)          | the last event of a driver
     finished        state ("succeeded"), or "failed" with stage, cause | is one of these two
 
@@ -27,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, nemo_adapter, process_tree
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, nemo_adapter, process_tree, torchrun
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import ATTEMPT_ENV, RunDir, StageDir, append_event, read_json
 from nemotron_recipes.spec import JobHandle, RenderedStage, Tree, to_json
@@ -81,25 +82,30 @@ class Driver:
         self.stopping = True
 
     def _run_stage(self, stage: RenderedStage, folder: StageDir, attempt: int) -> None:
+        _check_files(stage)
         log = folder.launcher_log(attempt)
-        environ = {**self.inherited, ATTEMPT_ENV: str(attempt)}
+        log.parent.mkdir(parents=True)  # takes the number: a driver that dies from here on has used it up
         begun = time.monotonic()
+        environ = {**self.inherited, ATTEMPT_ENV: str(attempt)}
         with nemo_adapter.launched(stage, environ, log, job=f"{self.plan['id']}-{attempt}") as process:
-            append_event(self.run.events, "stage-started", stage=stage.name, attempt=attempt, pid=process.pid)
             try:
+                append_event(self.run.events, "stage-started", stage=stage.name, attempt=attempt, pid=process.pid)
                 self._wait(process)
-            finally:  # also when this loop itself fails: NeMo-Run would wait for the process for ever
+            finally:  # also when this very code fails: NeMo-Run would wait for the process for ever
                 if process.poll() is None:
                     self._stop_stage(stage.name, process)
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-        seconds = round(time.monotonic() - begun, 3)
-        append_event(
-            self.run.events, "stage-exited", stage=stage.name, attempt=attempt, exit_code=code, seconds=seconds
-        )
+        told: Tree = {"exit_code": code, "seconds": round(time.monotonic() - begun, 3)}
+        failure = torchrun.first_failure(log) if code else None
+        if failure:
+            told |= {"rank": failure.rank, "rank_exit_code": failure.exit_code}
+        append_event(self.run.events, "stage-exited", stage=stage.name, attempt=attempt, **told)
         if self.stopping:
             raise Stopped
-        if code != 0:
-            raise StageFailed(f"exit code {code}, see {log}")
+        if failure:
+            raise StageFailed(f"rank {failure.rank} ended with exit code {_named(failure.exit_code)}, see {log}")
+        if code:
+            raise StageFailed(f"exit code {_named(code)}, see {log}")
         record = read_json(folder.record)
         if record is None or record.get("attempt") != attempt:
             raise StageFailed(f"exit code 0, but attempt {attempt} wrote no {folder.record.name}, see {log}")
@@ -164,6 +170,22 @@ def _drive(run: RunDir, plan: Tree, rendered: Tree, inherited: dict[str, str]) -
     except BaseException as error:
         append_event(run.events, "finished", state="failed", stage=None, cause=f"{type(error).__name__}: {error}")
         raise
+
+
+def _check_files(stage: RenderedStage) -> None:
+    """What runs is what was shown: StageFailed when a file is not as rendered any more."""
+    for name, text in stage.files.items():
+        path = Path(name)
+        if not path.is_file() or path.read_bytes() != text.encode():
+            raise StageFailed(f"{path} was changed after it had been planned")
+
+
+def _named(code: int) -> str:
+    """`137 (SIGKILL: out of memory, perhaps)`; signals by name, other codes as they are."""
+    if code <= 128 or code - 128 not in {*signal.Signals}:
+        return str(code)
+    name = signal.Signals(code - 128).name
+    return f"{code} ({name}{': out of memory, perhaps' if name == 'SIGKILL' else ''})"
 
 
 def _is_alone(descriptor: int, run_id: str) -> bool:

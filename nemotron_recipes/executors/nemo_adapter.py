@@ -48,7 +48,7 @@ def launched(
 
     stage    argv, cwd and env, delivered byte for byte
     environ  what the process inherits below stage.env
-    log      gets stdout and stderr, in the order in which they are written
+    log      gets stdout and stderr, in the order in which they are written; its folder exists
     job      unique among all runs in NeMo-Run's home
 
     The body must not end before the process has: NeMo-Run would wait for it. The process leads a session of its own.
@@ -101,7 +101,6 @@ def _factory(stage: RenderedStage, environ: Mapping[str, str], log: Path, made: 
             return {**environ, **stage.env}
 
         def _get_replica_output_handles(self, replica_params: Any) -> tuple[Any, Any, None]:
-            log.parent.mkdir(parents=True, exist_ok=True)
             handle = open(log, "ab", buffering=0)  # noqa: SIM115 - TorchX closes it with the job
             return handle, handle, None
 

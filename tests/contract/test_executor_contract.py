@@ -21,7 +21,7 @@ from nemotron_recipes.executors import REGISTRY, Executor, get_executor
 from nemotron_recipes.rundir import ATTEMPT_ENV, RunDir, read_json
 from nemotron_recipes.spec import Artifact, JobHandle
 from tests.helpers.executor_harness import HARNESSES, events, placement, wait_for, wait_until_over
-from tests.helpers.plans import ROOT, plan_of, probe_stage, submit
+from tests.helpers.plans import ROOT, plan_of, probe_stage, submit, write_run
 from tests.helpers.probe import digest
 
 HOSTILE = (
@@ -162,6 +162,17 @@ def test_a_failure_is_told_as_it_was_and_stops_what_follows(
     assert not (RunDir(run_dir).stage("second").path / "received-0.json").exists()
 
 
+def test_a_file_that_is_not_as_shown_any_more_stops_the_run(executor: Executor, run_dir: Path) -> None:
+    plan = plan_of(run_dir, probe_stage("first", placement=placement(executor), files={"train.yaml": "a: 1\n"}))
+    rendered = executor.render(plan)
+    write_run(plan, rendered)
+    (RunDir(run_dir).stage("first").files / "train.yaml").write_text("a: 2\n")
+    handle = executor.submit(plan, rendered)
+    assert wait_until_over(executor, handle) == "ended"
+    assert "train.yaml" in events(handle)[-1]["cause"]
+    assert not _received(run_dir, "first")
+
+
 def test_success_is_told_stage_by_stage(executor: Executor, run_dir: Path) -> None:
     names = ("first", "second", "third")
     plan = plan_of(run_dir, *(probe_stage(name, placement=placement(executor)) for name in names))
@@ -268,6 +279,19 @@ def test_torchrun_delivers_the_same_to_every_rank(executor: Executor, run_dir: P
         assert tuple(received["argv"]) == HOSTILE
         assert received["env"]["RANK"] == digest(str(rank))
         assert received["env"]["WORLD_SIZE"] == digest("2")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("orders", "code"), [({"exit": 3}, 3), ({"signal": signal.SIGKILL}, 137)])
+def test_torchrun_tells_which_rank_failed(executor: Executor, run_dir: Path, orders: dict[str, Any], code: int) -> None:
+    stage = probe_stage(
+        "first", placement=placement(executor, nproc_per_node=2), launcher="torchrun", failing_rank="1", **orders
+    )
+    handle, _ = submit(executor, plan_of(run_dir, stage))
+    assert wait_until_over(executor, handle, 120) == "ended"
+    (exited,) = events(handle, "stage-exited")
+    assert (exited["exit_code"], exited["rank"], exited["rank_exit_code"]) == (1, 1, code)
+    assert f"rank 1 ended with exit code {code}" in events(handle, "finished")[0]["cause"]
 
 
 @pytest.mark.e2e

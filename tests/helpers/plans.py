@@ -36,10 +36,22 @@ def probe_stage(
     launcher: Literal["plain", "torchrun"] = "plain",
     **orders: Any,
 ) -> StagePlan:
-    """A stage that runs probe.py. orders: exit, signal, sleep (s), record ("succeeded", ... or None), children (how
-    many that ignore SIGTERM), deaf (ignores it itself)."""
+    """A stage that runs probe.py.
+
+    orders: exit, signal, failing_rank (which of them both apply to), sleep (s), record ("succeeded", ..., or None),
+    children (how many that ignore SIGTERM), deaf (it ignores SIGTERM itself).
+    """
     fingerprint = f"fingerprint-of-{name}"
-    told = {"exit": 0, "signal": 0, "sleep": 0, "record": "succeeded", "children": 0, "deaf": False, **orders}
+    told = {
+        "exit": 0,
+        "signal": 0,
+        "failing_rank": "0",
+        "sleep": 0,
+        "record": "succeeded",
+        "children": 0,
+        "deaf": False,
+    }
+    told |= orders
     told["fingerprint"] = fingerprint
     return StagePlan(
         name=name,

@@ -42,6 +42,8 @@ def main() -> int:
     print("probe: on stdout", flush=True)
     print("probe: on stderr", file=sys.stderr, flush=True)
     time.sleep(orders["sleep"])
+    if orders["failing_rank"] != rank and (orders["signal"] or orders["exit"]):
+        time.sleep(600)  # until torchrun stops it
     if orders["signal"]:
         os.kill(os.getpid(), orders["signal"])
     if orders["record"] and rank == "0":
