@@ -158,6 +158,7 @@ class Store:
             raise UserError(Problem(f"'{alias}' can't be an alias", fix="'latest' and v1, v2, ... have their meaning"))
         self.resolve(f"{name}:v{version}")
         write_atomic(self.root / name / ".aliases" / alias, f"v{version}\n")
+        fsync_folder(self.root / name)
 
     def rebuild_index(self) -> int:
         """Write the index entries of every version anew (a store that was copied without its index); their number."""

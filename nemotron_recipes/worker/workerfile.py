@@ -97,7 +97,7 @@ def _problems(tree: Any) -> Iterator[tuple[str, str]]:
         return
     worker = tree.get("worker")
     if "worker" not in tree:
-        yield "'worker' is missing", nearest("worker", map(str, tree)) or f"one of {', '.join(REGISTRY)}"
+        yield "'worker' is missing", f"one of {', '.join(REGISTRY)}"
     elif worker not in REGISTRY:
         yield f"worker: '{worker}' is unknown", nearest(str(worker), REGISTRY)
     run = tree.get("run")
@@ -106,7 +106,7 @@ def _problems(tree: Any) -> Iterator[tuple[str, str]]:
     else:
         for key in RUN_KEYS:
             if not isinstance(run.get(key), str) or not run[key]:
-                yield f"run.{key} is missing or isn't text", nearest(key, map(str, run.keys() - set(RUN_KEYS)))
+                yield f"run.{key} is missing or isn't text", ""
         for key in run.keys() - set(RUN_KEYS):
             yield f"run.{key} is unknown", nearest(str(key), RUN_KEYS)
     yield from _input_problems(tree.get("inputs") or {})

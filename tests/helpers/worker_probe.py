@@ -1,4 +1,4 @@
-"""A worker started as the product starts it, with one more worker module in the registry: `probe` does as its file says.
+"""A worker started as the product starts it, with one more module in the registry: `probe` does as its file says.
 
     python -m tests.helpers.worker_probe --config FILE
 
