@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.artifacts.records import load_run
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import get_executor
+from nemotron_recipes.executors import Liveness, get_executor
 from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import RunDir, append_event, read_json
+from nemotron_recipes.rundir import RunDir, append_event
 from nemotron_recipes.spec import JobHandle, Plan, Rendered, Request, StagePlan, to_json
 
 POLL_SECONDS = 0.2
@@ -52,10 +53,14 @@ def prepare(request: Request, environment: Environment | None = None) -> Prepare
 
 
 def submit(prepared: Prepared) -> JobHandle:
-    """Write the run folder and hand it to the executor. UserError: an input is unpinned, or the plan has run already."""
+    """Write the run folder and hand it to the executor. UserError: an input is unpinned, or the plan has run already.
+
+    A plan whose run failed, was cancelled or got lost may be submitted again: that is its next attempt.
+    """
     plan = prepared.plan
     _refuse_unpinned(plan)
     run = RunDir(Path(plan.run_dir))
+    _refuse_rerun(run)
     try:
         _write_run(run, prepared)
     except OSError as error:
@@ -112,10 +117,9 @@ def cancel(handle: JobHandle) -> None:
     get_executor(handle.executor).cancel(handle)
 
 
-def load_handle(run_dir: Path) -> JobHandle | None:
-    """The handle of a submitted run; None when the submission never got that far."""
-    data = read_json(RunDir(run_dir).handle)
-    return JobHandle(**data) if data else None
+def liveness(handle: JobHandle) -> Liveness:
+    """Whether anybody still runs it, as the run's own executor says."""
+    return get_executor(handle.executor).liveness(handle)
 
 
 def _refuse_unpinned(plan: Plan) -> None:
@@ -127,6 +131,16 @@ def _refuse_unpinned(plan: Plan) -> None:
     ]
     if unpinned:
         raise UserError(*unpinned)
+
+
+def _refuse_rerun(run: RunDir) -> None:
+    if not run.plan.exists():
+        return
+    view = load_run(run.path, liveness)
+    if view.state in ("running", "succeeded"):
+        what = "is running" if view.state == "running" else "has run"
+        fix = f"see nemotron runs show {view.id}; a new plan makes a new run"
+        raise UserError(Problem(f"this plan {what} already", view.path, fix))
 
 
 def _write_run(run: RunDir, prepared: Prepared) -> None:

@@ -17,7 +17,6 @@ from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.cli import summary
 from nemotron_recipes.cli.text import duration
 from nemotron_recipes.errors import NemotronError, printable
-from nemotron_recipes.executors import get_executor
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import JobHandle
 
@@ -119,14 +118,9 @@ def attached(prepared: lifecycle.Prepared, handle: JobHandle, as_json: bool) -> 
 
 def finish(run: RunDir, as_json: bool = False) -> int:
     """Say how a run ended; its exit code."""
-    view = load_run(run.path, liveness)
+    view = load_run(run.path, lifecycle.liveness)
     click.echo(json.dumps(summary.as_tree(view), indent=2) if as_json else summary.closing(view), err=False)
     return exit_code(view)
-
-
-def liveness(handle: JobHandle) -> Any:
-    """Ask the run's own executor."""
-    return get_executor(handle.executor).liveness(handle)
 
 
 def exit_code(view: RunView) -> int:

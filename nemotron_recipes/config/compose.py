@@ -85,7 +85,7 @@ def compose(
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(*problems, _explained(error, config_path)) from None
         except yaml.YAMLError as error:
-            raise UserError(*problems, Problem(f"a config file is not YAML: {error}", config_path)) from None
+            raise UserError(*problems, _yaml_problem(error, config_path)) from None
     tree, unresolved = _plain(config, config_path, parsed)
     if unresolved:
         raise UserError(*problems, *unresolved)
@@ -270,6 +270,12 @@ def _mentions(tree: Any, parts: list[str]) -> bool:
             return False
         node = node[part]
     return True
+
+
+def _yaml_problem(error: yaml.YAMLError, config_path: str) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{mark.name}, line {mark.line + 1}" if mark else config_path
+    return Problem(f"a config file is not YAML: {getattr(error, 'problem', None) or error}", where)
 
 
 def _explained(error: Exception, config_path: str) -> Problem:
