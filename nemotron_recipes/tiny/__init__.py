@@ -1,1 +1,1 @@
-"""What the project makes itself, so that every stage runs without a hub: a tokenizer, a model, tasks with sample rows."""
+"""What the project makes itself, so that every stage runs without a hub: tokenizer, model, sample rows."""

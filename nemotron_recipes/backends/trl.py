@@ -1,0 +1,250 @@
+"""Backend trl: TRL's trainers on Transformers and PEFT, one process or many.
+
+The envelope's keys become fields of SFTConfig, DPOConfig, KTOConfig or GRPOConfig through one table per method. What
+those classes have is read from trl_fields.json, which tools/trl_fields.py writes: nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemotron_recipes.errors import Problem, nearest
+from nemotron_recipes.rundir import StageDir
+from nemotron_recipes.spec import Artifact, Launch, Output, Tree
+
+METHODS = frozenset({"sft", "dpo", "kto", "grpo"})
+REWARDS = frozenset({"exact_match"})  # worker/trl/rewards.py; a contract test holds them equal
+BUILTIN_MODEL = "tiny"
+
+_COMMON = {
+    "train.train_iters": "max_steps",
+    "train.global_batch_size": "gradient_accumulation_steps",  # divided by micro batch and processes
+    "train.micro_batch_size": "per_device_train_batch_size",
+    "train.seed": "seed",
+    "train.log_interval": "logging_steps",
+    "train.eval_interval": "eval_steps",
+    "optimizer.name": "optim",
+    "optimizer.lr": "learning_rate",
+    "optimizer.weight_decay": "weight_decay",
+    "optimizer.adam_beta1": "adam_beta1",
+    "optimizer.adam_beta2": "adam_beta2",
+    "optimizer.adam_eps": "adam_epsilon",
+    "optimizer.clip_grad": "max_grad_norm",
+    "scheduler.lr_decay_style": "lr_scheduler_type",
+    "scheduler.lr_warmup_iters": "warmup_steps",
+    "checkpoint.save_interval": "save_steps",
+    "checkpoint.keep": "save_total_limit",
+    "model.dtype": "bf16",
+}
+_OF_METHOD = {
+    "sft": {},
+    "dpo": {"dpo.beta": "beta"},
+    "kto": {
+        "kto.beta": "beta",
+        "kto.desirable_weight": "desirable_weight",
+        "kto.undesirable_weight": "undesirable_weight",
+    },
+    "grpo": {
+        "grpo.num_generations": "num_generations",
+        "grpo.max_completion_length": "max_completion_length",
+        "grpo.temperature": "temperature",
+        "grpo.kl_beta": "beta",
+    },
+}
+# Transformers' "constant" ignores the warm-up.
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+# Native keys that the worker decides, and why another value would break a promise.
+_OWNED = {
+    "output_dir": "everything goes to the run folder",
+    "num_train_epochs": "train.train_iters says how long",
+    "warmup_ratio": "scheduler.lr_warmup_iters says how long",
+    "resume_from_checkpoint": "use train.resume or checkpoint.load",
+    "save_strategy": "use checkpoint.save_interval",
+    "save_only_model": "a checkpoint must be resumable",
+    "eval_strategy": "use train.eval_interval",
+    "logging_strategy": "use train.log_interval",
+    "report_to": "metrics.jsonl is the record",
+    "disable_tqdm": "the worker writes its own progress",
+    "remove_unused_columns": "the worker makes the batches",
+    "train_sampling_strategy": "the order of the data follows from train.seed",
+    "shuffle_dataset": "the order of the data follows from train.seed",
+    "average_tokens_across_devices": "the loss is one mean over the global batch",
+    "precompute_ref_log_probs": "the reference model is asked with each batch",
+    "push_to_hub": "outputs go to the artifact store",
+    "logging_nan_inf_filter": "a loss that isn't a number must be seen",
+}
+# ... for SFT alone, where data prep has rendered, tokenised and packed already.
+_OWNED_BY_DATA_PREP = (
+    *("dataset_kwargs", "dataset_num_proc", "dataset_text_field", "packing", "packing_strategy", "eval_packing"),
+    *("padding_free", "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss"),
+    *("chat_template_path", "eos_token", "pad_token"),
+)
+
+
+class TrlBackend:
+    """See `Backend`."""
+
+    name = "trl"
+    kinds = frozenset({"train"})
+    methods = METHODS
+
+    def table(self, method: str) -> dict[str, str]:
+        return {**_COMMON, **_OF_METHOD[method]}
+
+    def native_keys(self, method: str) -> frozenset[str]:
+        return frozenset(_native_types(method))
+
+    def check(self, config: Tree, nproc: int) -> list[Problem]:
+        return [*_batch_problems(config, nproc), *_method_problems(config), *_model_problems(config), *_native(config)]
+
+    def describe(
+        self,
+        config: Tree,
+        inputs: dict[str, Artifact],
+        outputs: tuple[Output, ...],
+        run: Tree,
+        resume_from: str | None,
+        nproc: int,
+    ) -> Launch:
+        method = config["method"]
+        content = {
+            "worker": self.name,
+            "run": run,
+            "inputs": {key: asdict(artifact) for key, artifact in inputs.items()},
+            "outputs": [asdict(output) for output in outputs],
+            "method": method,
+            "model": {key: config["model"][key] for key in ("dtype", "attn_implementation", "arch")},
+            "trainer": {**native_values(config, nproc), **config["backend"]["native"]},
+            "peft": config["peft"],
+            "rewards": config["grpo"]["rewards"] if method == "grpo" else [],
+            "resume_from": resume_from,
+            "evaluation": config["evaluation"],
+        }
+        return Launch(
+            module="nemotron_recipes.worker",
+            args=("--config", str(StageDir(Path(run["dir"])).files / "train.yaml")),
+            files={"train.yaml": yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)},
+            launcher="torchrun",
+            env={
+                # More threads than one made the tiny model 4 to 18 times slower; a GPU run needs none either.
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+            },
+        )
+
+
+def native_values(config: Tree, nproc: int) -> Tree:
+    """The native keyword arguments that a validated config means, on `nproc` processes in all."""
+    method, train = config["method"], config["train"]
+    converted = {
+        "train.global_batch_size": train["global_batch_size"] // (train["micro_batch_size"] * nproc),
+        "optimizer.name": "adamw_torch",
+        "scheduler.lr_decay_style": _SCHEDULES[config["scheduler"]["lr_decay_style"]],
+        "model.dtype": config["model"]["dtype"] == "bfloat16",
+        # null means once, at the end
+        "train.eval_interval": train["eval_interval"] or train["train_iters"],
+        "checkpoint.save_interval": config["checkpoint"]["save_interval"] or train["train_iters"],
+    }
+    values = {}
+    for key, native in {**_COMMON, **_OF_METHOD[method]}.items():
+        section, _, name = key.partition(".")
+        values[native] = converted[key] if key in converted else config[section][name]
+    return values
+
+
+def _batch_problems(config: Tree, nproc: int) -> Iterator[Problem]:
+    train, method = config["train"], config["method"]
+    whole, micro = train["global_batch_size"], train["micro_batch_size"]
+    if whole % (micro * nproc):
+        yield Problem(
+            f"train.global_batch_size {whole} can't be divided into micro batches of {micro} on {nproc} processes",
+            fix=f"make it a multiple of {micro * nproc}, or change train.micro_batch_size",
+        )
+    if method == "kto" and micro < 2:
+        yield Problem(
+            "KTO estimates its KL term inside a micro batch: train.micro_batch_size must be 2 or more",
+            fix="train.micro_batch_size=2",
+        )
+    if method == "grpo" and config["grpo"] is not None:
+        group = config["grpo"]["num_generations"]
+        if whole % group:
+            yield Problem(
+                f"train.global_batch_size {whole} (completions) is no multiple of grpo.num_generations {group}",
+                fix=f"train.global_batch_size={max(group, whole // group * group)}",
+            )
+        if train["eval_interval"] is not None and micro * nproc % group:
+            yield Problem(
+                f"validation during GRPO needs train.micro_batch_size x processes ({micro * nproc}) to be a multiple of"
+                f" grpo.num_generations {group}",
+                fix="train.eval_interval=null",
+            )
+
+
+def _method_problems(config: Tree) -> Iterator[Problem]:
+    method = config["method"]
+    for section in ("dpo", "kto", "grpo"):
+        given = config[section] is not None
+        if section == method and not given:
+            yield Problem(
+                f"method {method} needs its section '{section}'", fix=f"add '+{section}={{}}' for its defaults"
+            )
+        elif section != method and given:
+            yield Problem(f"the section '{section}' means nothing for method {method}", fix=f"{section}=null")
+    if method == "grpo" and config["grpo"] is not None:
+        for reward in config["grpo"]["rewards"]:
+            if reward not in REWARDS:
+                yield Problem(f"unknown reward '{reward}' in grpo.rewards", fix=nearest(reward, REWARDS))
+
+
+def _model_problems(config: Tree) -> Iterator[Problem]:
+    model, peft = config["model"], config["peft"]
+    if model["arch"] and model["path"] != BUILTIN_MODEL:
+        yield Problem(
+            f"model.arch shapes the model that the project makes, but model.path is '{model['path']}'",
+            fix=f"model.path={BUILTIN_MODEL}, or model.arch={{}}",
+        )
+    for key, value in model["arch"].items():
+        yield from _type_problems(f"model.arch.{key}", key, value, _fields()["arch"])
+    if peft is not None and "out_proj" in peft["target_modules"]:
+        yield Problem(
+            "peft.target_modules: Mamba kernels read out_proj's weight directly, an adapter there would be ignored",
+            fix="leave out_proj out",
+        )
+
+
+def _native(config: Tree) -> Iterator[Problem]:
+    types = _native_types(config["method"])
+    for key, value in config["backend"]["native"].items():
+        if key in _OWNED:
+            yield Problem(f"backend.native.{key} can't be set: {_OWNED[key]}", fix="leave it out")
+        elif config["method"] == "sft" and key in _OWNED_BY_DATA_PREP:
+            yield Problem(f"backend.native.{key} can't be set: data prep has done this", fix="leave it out")
+        elif key in types:
+            yield from _type_problems(f"backend.native.{key}", key, value, types)
+
+
+def _type_problems(name: str, key: str, value: Any, types: dict[str, str]) -> Iterator[Problem]:
+    if key not in types:
+        yield Problem(f"unknown key '{name}'", fix=nearest(key, types))
+        return
+    expected = types[key].split(" | ")
+    actual = "None" if value is None else type(value).__name__
+    if expected != ["any"] and actual not in expected and not (actual == "int" and "float" in expected):
+        yield Problem(f"'{name}' should be {types[key]}, not {value!r}")
+
+
+def _native_types(method: str) -> dict[str, str]:
+    return {**_fields()["common"], **_fields()[method]}
+
+
+@cache
+def _fields() -> dict[str, dict[str, str]]:
+    return json.loads(Path(__file__).with_name("trl_fields.json").read_text(encoding="utf-8"))

@@ -1,0 +1,121 @@
+"""What happens around the steps: progress, a wish to stop, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback
+
+from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import read_jsonl
+from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.trl.checkpoints import commit_checkpoint
+
+_BAR = 24  # characters
+# Trainer's words -> ours
+_NAMES = {"learning_rate": "lr", "eval_loss": "validation_loss"}
+_LEFT_OUT = ("epoch", "num_tokens", "total_flos", "step_time")
+
+
+class Progress(TrainerCallback):
+    """Rank 0: a line in metrics.jsonl and one for people at each logged step."""
+
+    def __init__(self, context: Context, start: int):
+        self.context = context
+        self.start = start
+        if context.is_main:
+            _forget_after(context.dir.metrics, start)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = self.last = time.monotonic()
+        self.last_step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if not self.context.is_main or not ("loss" in logs or "eval_loss" in logs):
+            return
+        line = {"step": state.global_step, "steps": state.max_steps, "time": round(time.time(), 3)}
+        numbers = {_NAMES.get(name, name): value for name, value in logs.items() if name not in _LEFT_OUT}
+        line |= {name: _finite(value) for name, value in numbers.items() if isinstance(value, (int, float))}
+        if "loss" in logs:
+            now = time.monotonic()
+            line["seconds_per_step"] = round((now - self.last) / max(1, state.global_step - self.last_step), 4)
+            self.last, self.last_step = now, state.global_step
+            self.context.results["loss"] = logs["loss"]
+            print(_progress_line(line, (now - self.began) / (state.global_step - self.start)), flush=True)
+        else:
+            self.context.results["validation_loss"] = logs["eval_loss"]
+            print(f"step {line['step']}/{line['steps']} validation loss {logs['eval_loss']:.4f}", flush=True)
+        with open(self.context.dir.metrics, "a", encoding="utf-8") as metrics:
+            metrics.write(json.dumps(line) + "\n")
+
+
+class StopWhenAsked(TrainerCallback):
+    """Save and end after the step in which any rank was asked to stop."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.context.stop_requested()  # from now on a signal waits for the end of the step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        asked = self.context.stop_requested()
+        if self.context.world_size > 1:
+            flag = torch.tensor([float(asked)], device=args.device)
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+            asked = bool(flag.item())
+        if asked:
+            self.context.stop_seen = True
+            control.should_save = control.should_training_stop = True
+            self.context.event("stopped", step=state.global_step)
+        return control
+
+
+class SaveWhole(TrainerCallback):
+    """Turn what the trainer has staged into a checkpoint; nothing half-written ever carries a valid name."""
+
+    def __init__(self, context: Context, keep: int):
+        self.context = context
+        self.keep = keep
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.context.world_size > 1:
+            distributed.barrier()  # every rank has written its random state
+        if self.context.is_main:
+            began = time.monotonic()
+            folder = commit_checkpoint(self.context.dir.checkpoints, state.global_step, self.keep)
+            seconds = round(time.monotonic() - began, 3)
+            self.context.event("checkpoint-saved", step=state.global_step, path=str(folder), seconds=seconds)
+
+
+def _progress_line(line: dict[str, Any], seconds: float) -> str:
+    """`step 12/50 [#####---...] loss 1.2345 lr 5.0e-03 0.11 s/step, 0:00:04 left`"""
+    done, steps = line["step"], line["steps"]
+    filled = _BAR * done // steps
+    left = timedelta(seconds=round((steps - done) * seconds))
+    width = len(str(steps))
+    loss = "nan" if line["loss"] is None else f"{line['loss']:.4f}"
+    reward = f" reward {line['reward']:.3f}" if line.get("reward") is not None else ""
+    return (
+        f"step {done:{width}}/{steps} [{'#' * filled}{'-' * (_BAR - filled)}] loss {loss}{reward}"
+        f" lr {line['lr']:.1e} {seconds:.2f} s/step, {left} left"
+    )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: such a value is kept by name, as null."""
+    return value if math.isfinite(value) else None
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again; all of them when training starts anew."""
+    kept = [line for line in read_jsonl(metrics) if line["step"] <= step]
+    if metrics.exists() or kept:
+        write_atomic(metrics, "".join(json.dumps(line) + "\n" for line in kept))

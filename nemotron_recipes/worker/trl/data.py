@@ -1,0 +1,50 @@
+"""A data artifact as the trainers need it: packs, and rows with the token ids that data prep wrote.
+
+Nothing is tokenised here: TRL would render rows with the tokenizer's own template, where control tokens inside a user's
+text become real ones.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.data.packed import PackedSplit
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.fsio import file_digest
+from nemotron_recipes.rundir import read_json, read_jsonl
+
+DATA_METHODS = {"sft": "sft", "dpo": "dpo", "kto": "kto", "grpo": "rl"}
+
+
+class DataFolder:
+    """Prepared data for `method`. UserError: it is for another method or tokenizer, or in another format."""
+
+    def __init__(self, folder: Path, method: str, tokenizer: Path):
+        self.folder = folder
+        wanted = DATA_METHODS[method]
+        metadata = read_json(folder / "metadata.json")
+        if metadata is None:
+            raise _unusable(folder, "is no prepared data: metadata.json is missing", wanted)
+        if metadata["method"] != wanted:
+            raise _unusable(folder, f"was prepared for {metadata['method']}, not for {wanted}", wanted)
+        if metadata["format"] != "native":
+            raise _unusable(folder, f"has the format {metadata['format']}: the trl backend reads native", wanted)
+        if metadata["tokenizer"]["digest"] != file_digest(tokenizer / "tokenizer.json"):
+            raise _unusable(folder, "was prepared with another tokenizer.json than the model's", wanted)
+        self.template = (folder / metadata["chat_template"]["file"]).read_text(encoding="utf-8")
+
+    def packs(self, split: str) -> PackedSplit | list[dict[str, Any]]:
+        """SFT: the packs of a split."""
+        return PackedSplit(self.folder / split) if (self.folder / split / "input_ids.npy").is_file() else []
+
+    def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+        """The first `limit` rows: messages, and ids as `<column>_ids`. Empty where the split is."""
+        return list(islice(read_jsonl(self.folder / split / "rows.jsonl"), limit))
+
+
+def _unusable(folder: Path, what: str, wanted: str) -> UserError:
+    return UserError(
+        Problem(f"{folder} {what}", "data.path", f"give data that `data prep {wanted}` made for this model")
+    )

@@ -1,0 +1,120 @@
+"""Base model and tokenizer in, Hugging Face folder out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.fsio import fsync_tree, write_atomic
+from nemotron_recipes.tiny.model import write_model
+from nemotron_recipes.tiny.tokenizer import write_tokenizer
+from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.trl.config import TrlSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+ADAPTER = "adapter"  # subfolder of the output for LoRA weights before the merge
+
+
+@dataclass(frozen=True)
+class Base:
+    """Local folders of the base model and of the tokenizer."""
+
+    model: Path
+    tokenizer: Path
+
+
+@contextmanager
+def base_folders(settings: TrlSettings, context: Context) -> Iterator[Base]:
+    """Bring model and tokenizer to local folders; what the project makes itself lives as long as the context.
+
+    Every rank makes the same tiny model from the same seed.
+    """
+    with TemporaryDirectory(prefix="nemotron-tiny-") as scratch:
+        source = context.artifacts["model.path"].source
+        if source == "builtin":
+            model = Path(scratch, "model")
+            write_model(model, settings.model.arch, settings.trainer.get("seed", 0))
+        else:
+            model = _local(context, "model.path")
+        if "model.tokenizer" not in context.artifacts:
+            tokenizer = model
+        elif context.artifacts["model.tokenizer"].source == "builtin":
+            tokenizer = Path(scratch, "tokenizer")
+            write_tokenizer(tokenizer)
+        else:
+            tokenizer = _local(context, "model.tokenizer")
+        yield Base(model, tokenizer)
+
+
+def load_model(folder: Path, settings: TrlSettings) -> Any:
+    """The model in `settings.model.dtype`. UserError: the folder lacks weights, which would otherwise start random."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[settings.model.dtype],
+            attn_implementation=settings.model.attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(f"no model could be loaded from {folder}: {error}", "model.path")) from error
+    lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if lacking:
+        what = f"{folder} lacks {len(lacking)} of the model's weights, such as {lacking[0]}"
+        raise UserError(Problem(what, "model.path", "give a complete checkpoint; random weights are never filled in"))
+    return model
+
+
+def load_tokenizer(folder: Path, chat_template: str) -> Any:
+    """The tokenizer with the template that the data was prepared with, and with a padding token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(f"no tokenizer could be loaded from {folder}: {error}", "model.tokenizer")) from error
+    tokenizer.chat_template = chat_template
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def write_output(model: Any, tokenizer: Path, chat_template: str, settings: TrlSettings, folder: Path) -> None:
+    """The trained model as `AutoModelForCausalLM.from_pretrained` loads it; adapters are merged, and kept beside it.
+
+    The tokenizer's files are copied byte for byte: data that was prepared with it still fits this model.
+    """
+    if settings.peft is not None:
+        model.save_pretrained(folder / ADAPTER)
+        model = model.merge_and_unload()
+    model.to(DTYPES[settings.model.dtype])
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    write_atomic(folder / "chat_template.jinja", chat_template)
+    fsync_tree(folder)
+
+
+def _local(context: Context, key: str) -> Path:
+    """The folder of an input; a hub model is downloaded at its pinned commit, or taken from the cache."""
+    artifact = context.artifacts[key]
+    if artifact.source != "hub":
+        return context.inputs[key]
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(artifact.name, revision=artifact.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            Problem(f"{artifact.label} can't be had: {error}", key, "check the network and HF_TOKEN")
+        ) from error

@@ -1,0 +1,101 @@
+"""One training stage from its inputs to its output, on this rank."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import distributed
+from transformers.utils import logging
+
+from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.trl.callbacks import Progress, SaveWhole, StopWhenAsked
+from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, clear_staging
+from nemotron_recipes.worker.trl.config import TrlSettings
+from nemotron_recipes.worker.trl.data import DataFolder
+from nemotron_recipes.worker.trl.evaluate import exact_match, label_accuracy, preference_accuracy
+from nemotron_recipes.worker.trl.models import base_folders, load_model, load_tokenizer, write_output
+from nemotron_recipes.worker.trl.rewards import final_answer
+from nemotron_recipes.worker.trl.trainers import build_trainer
+
+
+def run_stage(settings: TrlSettings, context: Context) -> None:
+    """Load, measure, train, measure again, write the model."""
+    logging.set_verbosity_error()
+    resume = checkpoint_to_resume(settings.resume_from, context.dir.checkpoints, context.attempt)
+    if context.is_main:
+        clear_staging(context.dir.checkpoints)
+    with base_folders(settings, context) as base:
+        data = DataFolder(context.inputs["data.path"], settings.method, base.tokenizer)
+        model = load_model(base.model, settings)
+        tokenizer = load_tokenizer(base.tokenizer, data.template)
+        trainer = build_trainer(settings, context, model, tokenizer, data)
+        trainer.add_callback(Progress(context, start=_step_of(resume)))
+        trainer.add_callback(StopWhenAsked(context))
+        trainer.add_callback(SaveWhole(context, keep=settings.trainer.get("save_total_limit") or 1))
+        sizes = [parameter.numel() for parameter in trainer.model.parameters()]
+        context.event("ready", parameters=sum(sizes), resume_from=str(resume) if resume else None)
+
+        _measure("before", settings, context, trainer, data)
+        began = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        context.event("trained", step=trainer.state.global_step, seconds=round(time.monotonic() - began, 3))
+        if not context.stop_seen:
+            _measure("after", settings, context, trainer, data)
+            if context.is_main:
+                write_output(_bare(trainer), base.tokenizer, data.template, settings, context.output("model"))
+        if context.is_main:
+            _draw(settings, context)
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _measure(when: str, settings: TrlSettings, context: Context, trainer: Any, data: DataFolder) -> None:
+    """Put the held-out measurement of the method into the results."""
+    rows = data.rows("test", settings.evaluation.rows)
+    if not rows:
+        return
+    began = time.monotonic()
+    model = _bare(trainer)
+    tokenizer = trainer.processing_class
+    if settings.method in ("sft", "grpo"):
+        name = "exact_match"
+        prompts, tokens = [row["prompt_ids"] for row in rows], settings.evaluation.max_new_tokens
+        value: float | None = exact_match(model, tokenizer, prompts, [_expected(row) for row in rows], tokens, context)
+    elif settings.method == "dpo":
+        name = "preference_accuracy"
+        pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
+        value = preference_accuracy(model, pairs, tokenizer.pad_token_id, context)
+    else:
+        name = "preference_accuracy"
+        labelled = [(row["prompt_ids"], row["completion_ids"], row["label"]) for row in rows]
+        value = label_accuracy(model, labelled, tokenizer.pad_token_id, context)
+    if value is not None and context.is_main:
+        context.results[f"{name}_{when}"] = value
+        seconds = round(time.monotonic() - began, 3)
+        context.event("measured", when=when, rows=len(rows), seconds=seconds, **{name: value})
+        print(f"{name.replace('_', ' ')} {when} training: {value:.1%} of {len(rows)} held-out rows", flush=True)
+
+
+def _expected(row: dict[str, Any]) -> str:
+    """The row's expected answer; for SFT rows without one, what the reference turn ends with."""
+    if row["expected_answer"] is not None:
+        return str(row["expected_answer"])
+    return final_answer(row["messages"][-1]["content"] or "") or ""
+
+
+def _draw(settings: TrlSettings, context: Context) -> None:
+    from nemotron_recipes.worker.trl.curves import draw_curves
+
+    draw_curves(context.dir.metrics, context.dir.path / "curves.png", f"{context.run['stage']} ({settings.method})")
+
+
+def _bare(trainer: Any) -> Any:
+    """The model without what wraps it for several processes."""
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _step_of(checkpoint: Any) -> int:
+    """The step in which a checkpoint was saved; 0 without one."""
+    return int(checkpoint.name.rpartition("_")[2]) if checkpoint else 0
