@@ -35,6 +35,8 @@ from nemotron_recipes.spec import JobHandle, RenderedStage, Tree, to_json
 
 BUSY = 3
 
+_LEAVING_SECONDS = 3.0
+
 
 class Stopped(Exception):
     """A signal asked the driver to stop."""
@@ -195,10 +197,11 @@ def _is_alone(descriptor: int, run_id: str) -> bool:
     except BlockingIOError:
         print("another driver runs this run", file=sys.stderr)
         return False
-    orphans = process_tree.members(run_id)
-    if orphans:
-        print(f"processes of an earlier driver still run: {[p.pid for p in orphans]}", file=sys.stderr)
-    return not orphans
+    others = process_tree.members(run_id)
+    if process_tree.wait(others, _LEAVING_SECONDS):  # a driver that came too late for the lock is about to leave
+        return True
+    print(f"processes of an earlier driver still run: {[p.pid for p in others]}", file=sys.stderr)
+    return False
 
 
 def _stage(data: dict[str, Any]) -> RenderedStage:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,22 @@ def test_a_run_that_is_running_does_not_start_twice(tmp_path: Path, kill_driver:
         assert len(events(handle, "driver-started")) == 1
     finally:
         EXECUTOR.cancel(handle)
+
+
+def test_of_two_submissions_at_once_one_runs(tmp_path: Path) -> None:
+    for turn in range(2):
+        plan = plan_of(tmp_path / f"run{turn}", stage_of(sleep=600))
+        rendered = EXECUTOR.render(plan)
+        write_run(plan, rendered)
+        with ThreadPoolExecutor(2) as pool:
+            tries = [pool.submit(EXECUTOR.submit, plan, rendered) for _ in range(2)]
+        accepted = [t.result() for t in tries if t.exception() is None]
+        refused = [str(t.exception()) for t in tries if t.exception() is not None]
+        for handle in accepted:
+            EXECUTOR.cancel(handle)
+        assert len(accepted) == 1, refused
+        assert "is running already" in refused[0]
+        assert len(events(accepted[0], "driver-started")) == 1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
