@@ -65,9 +65,12 @@ class RunView:
         raise UserError(Problem(f"run {self.id} has no stage '{name}'", self.path, fix))
 
 
-def list_runs(runs_root: Path, liveness: Liveness | None = None) -> list[RunView]:
-    """Every run below `runs_root`, newest first. A damaged one is listed too, and says what is wrong with it."""
-    views = [load_run(folder, liveness) for folder in _run_folders(runs_root)]
+def list_runs(runs_root: Path, liveness: Liveness | None = None, newest: int | None = None) -> list[RunView]:
+    """The `newest` runs below `runs_root` (all), newest first. A damaged one is listed, with what is wrong with it."""
+    folders = _run_folders(runs_root)
+    if newest is not None:  # plan.json is written once, so its time says when; reading every plan would take seconds
+        folders = sorted(folders, key=lambda folder: (folder / "plan.json").stat().st_mtime)[-newest:]
+    views = [load_run(folder, liveness) for folder in folders]
     return sorted(views, key=lambda view: (view.created, view.id), reverse=True)
 
 

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import sys
 import threading
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class RankLog:
     def say_outside(self, text: str) -> None:
         """A line on the original stderr: the launcher's log, or the terminal."""
         if not self._show:  # the terminal has it from the log
-            os.write(self._outside[1], (text + "\n").encode("utf-8", "backslashreplace"))
+            with suppress(OSError):  # the launcher may be gone already; the record must be written all the same
+                os.write(self._outside[1], (text + "\n").encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
         """Give the original stdout and stderr back."""
@@ -61,7 +63,10 @@ class RankLog:
             while True:
                 last = self._stop.wait(0.1)
                 while piece := log.read(1 << 16):
-                    os.write(self._outside[0], piece)
+                    try:
+                        os.write(self._outside[0], piece)
+                    except OSError:
+                        return  # nobody watches any more; the log has it all
                 if last:
                     return
 

@@ -170,21 +170,21 @@ class Attempt:
         self.log.say_outside(
             f"rank {context.rank} {'stopped' if cancelled else 'failed'}: {text}\n  log: {self.log.path}"
         )
+        failure = {
+            "time": time.time(),
+            "rank": context.rank,
+            "host": socket.gethostname(),
+            "error": type(error).__name__,
+            "message": text,
+            "exit_code": code,
+            "lines": lines[-ERROR_LINES:],
+        }
         try:
-            context.event("cancelled" if cancelled else "failed", error=text, exit_code=code)
             if not cancelled:
-                failure = {
-                    "time": time.time(),
-                    "rank": context.rank,
-                    "host": socket.gethostname(),
-                    "error": type(error).__name__,
-                    "message": text,
-                    "exit_code": code,
-                    "lines": lines[-ERROR_LINES:],
-                }
                 write_atomic(context.dir.failure(context.attempt, context.rank), json.dumps(failure, indent=2))
             if context.is_main:
                 self._record("cancelled" if cancelled else "failed", code, text)
+            context.event("cancelled" if cancelled else "failed", error=text, exit_code=code)
         except OSError as disk:
             print(f"error: this end can't be recorded: {disk}", file=sys.stderr)
         return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,9 @@ def test_runs_are_listed_newest_first_also_a_damaged_one(tmp_path: Path) -> None
     assert [view.id for view in views] == ["new", "old", "broken"]
     assert "can't be read" in views[-1].explanation
     assert list_runs(tmp_path / "nowhere") == []
+    os.utime(tmp_path / "old" / "plan.json", (1, 1))
+    os.utime(tmp_path / "broken" / "plan.json", (2, 2))
+    assert [view.id for view in list_runs(tmp_path, newest=2)] == ["new", "broken"]
 
 
 def test_runs_are_found_by_a_unique_part_of_their_name(tmp_path: Path) -> None:

@@ -201,6 +201,16 @@ def test_a_failure_is_told_everywhere(tmp_path: Path) -> None:
     assert stage.store.names() == []
 
 
+def test_a_failure_is_recorded_also_when_the_launcher_is_gone(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, action="raise")
+    process = stage.start()
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(30) == 1
+    assert stage.record and stage.record["state"] == "failed"
+
+
 @pytest.mark.parametrize(
     ("action", "code", "text"),
     [
