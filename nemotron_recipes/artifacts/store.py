@@ -18,6 +18,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -150,6 +151,10 @@ class Store:
         (staged.folder / "owner.json").unlink()
         staged.folder.rmdir()
         return self._artifact(staged.name, version)
+
+    def discard(self, staged: Staged) -> None:
+        """Remove a staged output that will never be committed; nothing happens when it was."""
+        shutil.rmtree(staged.folder, ignore_errors=True)  # what can't be removed now is cleaned by a later `stage`
 
     def alias(self, name: str, alias: str, version: int) -> None:
         """Let `NAME:ALIAS` mean `version` from now on; readers see the old meaning or the new one."""

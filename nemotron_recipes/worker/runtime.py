@@ -179,6 +179,8 @@ class Attempt:
             "exit_code": code,
             "lines": lines[-ERROR_LINES:],
         }
+        for staged in context.staged.values():
+            context.store.discard(staged)
         try:
             if not cancelled:
                 write_atomic(context.dir.failure(context.attempt, context.rank), json.dumps(failure, indent=2))
@@ -256,8 +258,8 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _finite(results: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN or infinity: such a result is kept by name, as null."""
-    numbers = {name: float(value) for name, value in results.items()}
+    """JSON has no NaN or infinity: such a result is kept by name, as null. Counts stay whole numbers."""
+    numbers = {name: value if isinstance(value, int) else float(value) for name, value in results.items()}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.helpers.worker_probe --config FILE
 
-action: write | nothing | watch | sleep | raise | user-error | import | kill; only: the rank that raises, ... (all).
+action: write | write-and-raise | nothing | watch | sleep | raise | user-error | import | kill
+only: the one rank that raises or is killed (default: all)
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ def run(config: dict[str, Any], ctx: Context) -> None:
     if ctx.is_main and action != "nothing":
         for slot in ctx.declared:
             (ctx.output(slot) / "data.txt").write_text(str(config.get("text", "")))
-        ctx.results["loss"] = config.get("loss", 0.5)
+        ctx.results |= {"loss": float(config.get("loss", 0.5)), "rows": 3}
         ctx.metadata["rows"] = 3
+    if action == "write-and-raise":
+        raise ValueError("boom")
 
 
 def _misbehave(action: str) -> None:

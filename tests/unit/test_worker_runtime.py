@@ -103,7 +103,7 @@ def test_a_stage_that_succeeds(tmp_path: Path) -> None:
         "succeeded",
         0,
         1,
-        {"loss": None},
+        {"loss": None, "rows": 3},
     )
     assert record["outputs"] == {
         "data": {"name": "prep-out", "version": 1, "digest": made.digest, "uri": made.uri},
@@ -191,14 +191,14 @@ def test_only_the_first_rank_reads_the_data_to_verify_it(tmp_path: Path) -> None
 
 
 def test_a_failure_is_told_everywhere(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, action="raise")
+    stage = Stage(tmp_path, action="write-and-raise")
     code, _, err = stage.run()
     assert code == 1 and err == f"rank 0 failed: ValueError: boom\n  log: {stage.dir.log(1, 0)}\n"
     assert "Traceback" in stage.log() and stage.events()[-1] == "failed"
     failure = stage.dir.first_failure(1)
     assert failure and failure["lines"][-1] == "ValueError: boom" and failure["rank"] == 0
     assert stage.record and (stage.record["error"], stage.record["rank"]) == ("ValueError: boom", 0)
-    assert stage.store.names() == []
+    assert stage.store.names() == [] and list((stage.store.root / ".staging").iterdir()) == []
 
 
 def test_a_failure_is_recorded_also_when_the_launcher_is_gone(tmp_path: Path) -> None:
