@@ -67,19 +67,24 @@ def make_plan(request: Request, catalog: Catalog, environment: Environment) -> P
     steps, problems = _steps(request, catalog, config_path)
     reuse = not request.force
     stages: list[StagePlan] = []
+    planner = _StagePlanner(request, catalog, resolver, code, plan_id, run_dir, environment.output / "runs")
     for step in steps:
+        outputs: Tree = {}
+        stage: StagePlan | None = None
         try:
-            planner = _StagePlanner(request, catalog, resolver, code, plan_id, run_dir, environment.output / "runs")
-            stage = planner.plan(step, profile, reuse=reuse and (len(steps) > 1 or step.words[0] == "data"))
+            path = catalog.require(request.family, step.words, step.config_name)
+            composed = compose(catalog, path, step.overrides, profile)
+            outputs = composed.tree.get("outputs") or {}
+            stage = planner.plan(step, composed, path, reuse=reuse and (len(steps) > 1 or step.words[0] == "data"))
+            stages.append(stage)
         except UserError as error:
             prefix = f"{step.name}: " if len(steps) > 1 else ""
             problems += [Problem(prefix + p.what, p.where, p.fix) for p in error.problems]
-            continue
-        stages.append(stage)
-        for output in stage.outputs:
-            producer = Producer(stage.fingerprint, plan_id, stage.name, output.slot)
-            pending = Artifact("pending", output.kind, output.name, producer=producer)
-            resolver.produced[output.name] = stage.reused or pending
+        # What a refused stage would have made counts as promised: its successors have no problem of their own.
+        for slot, name in outputs.items() if isinstance(outputs, dict) else ():
+            producer = Producer(stage.fingerprint if stage else "", plan_id, step.name, slot)
+            pending = Artifact("pending", slot, str(name), producer=producer)
+            resolver.produced[str(name)] = (stage.reused if stage else None) or pending
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return Plan(
@@ -156,9 +161,8 @@ class _StagePlanner:
     run_dir: Path
     runs: Path
 
-    def plan(self, step: Step, profile: tuple[str, Tree] | None, reuse: bool) -> StagePlan:
-        config_path = self.catalog.require(self.request.family, step.words, step.config_name)
-        composed = compose(self.catalog, config_path, step.overrides, profile)
+    def plan(self, step: Step, composed: Composed, config_path: str, reuse: bool) -> StagePlan:
+        """UserError: everything that is wrong with one stage."""
         config, problems = validate(composed, config_path, ("data_prep", "train"))
         if problems:
             raise UserError(*problems)

@@ -137,8 +137,10 @@ def test_a_missing_artifact_names_the_command_that_makes_it(tmp_path: Path) -> N
 
 
 def test_overrides_of_a_pipe_reach_their_stage(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, "pipe", overrides=("sft.train.train_iters=7", "run.nproc_per_node=1", "~rl.optimizer.lr"))
-    stages = {stage.name: stage for stage in plan.stages} if plan else {}
+    plan = plan_of(tmp_path, "pipe", overrides=("sft.train.train_iters=7", "run.nproc_per_node=1", "~rl.optimizer.weight_decay"))
+    stages = {stage.name: stage for stage in plan.stages}
+    assert stages["rl"].config["optimizer"]["weight_decay"] == 0.0
+    assert str(stages["rl"].changed.get("optimizer.weight_decay", "")) in ("", "command line ~optimizer.weight_decay")
     assert stages["sft"].config["train"]["train_iters"] == 7
 
 
