@@ -124,7 +124,9 @@ def liveness(handle: JobHandle) -> Liveness:
 
 def _refuse_unpinned(plan: Plan) -> None:
     unpinned = [
-        Problem(f"{stage.name}: {key} is {artifact.label}", fix="pin it: hf://ORG/NAME@COMMIT, or plan without --offline")
+        Problem(
+            f"{stage.name}: {key} is {artifact.label}", fix="pin it: hf://ORG/NAME@COMMIT, or plan without --offline"
+        )
         for stage in plan.stages
         for key, artifact in stage.inputs.items()
         if artifact.source == "hub" and artifact.revision is None
@@ -206,5 +208,3 @@ def rendered_json(prepared: Prepared) -> str:
         sort_keys=True,
         ensure_ascii=False,
     )
-
-

@@ -40,7 +40,13 @@ def list_command(as_json: bool) -> None:
         click.echo(f"no artifacts yet in {store.root}")
     else:
         cells = [
-            (f"{a.name}:v{a.version}", a.kind, _size(m["size"]), age(_iso(m["created"])), (m["producer"] or {}).get("run", ""))
+            (
+                f"{a.name}:v{a.version}",
+                a.kind,
+                _size(m["size"]),
+                age(_iso(m["created"])),
+                (m["producer"] or {}).get("run", ""),
+            )
             for a, m, _, _ in rows
         ]
         click.echo(table(("ARTIFACT", "KIND", "SIZE", "CREATED", "MADE BY"), cells))

@@ -49,7 +49,10 @@ def show_profile(profile: str, as_json: bool) -> None:
         click.echo(json.dumps({"profile": profile, "fields": complete, "set": sorted(given)}, indent=2))
         return
     given_keys = flatten(given)
-    rows = [(key, json.dumps(value), "profile" if key in given_keys else "default") for key, value in flatten(complete).items()]
+    rows = [
+        (key, json.dumps(value), "profile" if key in given_keys else "default")
+        for key, value in flatten(complete).items()
+    ]
     click.echo(table(("FIELD", "VALUE", "FROM"), rows))
 
 

@@ -71,7 +71,9 @@ class Root(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Families (conf/recipe)"):
-            formatter.write_dl([(f, ", ".join(" ".join(s) for s in self.catalog.stages(f))) for f in self.catalog.families])
+            formatter.write_dl(
+                [(f, ", ".join(" ".join(s) for s in self.catalog.stages(f))) for f in self.catalog.families]
+            )
         with formatter.section("Commands"):
             formatter.write_dl(list(HELP.items()))
 
@@ -130,4 +132,3 @@ def take_config_dirs(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 def _config_dir_option() -> click.Option:
     return click.Option(["--config-dir"], metavar="DIR", help="Your own conf/ (anywhere on the line; repeatable).")
-

@@ -89,7 +89,9 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
         click.Option(["--config-dir"], metavar="DIR", help="Your own conf/ (repeatable)."),
     ]
     if prepares:
-        params.append(click.Option(["--sample"], type=click.IntRange(min=1), metavar="N", help="At most N rows a source."))
+        params.append(
+            click.Option(["--sample"], type=click.IntRange(min=1), metavar="N", help="At most N rows a source.")
+        )
     if prepares or path[-1] == "pipe":
         params.append(click.Option(["--force"], is_flag=True, help="Make everything anew; reuse no earlier result."))
 

@@ -93,7 +93,7 @@ def _stage(view: RunView, stage: StageView) -> list[str]:
         lines.append(f"  note        {stage.note}")
     if stage.explanation:
         lines += [f"  {line}" for line in stage.explanation.splitlines() if line != stage.note]
-    planned = next((s for s in view.plan.get("stages", ()) if s["name"] == stage.name), {})
+    planned: dict[str, Any] = next((s for s in view.plan.get("stages", ()) if s["name"] == stage.name), {})
     for key, origin in planned.get("changed", {}).items():
         lines.append(f"  set         {key} <- {origin['kind']} {origin['source']}")
     for parent in stage.parents:
@@ -129,5 +129,7 @@ def _next(view: RunView) -> list[str]:
         lines += ["", "what to try next"]
         lines += [f"  nemotron {view.title} --dry-run                 exactly what ran, and what is reused now"]
         lines += [f"  nemotron {family} sft -c tiny train.train_iters=100      any value overridden"]
-        lines += [f"  nemotron {family} data prep sft -c default 'data.sources=[{{path: my.jsonl}}]' data.tokenizer=tiny"]
+        lines += [
+            f"  nemotron {family} data prep sft -c default 'data.sources=[{{path: my.jsonl}}]' data.tokenizer=tiny"
+        ]
     return lines

@@ -94,7 +94,9 @@ class Catalog:
 
     def makers(self, artifact: str) -> tuple[str, ...]:
         """Commands whose config names `artifact` as an output; found by reading the files as text."""
-        named = re.compile(rf"^\s*(?:outputs:\s*\{{\s*)?\w+:\s*['\"]?{re.escape(artifact)}['\"]?\s*\}}?\s*$", re.MULTILINE)
+        named = re.compile(
+            rf"^\s*(?:outputs:\s*\{{\s*)?\w+:\s*['\"]?{re.escape(artifact)}['\"]?\s*\}}?\s*$", re.MULTILINE
+        )
         return tuple(
             f"nemotron {family} {' '.join(words)} -c {config}"
             for family in self.families

@@ -285,4 +285,3 @@ def _explained(error: Exception, config_path: str) -> Problem:
     if isinstance(cause, OmegaConfBaseException) and cause is not error:
         lines += [line.strip() for line in str(cause).splitlines() if line.strip()][:1]
     return Problem("; ".join(dict.fromkeys(lines[:3])) or type(cause).__name__, config_path)
-

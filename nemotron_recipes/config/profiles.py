@@ -1,8 +1,8 @@
 """env.toml: where runs go. Found upwards from the current folder, or named by $NEMOTRON_ENV.
 
-    [wandb]           project, entity
-    [artifacts]       output (folder of runs), store (folder of artifacts); relative to the file
-    [PROFILE]         executor = "...", extends = "OTHER", and the executor's own fields
+[wandb]           project, entity
+[artifacts]       output (folder of runs), store (folder of artifacts); relative to the file
+[PROFILE]         executor = "...", extends = "OTHER", and the executor's own fields
 """
 
 from __future__ import annotations

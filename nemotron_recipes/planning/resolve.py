@@ -87,7 +87,11 @@ class Resolver:
         if not found:
             parent = path.parent
             near = nearest(path.name, os.listdir(parent)) if parent.is_dir() else f"{parent} does not exist either"
-            fix = near if near.startswith(("did", str(parent))) else "give a path that exists, hf://ORG/NAME or artifact:NAME"
+            fix = (
+                near
+                if near.startswith(("did", str(parent)))
+                else "give a path that exists, hf://ORG/NAME or artifact:NAME"
+            )
             raise UserError(Problem(f"nothing at {path}", fix=fix))
         digest = tree_digest(Path(os.path.commonpath([p.parent for p in found])), found)
         return Artifact("path", kind, uri=str(path), digest=digest)
@@ -152,9 +156,13 @@ def _commit(name: str, revision: str | None, kind: str) -> str:
         ask = api.dataset_info if kind == "data" else api.model_info
         sha = ask(name, revision=revision, timeout=HUB_TIMEOUT).sha
     except HfHubHTTPError as error:
-        raise UserError(Problem(f"the hub refuses {name}@{revision or 'main'}: {str(error).splitlines()[0]}", fix=fix)) from None
+        raise UserError(
+            Problem(f"the hub refuses {name}@{revision or 'main'}: {str(error).splitlines()[0]}", fix=fix)
+        ) from None
     except (HTTPError, OSError, OfflineModeIsEnabled) as error:  # no route, no name, a time-out
-        raise UserError(Problem(f"the hub can't be asked for the commit of {name}: {_reason(error)}", fix=fix)) from None
+        raise UserError(
+            Problem(f"the hub can't be asked for the commit of {name}: {_reason(error)}", fix=fix)
+        ) from None
     if not sha:
         raise UserError(Problem(f"the hub names no commit for {name}", fix=fix))
     return sha

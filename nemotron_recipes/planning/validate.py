@@ -26,11 +26,11 @@ def validate(composed: Composed, config_path: str, kinds: Iterable[str] = tuple(
     `run` is checked against the fields of the executor that it names, `backend.native` against the backend's.
     """
     tree = composed.tree
-    kind = tree.get("kind")
+    kind = str(tree.get("kind"))
     if kind not in kinds:
         stray = set(tree) - {name for model in KINDS.values() for name in model.model_fields}
         hint = "its first line must be '# @package _global_'" if "recipe" in stray else f"set kind: {', '.join(kinds)}"
-        problem = Problem(f"config sets no valid kind (got {kind!r})", config_path, hint)
+        problem = Problem(f"config sets no valid kind ({kind})", config_path, hint)
         return {}, [*composed.problems, problem]
     model = KINDS[kind]
     problems: list[Problem] = list(composed.problems)

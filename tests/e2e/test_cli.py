@@ -117,7 +117,9 @@ def test_running_following_and_reading_back(tmp_path: Path) -> None:
     name = f"{stage['outputs']['data']['name']}:v1"
     assert nemotron(tmp_path, "artifacts", "show", name, "--verify").returncode == 0
     for form in ("tree", "mermaid", "json"):
-        assert "sample:largest_of_three" in nemotron(tmp_path, "lineage", name, "--format", form).stdout.replace("#58;", ":").replace("#95;", "_")
+        assert "sample:largest_of_three" in nemotron(tmp_path, "lineage", name, "--format", form).stdout.replace(
+            "#58;", ":"
+        ).replace("#95;", "_")
     again = nemotron(tmp_path, *PREP)
     assert again.returncode == 0 and "nothing to run" in again.stdout
     forced = nemotron(tmp_path, *PREP, "--force", "--json")
@@ -127,7 +129,13 @@ def test_running_following_and_reading_back(tmp_path: Path) -> None:
 def test_a_failed_job_ends_with_1_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"messages": 5}\nnot json\n')
     done = nemotron(
-        tmp_path, "nano3", "data", "prep", "sft", "data.sources=[{path: bad.jsonl}]", "data.tokenizer=tiny",
+        tmp_path,
+        "nano3",
+        "data",
+        "prep",
+        "sft",
+        "data.sources=[{path: bad.jsonl}]",
+        "data.tokenizer=tiny",
         "data.on_bad_row=fail",
     )
     assert done.returncode == 1, done.stdout + done.stderr
@@ -140,7 +148,9 @@ def test_a_failed_job_ends_with_1_and_says_why(tmp_path: Path) -> None:
 
 def slow_prep(tmp_path: Path, mode: tuple[str, ...]) -> list[str]:
     (tmp_path / "env.toml").write_text('[desk]\nexecutor = "local"\ngrace_seconds = 2\n')
-    row = json.dumps({"messages": [{"role": "user", "content": "hi " * 50}, {"role": "assistant", "content": "yes " * 50}]})
+    row = json.dumps(
+        {"messages": [{"role": "user", "content": "hi " * 50}, {"role": "assistant", "content": "yes " * 50}]}
+    )
     (tmp_path / "many.jsonl").write_text((row + "\n") * SLOW_ROWS)
     overrides = ["data.sources=[{path: many.jsonl}]", "data.tokenizer=tiny"]
     return [sys.executable, "-m", "nemotron_recipes", "nano3", "data", "prep", "sft", *overrides, *mode]
@@ -185,15 +195,23 @@ def test_ctrl_c_stops_the_whole_tree_and_is_recorded(tmp_path: Path, number: sig
 
 def test_batch_outlives_its_terminal_and_can_be_followed_and_cancelled(tmp_path: Path) -> None:
     terminal = subprocess.run(
-        slow_prep(tmp_path, ("--batch", "desk")), cwd=tmp_path, env=environment(), capture_output=True, text=True,
-        timeout=60, start_new_session=True,
+        slow_prep(tmp_path, ("--batch", "desk")),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
     )
     assert terminal.returncode == 0, terminal.stderr
     run = wait_for_start(tmp_path)
     assert f"nemotron runs logs -f {run['id']}" in terminal.stdout
     follower = subprocess.Popen(
         [sys.executable, "-m", "nemotron_recipes", "runs", "logs", "-f", run["id"]],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     time.sleep(1)
     cancelled = nemotron(tmp_path, "runs", "cancel", run["id"])
@@ -204,11 +222,16 @@ def test_batch_outlives_its_terminal_and_can_be_followed_and_cancelled(tmp_path:
 
 
 def test_ctrl_c_on_a_follower_leaves_the_run_alone(tmp_path: Path) -> None:
-    subprocess.run(slow_prep(tmp_path, ("-b", "desk")), cwd=tmp_path, env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        slow_prep(tmp_path, ("-b", "desk")), cwd=tmp_path, env=environment(), check=True, capture_output=True
+    )
     run = wait_for_start(tmp_path)
     follower = subprocess.Popen(
         [sys.executable, "-m", "nemotron_recipes", "runs", "logs", "-f", run["id"]],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     time.sleep(1.5)
     follower.send_signal(signal.SIGINT)
@@ -218,7 +241,9 @@ def test_ctrl_c_on_a_follower_leaves_the_run_alone(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_launcher_was_killed_is_not_running_forever(tmp_path: Path) -> None:
-    subprocess.run(slow_prep(tmp_path, ("-b", "desk")), cwd=tmp_path, env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        slow_prep(tmp_path, ("-b", "desk")), cwd=tmp_path, env=environment(), check=True, capture_output=True
+    )
     run = wait_for_start(tmp_path)
     for process in processes_of(run["id"]):
         process.kill()
@@ -232,7 +257,12 @@ def test_hostile_names_reach_the_worker_unchanged(tmp_path: Path) -> None:
     row = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]})
     (folder / "${rows}; $(id).jsonl").write_text((row + "\n") * 3)
     done = nemotron(
-        folder, "nano3", "data", "prep", "sft", "data.sources=[{path: '\\${rows}; $(id).jsonl', split: train}]",
+        folder,
+        "nano3",
+        "data",
+        "prep",
+        "sft",
+        "data.sources=[{path: '\\${rows}; $(id).jsonl', split: train}]",
         "data.tokenizer=tiny",
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -242,7 +272,12 @@ def test_hostile_names_reach_the_worker_unchanged(tmp_path: Path) -> None:
 
 
 def test_help_and_dry_run_import_neither_torch_nor_nemo_run(tmp_path: Path) -> None:
-    for arguments in (("--help",), ("nano3", "sft", "--help"), ("nano3", "pipe", "-c", "tiny", "--dry-run"), ("runs", "list")):
+    for arguments in (
+        ("--help",),
+        ("nano3", "sft", "--help"),
+        ("nano3", "pipe", "-c", "tiny", "--dry-run"),
+        ("runs", "list"),
+    ):
         command = [sys.executable, "-X", "importtime", "-m", "nemotron_recipes", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -13,12 +13,19 @@ from nemotron_recipes.planning import plan as planning
 from nemotron_recipes.spec import Code, Request
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-ENV = '[desk]\nexecutor = "local"\nnproc_per_node = 2\nenv = {GREETING = "hello $(world)"}\nsecrets = ["PLANTED_TOKEN"]\n'
+ENV = (
+    '[desk]\nexecutor = "local"\nnproc_per_node = 2\nenv = {GREETING = "hello $(world)"}\nsecrets = ["PLANTED_TOKEN"]\n'
+)
 
 CASES = {
     "pipe-tiny": Request("nano3", ("pipe",), "tiny"),
     "pipe-tiny-desk": Request(
-        "nano3", ("pipe",), "tiny", mode="batch", profile="desk", overrides=("sft.optimizer.lr=1e-5", "rl.peft={dim: 4}", "run.nproc_per_node=1")
+        "nano3",
+        ("pipe",),
+        "tiny",
+        mode="batch",
+        profile="desk",
+        overrides=("sft.optimizer.lr=1e-5", "rl.peft={dim: 4}", "run.nproc_per_node=1"),
     ),
     "data-prep-sft-own-rows": Request(
         "nano3",
@@ -31,9 +38,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_golden_plan(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
-) -> None:
+def test_golden_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     code = Code("sha256:" + "0" * 64, "0.0.0", "c0ffee" + "0" * 34, True)
     monkeypatch.setattr(planning, "describe_code", lambda: code)
     monkeypatch.setattr(planning.secrets, "token_hex", lambda size: "1d" * size)

@@ -41,7 +41,9 @@ def problems_of(cwd: Path, *words: str, **fields) -> str:
 
 def chats(cwd: Path, text: str = "hello") -> Path:
     path = cwd / "chats.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]}))
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]})
+    )
     return path
 
 
@@ -86,7 +88,12 @@ def test_each_request_has_its_own_id_and_the_same_fingerprint(tmp_path: Path) ->
 def test_what_moves_a_fingerprint_and_what_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = chats(tmp_path)
     base = own_data(tmp_path).stages[0].fingerprint
-    same = [("outputs.data=other",), ("run.nproc_per_node=2",), ("run.env={A: b}",), ("data.sources=[{path: ./chats.jsonl}]",)]
+    same = [
+        ("outputs.data=other",),
+        ("run.nproc_per_node=2",),
+        ("run.env={A: b}",),
+        ("data.sources=[{path: ./chats.jsonl}]",),
+    ]
     for overrides in same:
         assert own_data(tmp_path, overrides=overrides).stages[0].fingerprint == base, overrides
     moved = tmp_path / "elsewhere.jsonl"
@@ -117,7 +124,7 @@ def test_a_finished_stage_is_reused_and_the_next_fingerprint_stays(tmp_path: Pat
     assert after.stages[0].reused == made
     assert after.stages[1].inputs["data.path"] == made
     assert after.stages[1].fingerprint == before.stages[1].fingerprint
-    assert [s.name for s in lifecycle.prepare(request_of(tmp_path, "pipe")).rendered.stages][0] == "sft"
+    assert lifecycle.prepare(request_of(tmp_path, "pipe")).rendered.stages[0].name == "sft"
     assert plan_of(tmp_path, "pipe", force=True).stages[0].reused is None
 
 
@@ -137,7 +144,9 @@ def test_a_missing_artifact_names_the_command_that_makes_it(tmp_path: Path) -> N
 
 
 def test_overrides_of_a_pipe_reach_their_stage(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, "pipe", overrides=("sft.train.train_iters=7", "run.nproc_per_node=1", "~rl.optimizer.weight_decay"))
+    plan = plan_of(
+        tmp_path, "pipe", overrides=("sft.train.train_iters=7", "run.nproc_per_node=1", "~rl.optimizer.weight_decay")
+    )
     stages = {stage.name: stage for stage in plan.stages}
     assert stages["rl"].config["optimizer"]["weight_decay"] == 0.0
     assert str(stages["rl"].changed.get("optimizer.weight_decay", "")) in ("", "command line ~optimizer.weight_decay")
@@ -145,7 +154,9 @@ def test_overrides_of_a_pipe_reach_their_stage(tmp_path: Path) -> None:
 
 
 def test_wrong_overrides_of_a_pipe(tmp_path: Path) -> None:
-    text = problems_of(tmp_path, "pipe", overrides=("train.train_iters=7", "sftt.train.seed=1", "sft.train.sede=1", "x"))
+    text = problems_of(
+        tmp_path, "pipe", overrides=("train.train_iters=7", "sftt.train.seed=1", "sft.train.sede=1", "x")
+    )
     assert "name the stage: rl.train.train_iters=7" in text
     assert "did you mean 'sft'?" in text
     assert "sft: unknown key 'train.sede'" in text
@@ -168,11 +179,22 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_hostile_file_names_arrive_unchanged(tmp_path: Path) -> None:
-    for name in ["with space.jsonl", "it's.jsonl", "$(touch pwned).jsonl", "new\nline.jsonl", "ünï☃.jsonl", "a;b|c.jsonl"]:
+    for name in [
+        "with space.jsonl",
+        "it's.jsonl",
+        "$(touch pwned).jsonl",
+        "new\nline.jsonl",
+        "ünï☃.jsonl",
+        "a;b|c.jsonl",
+    ]:
         (tmp_path / name).write_text(chats(tmp_path).read_text())
         quoted = name.replace("'", "\\'")
         plan = plan_of(
-            tmp_path, "data", "prep", "sft", config="default",
+            tmp_path,
+            "data",
+            "prep",
+            "sft",
+            config="default",
             overrides=(f"data.sources=[{{path: '{quoted}'}}]", "data.tokenizer=tiny"),
         )
         assert plan.stages[0].inputs["data.sources.0.path"].uri == str(tmp_path / name)
@@ -183,7 +205,13 @@ def test_a_hub_reference_without_network_is_unpinned_and_not_submitted(tmp_path:
     chats(tmp_path)
     prepared = lifecycle.prepare(
         request_of(
-            tmp_path, "data", "prep", "sft", config="default", offline=True, overrides=("data.sources=[{path: chats.jsonl}]",)
+            tmp_path,
+            "data",
+            "prep",
+            "sft",
+            config="default",
+            offline=True,
+            overrides=("data.sources=[{path: chats.jsonl}]",),
         )
     )
     assert "UNPINNED" in prepared.plan.stages[0].inputs["data.tokenizer"].label
