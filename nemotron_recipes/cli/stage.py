@@ -75,7 +75,7 @@ class StageCommand(click.Command):
 
 
 def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[str, ...]) -> StageCommand:
-    """The command of `recipe/<path>`. `--sample` is offered where data is prepared, `--force` where results are reused."""
+    """The command of `recipe/<path>`; `--sample` where data is prepared, `--force` where results are reused."""
     prepares = path[1:2] == ("data",)
     params: list[click.Parameter] = [
         click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."),

@@ -1,10 +1,11 @@
 """Compose one stage config with Hydra's compose API, and remember which layer set every value.
 
-Layers, weakest first: group files and configs in the order of Hydra's defaults list, the profile (as `run`), the command
-line. Hydra composes; the layers are then read one by one in that same order, so that every leaf has an origin.
+Layers, weakest first: group files and configs in the order of Hydra's defaults list, the profile (as `run`), the
+command line. Hydra composes; the layers are then read one by one in that same order, so that every leaf has an origin.
 
-Hydra alone would refuse `train.seed=1` where no file names the key (the schema does), and accept `+train.sede=1`. So plain
-overrides are handed to it as `++key=value`, and the schema, which knows every key, judges them all (planning/validate.py).
+Hydra alone would refuse `train.seed=1` where no file names the key (the schema does), and accept `+train.sede=1`. So
+plain overrides are handed to it as `++key=value`, and the schema, which knows every key, judges them all
+(planning/validate.py).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def compose(
     overrides: Iterable[str] = (),
     profile: tuple[str, Tree] | None = None,
 ) -> Composed:
-    """Compose `config_path` (`recipe/nano3/sft/tiny`). UserError: what Hydra refuses, and values that can't be resolved."""
+    """Compose `config_path` (`recipe/nano3/sft/tiny`). UserError: what Hydra refuses or can't resolve."""
     parsed, problems = parse_overrides(overrides, catalog)
     lines = [_for_hydra(o, catalog) for o in parsed]
     _store_primary(config_path, profile[1] if profile else {})
@@ -94,7 +95,7 @@ def compose(
 
 
 def base_tree(catalog: Catalog, config_path: str) -> Tree:
-    """What the recipe's own `default` config sets, files only: the base that a plan is compared with. {} without one."""
+    """What a config's files set: of a recipe's `default`, the base that plans are compared with. {} without one."""
     _store_primary(config_path, {})
     with _hydra(catalog) as search:
         loader = GlobalHydra.instance().config_loader()

@@ -57,9 +57,8 @@ class Resolver:
         if kind == "checkpoint":
             return self._checkpoint(reference)
         path = self._path(reference)
-        if not glob.has_magic(reference) and not path.exists():
-            if kind in ("model", "tokenizer") and HUB_NAME.fullmatch(reference):
-                return self._hub(reference, kind)
+        if kind in ("model", "tokenizer") and HUB_NAME.fullmatch(reference) and not path.exists():
+            return self._hub(reference, kind)
         return self._local(reference, path, kind)
 
     def _path(self, reference: str) -> Path:

@@ -9,7 +9,7 @@ from nemotron_recipes.rundir import RunDir, latest_checkpoint, read_json
 
 def find_resumable(runs: Path, fingerprint: str) -> Path | None:
     """Newest whole checkpoint of the newest run of a stage with this fingerprint that did not succeed."""
-    plans = [p for p in runs.glob("*/plan.json")] if runs.is_dir() else []
+    plans = list(runs.glob("*/plan.json")) if runs.is_dir() else []
     for plan_file in sorted(plans, key=lambda p: p.stat().st_mtime, reverse=True):
         plan = read_json(plan_file) or {}
         for stage in plan.get("stages", ()):
