@@ -60,16 +60,12 @@ class ChatEncoder:
         return [one if isinstance(one, BadRow) else one.ids for one in self._encode(rendered)]
 
     def answers(self, rows: Sequence[Row], names: Sequence[str]) -> list[list[np.ndarray] | BadRow]:
-        """For each row the prompt's ids and then those of each named answer. Prompt and answer joined are the whole
-        conversation. The prompt is what all answers share before the model has to write."""
+        """For each row the prompt's ids and then those of each named answer, its end of turn included. The prompt is
+        what all answers share before the model has to write: answers differ where one reasons and one doesn't."""
         jobs = [self._render(row.prompt + getattr(row, name), row) for row in rows for name in names]
         encoded = self._encode(jobs)
-        results: list[list[np.ndarray] | BadRow] = []
-        for index, row in enumerate(rows):
-            group = encoded[index * len(names) : (index + 1) * len(names)]
-            turns = [sum(m["role"] == "assistant" for m in getattr(row, name)) for name in names]
-            results.append(_prompt_and_answers(group, turns))
-        return results
+        count = len(names)
+        return [_prompt_and_answers(encoded[index * count : (index + 1) * count]) for index in range(len(rows))]
 
     def _render(self, messages: list[Message], row: Row, prompt: bool = False) -> Rendered | BadRow:
         try:
@@ -113,17 +109,18 @@ def _asked(messages: list[Message]) -> list[Message]:
     return messages[:end]
 
 
-def _prompt_and_answers(group: Sequence[Encoded | BadRow], turns: Sequence[int]) -> list[np.ndarray] | BadRow:
-    """`turns`: how many assistant turns each answer has; their blocks are the last ones."""
+def _prompt_and_answers(group: Sequence[Encoded | BadRow]) -> list[np.ndarray] | BadRow:
+    """The answer is the last generation block; what the template writes after the end of the turn is left out."""
     starts = []
     whole = []
-    for one, count in zip(group, turns, strict=True):
+    for one in group:
         if isinstance(one, BadRow):
             return one
-        if len(one.blocks) < count:
-            return BadRow("template_refused", f"an answer of {count} turns gives {len(one.blocks)} generation blocks")
-        starts.append(one.blocks[-count][0])
-        whole.append(one.ids)
+        if not one.blocks or one.blocks[-1][0] == one.blocks[-1][1]:
+            return BadRow("template_refused", "the answer gives no generation block")
+        start, end = one.blocks[-1]
+        starts.append(start)
+        whole.append(one.ids[:end])
     length = min(starts)
     first = whole[0]
     for ids in whole[1:]:

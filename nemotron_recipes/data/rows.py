@@ -309,10 +309,10 @@ def _check_order(messages: list[Message]) -> None:
 
 
 def _check_answer(messages: list[Message], name: str) -> None:
-    """One answer: assistant turns, and results of the tools that they called."""
-    if messages[0]["role"] != "assistant" or any(m["role"] not in ("assistant", "tool") for m in messages):
-        roles = ", ".join(m["role"] for m in messages)
-        raise BadRow("bad_order", f"{name} must begin with the assistant and hold no other speaker: {roles}")
+    """One turn: a trainer learns from every token of an answer, and a tool's result is not the model's."""
+    roles = [message["role"] for message in messages]
+    if roles != ["assistant"]:
+        raise BadRow("bad_order", f"{name} must be one assistant turn, not {', '.join(roles)}")
 
 
 def _check_tool_markup(row: Row) -> None:

@@ -1,0 +1,99 @@
+"""Packing loses nothing, never overfills, and packs well; what is written is what is read."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemotron_recipes.data.packed import PackedSplit, Spool, write_megatron, write_native
+from nemotron_recipes.data.packing import pack
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=200),
+    capacity=st.integers(50, 120),
+    window=st.sampled_from([1, 7, 10_000]),
+)
+def test_nothing_is_lost_and_no_pack_is_overfull(lengths: list[int], capacity: int, window: int) -> None:
+    packs = pack(lengths, capacity, window)
+    assert sorted(index for group in packs for index in group) == list(range(len(lengths)))
+    assert all(group and sum(lengths[i] for i in group) <= capacity for group in packs)
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=200))
+def test_at_most_one_pack_is_less_than_half_full(lengths: list[int]) -> None:
+    sums = [sum(lengths[i] for i in group) for group in pack(lengths, 50)]
+    assert sum(total * 2 <= 50 for total in sums) <= 1  # else two of them would have been one
+
+
+def test_perfect_pairs_are_found() -> None:
+    assert pack([3, 7, 6, 4], 10) == [[1, 0], [2, 3]]
+
+
+@pytest.mark.parametrize("length", [0, 11])
+def test_what_can_not_be_packed_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match="a pack holds 10"):
+        pack([3, length], 10)
+
+
+def test_the_cost_does_not_grow_with_the_number_of_packs() -> None:
+    """100,000 sequences of which no two fit together: a search through all packs would take minutes."""
+    lengths = np.random.default_rng(0).integers(2100, 4096, 100_000).tolist()
+    started = time.process_time()
+    assert len(pack(lengths, 4096, window=100_000)) == 100_000
+    assert time.process_time() - started < 5
+
+
+def filled(folder: Path, lengths: list[int]) -> Spool:
+    spool = Spool(folder)
+    for number, length in enumerate(lengths):
+        spool.add(np.full(length, number, dtype=np.int32), np.arange(length, dtype=np.uint8) % 2)
+    return spool
+
+
+def test_native_columns(tmp_path: Path) -> None:
+    write_native(tmp_path / "train", filled(tmp_path / "spool", [2, 3, 1]), [[2], [1, 0]])
+    split = PackedSplit(tmp_path / "train")
+    assert len(split) == 2
+    read = [{name: column.tolist() for name, column in one.items()} for one in split]
+    assert read == [
+        {"input_ids": [2], "loss_mask": [0], "seq_start_id": [0]},
+        {"input_ids": [1, 1, 1, 0, 0], "loss_mask": [0, 1, 0, 0, 1], "seq_start_id": [0, 3]},
+    ]
+    assert {name: column.dtype.name for name, column in split[-1].items()} == {
+        "input_ids": "int32",
+        "loss_mask": "uint8",
+        "seq_start_id": "int32",
+    }
+    with pytest.raises(IndexError):
+        split[2]
+    with pytest.raises(ValueError, match="read-only"):
+        split[0]["input_ids"][0] = 1
+
+
+def test_an_empty_split(tmp_path: Path) -> None:
+    write_native(tmp_path / "test", filled(tmp_path / "spool", []), [])
+    assert list(PackedSplit(tmp_path / "test")) == []
+
+
+def test_columns_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    write_native(tmp_path / "a", filled(tmp_path / "spool", [2, 3]), [[0], [1]])
+    np.save(tmp_path / "a" / "loss_mask.npy", np.zeros(4, dtype=np.uint8))
+    with pytest.raises(ValueError, match="don't belong together"):
+        PackedSplit(tmp_path / "a")
+    np.save(tmp_path / "a" / "loss_mask.npy", np.zeros(5, dtype=np.int64))
+    with pytest.raises(ValueError, match="uint8"):
+        PackedSplit(tmp_path / "a")
+
+
+def test_megatron_packs(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "training.npy", filled(tmp_path / "spool", [2, 1]), [[0, 1]])
+    packs = np.load(tmp_path / "training.npy", allow_pickle=True)
+    assert packs.tolist() == [{"input_ids": [0, 0, 1], "loss_mask": [0, 1, 0], "seq_start_id": [0, 2]}]
+    # Megatron-Bridge appends to these as lists.
+    assert all(type(column) is list for column in packs[0].values())
