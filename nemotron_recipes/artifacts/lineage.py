@@ -27,8 +27,8 @@ class Node:
 
     @property
     def id(self) -> str:
-        """The same artifact met twice has the same id; a path that changed in between hasn't."""
-        return f"{self.artifact.label} {self.artifact.digest}".strip()
+        """The same artifact met twice has the same id; a path that changed in between hasn't, nor has another kind."""
+        return " ".join(filter(None, (self.artifact.kind, self.artifact.label, self.artifact.digest)))
 
 
 def lineage(store: Store, artifact: Artifact) -> Node:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.artifacts.owner import fate
-from nemotron_recipes.artifacts.reconcile import Alive, Evidence, State, judge
+from nemotron_recipes.artifacts.reconcile import Alive, Evidence, State, exit_text, judge
 from nemotron_recipes.errors import Problem, UserError, nearest, printable
 from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
 from nemotron_recipes.spec import JobHandle, Tree
@@ -225,7 +226,8 @@ def _explain(folder: StageDir, attempt: int, failure: Tree | None, note: str) ->
         silent = _silent_rank(folder, attempt)
         log = folder.launcher_log(attempt) if silent is None else folder.log(attempt, silent)
         if silent is not None:
-            lines.append(f"rank {silent} ended without a word; its last lines:")
+            how = _killed_by(folder.launcher_log(attempt), silent) or "without a word"
+            lines.append(f"rank {silent} ended {how}; its last lines:")
         lines += [f"  | {line}" for line in tail(log)]
     lines.append(f"log: {log}")
     if folder.launcher_log(attempt).exists() and log != folder.launcher_log(attempt):
@@ -241,6 +243,16 @@ def _silent_rank(folder: StageDir, attempt: int) -> int | None:
         if last and last[0] not in ("finished", "failed", "cancelled"):
             ranks.append(int(path.name.split(".rank-")[1].removesuffix(".jsonl")))
     return min(ranks, default=None)
+
+
+def _killed_by(launcher_log: Path, rank: int) -> str:
+    """`with exit code 137 (SIGKILL, ...)` where torchrun's closing report says so of this rank; its own code is 1.
+
+    The report's form: torch.distributed.elastic.multiprocessing.errors.ChildFailedError.
+    """
+    report = "\n".join(tail(launcher_log, lines=200))
+    found = re.findall(rf"rank\s*: {rank} \(.*\n\s*exitcode\s*: -(\d+) ", report)
+    return f"with {exit_text(128 + int(found[-1]))}" if found else ""
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:

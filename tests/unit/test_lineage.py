@@ -72,6 +72,16 @@ def test_json_and_mermaid_have_every_node_once_and_every_edge(store: Store) -> N
     assert chart.count('["') == 6 and chart.count("-->") == 6
 
 
+def test_a_name_that_stands_for_a_model_and_for_a_tokenizer_stays_two_things(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tokenizer = Artifact("builtin", "tokenizer", "tiny")
+    root = lineage(store, register(store, "sft", "model", "sft", model__path=TINY, model__tokenizer=tokenizer))
+    assert render_tree(root).splitlines()[1:] == [
+        "├─ model.path: builtin:tiny  model",
+        "└─ model.tokenizer: builtin:tiny  tokenizer",
+    ]
+
+
 def test_a_parent_that_is_gone_or_another_one_is_named(store: Store, tmp_path: Path) -> None:
     root = store.resolve("rl")
     manifest = tmp_path / "sft" / "v1" / "artifact.json"

@@ -20,7 +20,7 @@ from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.fsio import path_digest
 from nemotron_recipes.planning.resolve import Resolver
-from nemotron_recipes.rundir import StageDir, read_json, read_jsonl
+from nemotron_recipes.rundir import StageDir, append_event, read_json, read_jsonl
 from nemotron_recipes.spec import Artifact, Producer
 from nemotron_recipes.worker.inputs import resolve_inputs
 from nemotron_recipes.worker.workerfile import attempt_from, load_worker_file, ranks_from
@@ -386,3 +386,14 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert stage.record and (stage.record["attempt"], stage.record["state"], stage.record["rank"]) == (2, "failed", 1)
     assert "rank 1 failed: ValueError: boom" in process.stderr
+    stage.tree.update(action="kill")
+    stage.file.write_text(json.dumps(stage.tree))
+    process = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=120)
+    assert process.returncode == 1
+    stage.dir.launcher_log(3).write_text(process.stderr)
+    plan = {"id": "r1", "title": "", "created": "", "stages": [{"name": "prep", "fingerprint": "", "reused": None}]}
+    (tmp_path / "runs" / "r1" / "plan.json").write_text(json.dumps(plan))
+    append_event(tmp_path / "runs" / "r1" / "events.jsonl", "stage-exited", stage="prep", attempt=3, exit_code=1)
+    view = load_run(tmp_path / "runs" / "r1").stages[0]
+    assert (view.state, view.attempt) == ("failed", 3)
+    assert "nobody cancelled" in view.note and "rank 1 ended with exit code 137 (SIGKILL" in view.explanation
