@@ -27,7 +27,7 @@ def runs() -> None:
 @click.option("-n", "--number", type=click.IntRange(min=1), default=20, show_default=True, help="Newest N runs.")
 def list_command(as_json: bool, number: int) -> None:
     """List the newest runs and their states."""
-    found = records.list_runs(_root(), lifecycle.liveness)[:number]
+    found = records.list_runs(_root(), lifecycle.liveness, newest=number)
     if as_json:
         click.echo(json.dumps([summary.as_tree(view) for view in found], indent=2))
     elif not found:
