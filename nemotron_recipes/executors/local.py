@@ -83,31 +83,27 @@ class LocalExecutor:
     def liveness(self, handle: JobHandle) -> Liveness:
         """Orphans of a killed driver count as running: a second start beside them would write to the same folder.
 
-        From another machine nothing can be seen of the processes; without a recorded end the run counts as running.
+        Processes of another machine can't be seen: without a recorded end the run counts as running there.
         """
         from nemotron_recipes.executors import process_tree
 
         for driver in _DRIVERS:
             driver.poll()
-        native = handle.native
-        elsewhere = native["host"] != socket.gethostname()
-        if not elsewhere and process_tree.find(native["pid"], native["created"], handle.run):
+        if process_tree.find(handle.native["pid"], handle.native["created"], handle.run):
             return "running"
         if _has_ended(handle):
             return "ended"
-        return "running" if elsewhere or process_tree.members(handle.run) else "lost"
+        return "running" if process_tree.members(handle.run) or not _is_of_this_host(handle) else "lost"
 
     def cancel(self, handle: JobHandle) -> None:
-        """Ask the driver to stop, then stop whatever is left of the run; both when no driver lives any more."""
+        """Ask the driver to stop, then stop whatever is left of the run; the latter also when no driver lives."""
         from nemotron_recipes.executors import process_tree
 
-        host = handle.native["host"]
-        if host != socket.gethostname():
-            raise UserError(
-                Problem(
-                    f"run {handle.run} was started on {host}: this machine can't stop it", fix=f"cancel it on {host}"
-                )
-            )
+        # The name alone doesn't decide: a laptop's changes with the network that it is in.
+        if not _is_of_this_host(handle) and not process_tree.members(handle.run):
+            host = handle.native["host"]
+            what = f"run {handle.run} was started on {host}: this machine can't stop it"
+            raise UserError(Problem(what, fix=f"run this command on {host}"))
         grace = _longest_grace(handle)
         driver = process_tree.find(handle.native["pid"], handle.native["created"], handle.run)
         if driver is not None:
@@ -241,6 +237,10 @@ def _has_ended(handle: JobHandle) -> bool:
         if entry["event"] in ("driver-started", "finished", "cancelled"):
             last = entry["event"]
     return last in ("finished", "cancelled")
+
+
+def _is_of_this_host(handle: JobHandle) -> bool:
+    return bool(handle.native["host"] == socket.gethostname())
 
 
 def _longest_grace(handle: JobHandle) -> float:

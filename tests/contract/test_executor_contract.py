@@ -203,7 +203,7 @@ def test_a_second_submission_continues_where_the_first_failed(executor: Executor
 def test_cancel_leaves_no_process(executor: Executor, run_dir: Path) -> None:
     plan = plan_of(
         run_dir,
-        probe_stage("first", placement=placement(executor), sleep=600, children=2, deaf=True),
+        probe_stage("first", placement=placement(executor), sleep=120, children=2, deaf=True),
         probe_stage("second", placement=placement(executor)),
     )
     handle, _ = submit(executor, plan)
@@ -219,7 +219,7 @@ def test_cancel_leaves_no_process(executor: Executor, run_dir: Path) -> None:
 
 
 def test_a_handle_works_from_another_process(executor: Executor, run_dir: Path) -> None:
-    plan = plan_of(run_dir, probe_stage("first", placement=placement(executor), sleep=600))
+    plan = plan_of(run_dir, probe_stage("first", placement=placement(executor), sleep=120))
     submitted, _ = submit(executor, plan)
     saved = read_json(RunDir(run_dir).handle)
     assert saved is not None, "the handle is durable when submit returns"
@@ -300,7 +300,7 @@ def test_cancel_under_torchrun_leaves_no_process(executor: Executor, run_dir: Pa
         "first",
         placement=placement(executor, nproc_per_node=2),
         launcher="torchrun",
-        sleep=600,
+        sleep=120,
         children=1,
         deaf=True,
     )

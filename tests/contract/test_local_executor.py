@@ -20,8 +20,8 @@ from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import JobFailed, UserError
 from nemotron_recipes.executors import process_tree
 from nemotron_recipes.executors.local import LocalExecutor, LocalProfile
-from nemotron_recipes.rundir import RUN_ID_ENV, RunDir
-from nemotron_recipes.spec import StagePlan
+from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event
+from nemotron_recipes.spec import JobHandle, StagePlan
 from tests.helpers.executor_harness import events, placement, wait_for, wait_until_over
 from tests.helpers.plans import ROOT, plan_of, probe_stage, submit, write_run
 
@@ -43,7 +43,7 @@ def wait_for_probe(run_dir: Path, stage: str = "first") -> None:
 
 
 def test_a_killed_driver_leaves_an_orphan_that_counts_as_running_until_cancelled(tmp_path: Path) -> None:
-    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=600, children=1)))
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120, children=1)))
     wait_for_probe(tmp_path / "run")
     os.kill(handle.native["pid"], signal.SIGKILL)
     wait_for(lambda: process_tree.find(handle.native["pid"], handle.native["created"], handle.run) is None)
@@ -55,7 +55,7 @@ def test_a_killed_driver_leaves_an_orphan_that_counts_as_running_until_cancelled
 
 
 def test_a_run_whose_driver_and_stage_are_gone_without_a_word_is_lost(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path / "run", stage_of(sleep=1.5), stage_of("second"))
+    plan = plan_of(tmp_path / "run", stage_of(sleep=3), stage_of("second"))
     handle, _ = submit(EXECUTOR, plan)
     wait_for_probe(tmp_path / "run")
     os.kill(handle.native["pid"], signal.SIGKILL)
@@ -70,7 +70,7 @@ def test_a_run_whose_driver_and_stage_are_gone_without_a_word_is_lost(tmp_path: 
 
 @pytest.mark.parametrize("kill_driver", [False, True])
 def test_a_run_that_is_running_does_not_start_twice(tmp_path: Path, kill_driver: bool) -> None:
-    plan = plan_of(tmp_path / "run", stage_of(sleep=600))
+    plan = plan_of(tmp_path / "run", stage_of(sleep=120))
     handle, rendered = submit(EXECUTOR, plan)
     try:
         wait_for_probe(tmp_path / "run")
@@ -85,7 +85,7 @@ def test_a_run_that_is_running_does_not_start_twice(tmp_path: Path, kill_driver:
 
 def test_of_two_submissions_at_once_one_runs(tmp_path: Path) -> None:
     for turn in range(2):
-        plan = plan_of(tmp_path / f"run{turn}", stage_of(sleep=600))
+        plan = plan_of(tmp_path / f"run{turn}", stage_of(sleep=120))
         rendered = EXECUTOR.render(plan)
         write_run(plan, rendered)
         with ThreadPoolExecutor(2) as pool:
@@ -101,7 +101,7 @@ def test_of_two_submissions_at_once_one_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_driver_stops_the_stage_and_is_recorded(tmp_path: Path, signum: int) -> None:
-    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=600), stage_of("second")))
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120), stage_of("second")))
     wait_for_probe(tmp_path / "run")
     os.kill(handle.native["pid"], signum)
     assert wait_until_over(EXECUTOR, handle) == "ended"
@@ -117,12 +117,12 @@ def test_a_signal_before_the_first_stage_starts_none(tmp_path: Path) -> None:
 
 
 def test_a_stage_gets_its_grace_and_no_more(tmp_path: Path) -> None:
-    deaf = replace(stage_of(sleep=600, deaf=True), placement=placement(EXECUTOR, grace_seconds=2.0))
+    deaf = replace(stage_of(sleep=120, deaf=True), placement=placement(EXECUTOR, grace_seconds=2.0))
     handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", deaf))
     wait_for_probe(tmp_path / "run")
     begun = time.monotonic()
     EXECUTOR.cancel(handle)
-    assert 2.0 <= time.monotonic() - begun < 8.0
+    assert 2.0 <= time.monotonic() - begun < 20.0
     assert events(handle, "stage-exited")[0]["exit_code"] == 128 + signal.SIGKILL
 
 
@@ -147,7 +147,7 @@ def test_a_program_that_can_not_start_fails_the_run(tmp_path: Path) -> None:
 
 
 def test_the_driver_outlives_the_terminal(tmp_path: Path) -> None:
-    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=600)))
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120)))
     try:
         wait_for_probe(tmp_path / "run")
         driver = handle.native["pid"]
@@ -164,7 +164,7 @@ def test_nemo_run_writes_to_the_run_folder_unless_told_otherwise(
     handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of()))
     wait_until_over(EXECUTOR, handle)
     assert list((tmp_path / "run" / "nemo_run" / "experiments").iterdir())
-    assert not (tmp_path / "home" / ".nemo_run").exists()
+    assert not (tmp_path / "home").exists()
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "mine"))
     handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run2", stage_of()))
     wait_until_over(EXECUTOR, handle)
@@ -173,15 +173,21 @@ def test_nemo_run_writes_to_the_run_folder_unless_told_otherwise(
 
 
 def test_a_handle_of_another_machine_is_not_acted_on(tmp_path: Path) -> None:
-    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=600)))
-    try:
-        elsewhere = replace(handle, native={**handle.native, "host": "another-machine"})
-        assert EXECUTOR.liveness(elsewhere) == "running"
-        with pytest.raises(UserError, match="another-machine"):
-            EXECUTOR.cancel(elsewhere)
-        assert EXECUTOR.liveness(handle) == "running"
-    finally:
+    native = {"host": "another-machine", "pid": os.getpid(), "created": time.time()}
+    handle = JobHandle("local", "a-run-elsewhere", str(tmp_path), native)
+    assert EXECUTOR.liveness(handle) == "running"
+    with pytest.raises(UserError, match="another-machine"):
         EXECUTOR.cancel(handle)
+    append_event(RunDir(tmp_path).events, "finished", state="succeeded")
+    assert EXECUTOR.liveness(handle) == "ended"
+
+
+def test_a_machine_that_was_renamed_still_finds_its_runs(tmp_path: Path) -> None:
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120)))
+    renamed = replace(handle, native={**handle.native, "host": "before"})
+    assert EXECUTOR.liveness(renamed) == "running"
+    EXECUTOR.cancel(renamed)
+    assert process_tree.members(handle.run) == []
 
 
 def test_a_recycled_pid_is_not_the_driver() -> None:

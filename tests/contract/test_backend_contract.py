@@ -1,0 +1,164 @@
+"""What every backend must do, whichever it is: parametrised over the registry, a later backend has to pass as well."""
+
+import copy
+import json
+
+import pytest
+import yaml
+
+from nemotron_recipes.backends import REGISTRY, get_backend
+from nemotron_recipes.config.schema import KINDS
+from nemotron_recipes.spec import Artifact, Output
+
+RUN = {"id": "run-1", "stage": "stage-1", "dir": "/runs/run-1/stage-1", "store": "/store", "fingerprint": "sha256:0"}
+HOSTILE = ("a b", "it's", 'say "x"', "$(touch /tmp/x)", "`id`", "line\nbreak", "größe", "日本", "a: b # c", "- x", "1e-5")
+DATA_PREP = {
+    "kind": "data_prep",
+    "data": {"sources": [{"path": "rows.jsonl"}], "tokenizer": "tiny"},
+    "outputs": {"data": "made"},
+}
+TRAIN = {
+    "kind": "train",
+    "model": {"path": "artifact:base"},
+    "data": {"path": "artifact:rows"},
+    "train": {"train_iters": 7, "global_batch_size": 16, "micro_batch_size": 2},
+    "optimizer": {"lr": 1e-5},
+    "outputs": {"model": "made"},
+}
+
+
+def cases(kind=None):
+    for name in REGISTRY:
+        backend = get_backend(name)
+        if kind is not None and kind not in backend.kinds:
+            continue
+        for method in sorted(backend.methods):
+            yield pytest.param(name, method, id=f"{name}-{method}")
+
+
+def config_for(name, method):
+    """A complete, valid config, as the planner hands it over."""
+    backend = get_backend(name)
+    kind = "train" if "train" in backend.kinds else "data_prep"
+    tree = copy.deepcopy(TRAIN if kind == "train" else DATA_PREP) | {"method": method}
+    if kind == "train":
+        tree["backend"] = {"name": name}
+        if method in ("dpo", "kto", "grpo"):
+            tree[method] = {}
+    return KINDS[kind].model_validate(tree).model_dump()
+
+
+def launch_for(name, method, config=None, inputs=None, run=None, nproc=1, resume_from=None):
+    config = config or config_for(name, method)
+    kind = "model" if config["kind"] == "train" else "data"
+    outputs = (Output(kind, "made", kind),)
+    return get_backend(name).describe(config, inputs or {}, outputs, run or RUN, resume_from, nproc)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_it_says_what_it_is(name):
+    backend = get_backend(name)
+    assert backend.name == name
+    assert backend.kinds and backend.kinds <= {"data_prep", "train"}
+    assert backend.methods
+
+
+@pytest.mark.parametrize(("name", "method"), cases())
+def test_the_table_is_one_to_one_and_covers_the_schema(name, method):
+    backend = get_backend(name)
+    table = backend.table(method)
+    assert len(set(table.values())) == len(table), "two envelope keys mean one native key"
+    assert set(table.values()) <= backend.native_keys(method)
+    config = config_for(name, method)
+    for key in table:
+        section, _, leaf = key.partition(".")
+        assert leaf in config[section], f"{key} isn't in the schema"
+
+
+@pytest.mark.parametrize(("name", "method"), cases())
+def test_a_valid_config_has_no_problem_and_is_left_alone(name, method):
+    config = config_for(name, method)
+    before = copy.deepcopy(config)
+    assert get_backend(name).check(config, nproc=1) == []
+    launch_for(name, method, config)
+    assert config == before
+
+
+@pytest.mark.parametrize(("name", "method"), cases())
+def test_describe_is_pure(name, method):
+    first, second = launch_for(name, method), launch_for(name, method)
+    assert first == second
+    assert first.launcher in ("plain", "torchrun")
+    assert all(isinstance(value, str) for value in (*first.args, *first.env, *first.env.values()))
+
+
+@pytest.mark.parametrize(("name", "method"), cases())
+def test_the_worker_file_follows_the_contract(name, method):
+    launch = launch_for(name, method, inputs={"data.path": Artifact("path", "data", uri="/rows", digest="sha256:1")})
+    assert launch.module == "nemotron_recipes.worker"
+    assert len(launch.files) == 1 and launch.args[0] == "--config"
+    (file, text) = next(iter(launch.files.items()))
+    assert launch.args[1] == f"{RUN['dir']}/files/{file}"
+    tree = yaml.safe_load(text)
+    assert tree["run"] == RUN
+    assert tree["outputs"] == [{"slot": tree["outputs"][0]["slot"], "name": "made", "kind": tree["outputs"][0]["kind"]}]
+    assert Artifact(**tree["inputs"]["data.path"]) == Artifact("path", "data", uri="/rows", digest="sha256:1")
+    json.dumps(tree)
+
+
+@pytest.mark.parametrize(("name", "method"), cases())
+def test_every_path_that_is_written_lies_in_the_stage_folder_or_the_store(name, method):
+    tree = yaml.safe_load(next(iter(launch_for(name, method).files.values())))
+
+    def absolute(value):
+        if isinstance(value, dict):
+            return [path for item in value.values() for path in absolute(item)]
+        if isinstance(value, list):
+            return [path for item in value for path in absolute(item)]
+        return [value] if isinstance(value, str) and value.startswith("/") else []
+
+    assert set(absolute(tree)) <= {RUN["dir"], RUN["store"]}
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+@pytest.mark.parametrize(("name", "method"), cases())
+def test_hostile_text_arrives_unchanged(name, method, word):
+    run = {**RUN, "dir": f"/runs/{word}/stage", "store": f"/store/{word}"}
+    artifact = Artifact("path", "data", uri=f"/data/{word}", digest="sha256:1")
+    launch = launch_for(name, method, inputs={"data.path": artifact}, run=run)
+    tree = yaml.safe_load(next(iter(launch.files.values())))
+    assert tree["run"] == run
+    assert tree["inputs"]["data.path"]["uri"] == artifact.uri
+    assert launch.args[1].startswith(run["dir"] + "/")
+
+
+@pytest.mark.parametrize(("name", "method"), cases("train"))
+def test_numbers_stay_numbers(name, method):
+    config = config_for(name, method)
+    for value in (1e-5, 5e-324, 1.0, 3e10):
+        config["optimizer"]["lr"] = value
+        tree = yaml.safe_load(next(iter(launch_for(name, method, config).files.values())))
+        found = [number for number in _numbers(tree) if number == value and isinstance(number, float)]
+        assert found, f"{value} got lost"
+
+
+@pytest.mark.parametrize(("name", "method"), cases("train"))
+def test_resuming_reaches_the_worker(name, method):
+    text = next(iter(launch_for(name, method, resume_from="/elsewhere/iter_0000005").files.values()))
+    assert "/elsewhere/iter_0000005" in str(yaml.safe_load(text))
+    assert "/elsewhere" not in next(iter(launch_for(name, method).files.values()))
+
+
+@pytest.mark.parametrize(("name", "method"), cases("train"))
+def test_a_batch_that_cannot_be_shared_out_is_a_problem(name, method):
+    problems = get_backend(name).check(config_for(name, method), nproc=3)
+    assert any("global_batch_size" in problem.what for problem in problems)
+    assert all(problem.fix for problem in problems)
+
+
+def _numbers(tree):
+    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else [tree]:
+        if isinstance(value, (dict, list)):
+            yield from _numbers(value)
+        else:
+            yield value
