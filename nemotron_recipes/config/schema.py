@@ -232,7 +232,11 @@ KINDS: dict[str, type[Section]] = {"data_prep": DataPrepConfig, "train": TrainCo
 
 # Config keys that hold references, per kind: (dotted key, artifact kind). `[]` stands for every element.
 REFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
-    "data_prep": (("data.tokenizer", "tokenizer"), ("data.sources[].path", "data")),
+    "data_prep": (
+        ("data.tokenizer", "tokenizer"),
+        ("data.sources[].path", "data"),
+        ("data.chat_template", "template"),
+    ),
     "train": (
         ("model.path", "model"),
         ("model.tokenizer", "tokenizer"),

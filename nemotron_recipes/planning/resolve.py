@@ -12,6 +12,7 @@ from typing import Any
 
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.config.schema import REFERENCES
+from nemotron_recipes.data.template import BUILTIN as BUILTIN_TEMPLATES
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.fsio import tree_digest
 from nemotron_recipes.rundir import latest_checkpoint
@@ -56,6 +57,8 @@ class Resolver:
             return self._hub(reference.removeprefix("hf://"), kind)
         if kind == "checkpoint":
             return self._checkpoint(reference)
+        if kind == "template":
+            return self._template(reference)
         path = self._path(reference)
         if kind in ("model", "tokenizer") and HUB_NAME.fullmatch(reference) and not path.exists():
             return self._hub(reference, kind)
@@ -102,6 +105,15 @@ class Resolver:
             fix = "give an iter_NNNNNNN folder, or the folder that holds latest_checkpointed_iteration.txt"
             raise UserError(Problem(f"no whole checkpoint at {path}", fix=fix))
         return Artifact("path", "checkpoint", uri=str(folder), digest=tree_digest(folder))
+
+    def _template(self, reference: str) -> Artifact:
+        if reference in BUILTIN_TEMPLATES:
+            return Artifact("builtin", "template", reference)
+        path = self._path(reference)
+        if not path.is_file():
+            fix = nearest(reference, BUILTIN_TEMPLATES) + " or give the path of a .jinja file"
+            raise UserError(Problem(f"no chat template '{reference}'", fix=fix))
+        return self._local(reference, path, "template")
 
     def _hub(self, reference: str, kind: str) -> Artifact:
         name, _, revision = reference.partition("@")

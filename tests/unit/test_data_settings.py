@@ -18,6 +18,7 @@ from nemotron_recipes.data import settings as data_settings
 from nemotron_recipes.data.packed import PackedSplit
 from nemotron_recipes.data.settings import read_settings
 from nemotron_recipes.errors import UserError
+from nemotron_recipes.planning.resolve import Resolver
 from nemotron_recipes.spec import Artifact, Output
 from tests.helpers.data_prep import chat, write_rows
 
@@ -191,6 +192,19 @@ def test_a_template_is_an_input(tmp_path: Path) -> None:
     work(file, 0)
     content = Store(tmp_path / "store").content(Store(tmp_path / "store").resolve("rows"))
     assert (content / "chat_template.jinja").read_text() == template.read_text()
+
+
+def test_the_templates_contents_identify_it(tmp_path: Path) -> None:
+    """An edited template is another input, so the stage gets another fingerprint."""
+    resolver = Resolver(Store(tmp_path / "store"), tmp_path)
+    assert resolver.resolve("nemotron3", "template") == Artifact("builtin", "template", "nemotron3")
+    identities = []
+    for text in ("{% generation %}a{% endgeneration %}", "{% generation %}b{% endgeneration %}"):
+        (tmp_path / "mine.jinja").write_text(text)
+        identities.append(resolver.resolve("mine.jinja", "template").identity)
+    assert identities[0] != identities[1]
+    with pytest.raises(UserError, match="did you mean 'nemotron3'"):
+        resolver.resolve("nemotron", "template")
 
 
 @pytest.mark.parametrize(("change", "message"), [("dada: {}", "unknown key 'dada'"), ("", "data.tokenizer is missing")])
