@@ -69,14 +69,19 @@ def _split_of(task: str, key: str) -> str:
 
 
 def _largest_of_three(generator: random.Random) -> Question:
-    """Three different two-digit numbers: every prompt has the same length, and a guess is right once in three."""
+    """Three different two-digit numbers, so that every prompt has the same length.
+
+    Wrong is the mistake that a half-trained model makes: the right first digit with the last digit of another number.
+    """
     numbers = generator.sample(range(10, 100), 3)
     ordered = sorted(numbers)
+    largest = ordered[2]
+    mixed = [largest // 10 * 10 + number % 10 for number in ordered[:2] if number % 10 != largest % 10]
     return Question(
         key=" ".join(map(str, ordered)),
         prompt="Largest of " + " ".join(map(str, numbers)) + "?",
-        answer=str(ordered[2]),
-        wrong=str(ordered[generator.randrange(2)]),
+        answer=str(largest),
+        wrong=str(generator.choice(mixed or ordered[:2])),
     )
 
 

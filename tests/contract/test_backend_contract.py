@@ -28,12 +28,12 @@ TRAIN = {
 
 
 def cases(kind=None):
-    for name in REGISTRY:
-        backend = get_backend(name)
-        if kind is not None and kind not in backend.kinds:
-            continue
-        for method in sorted(backend.methods):
-            yield pytest.param(name, method, id=f"{name}-{method}")
+    return [
+        pytest.param(name, method, id=f"{name}-{method}")
+        for name in REGISTRY
+        if kind is None or kind in get_backend(name).kinds
+        for method in sorted(get_backend(name).methods)
+    ]
 
 
 def config_for(name, method):

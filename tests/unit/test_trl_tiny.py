@@ -67,7 +67,7 @@ def test_forms():
     for row in tasks.rows("largest_of_three", "dpo", "test", 50, 0):
         numbers = [int(n) for n in row["prompt"].removeprefix("Largest of ").rstrip("?").split()]
         assert int(row["chosen"]) == max(numbers)
-        assert int(row["rejected"]) in numbers and row["rejected"] != row["chosen"]
+        assert row["rejected"] != row["chosen"] and len(row["rejected"]) == 2
     labels = [row["label"] for row in tasks.rows("largest_of_three", "kto", "train", 10, 0)]
     assert labels.count(True) == labels.count(False) == 5
 

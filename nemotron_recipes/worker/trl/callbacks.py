@@ -92,7 +92,7 @@ class SaveWhole(TrainerCallback):
             began = time.monotonic()
             folder = commit_checkpoint(self.context.dir.checkpoints, state.global_step, self.keep)
             seconds = round(time.monotonic() - began, 3)
-            self.context.event("checkpoint-saved", step=state.global_step, path=str(folder), seconds=seconds)
+            self.context.event("checkpoint-saved", step=state.global_step, checkpoint=str(folder), seconds=seconds)
 
 
 def _progress_line(line: dict[str, Any], seconds: float) -> str:

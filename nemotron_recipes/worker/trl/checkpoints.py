@@ -55,20 +55,23 @@ def checkpoint_to_resume(resume_from: str | None, root: Path, attempt: int) -> P
 
     UserError: `resume_from` names none, or one that isn't whole. Training never starts anew by accident.
     """
-    own = latest_checkpoint(root) if attempt > 1 else None
-    if own is not None:
-        return _whole(own)
+    if attempt > 1 and (root / TRACKER).is_file():
+        return _whole(_tracked(root))
     if resume_from is None:
         return None
     given = Path(resume_from)
     if (given / TRACKER).is_file():
-        newest = latest_checkpoint(given)
-        if newest is None:
-            raise UserError(Problem(f"the checkpoint that {given / TRACKER} names is missing"))
-        given = newest
+        given = _tracked(given)
     if not given.is_dir():
         raise UserError(Problem(f"there is no checkpoint {given}", "checkpoint.load", "give an iter_NNNNNNN folder"))
     return _whole(given)
+
+
+def _tracked(root: Path) -> Path:
+    newest = latest_checkpoint(root)
+    if newest is None:
+        raise UserError(Problem(f"the checkpoint that {root / TRACKER} names is missing"))
+    return newest
 
 
 def _whole(folder: Path) -> Path:

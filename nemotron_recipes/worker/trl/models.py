@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.fsio import fsync_tree, write_atomic
+from nemotron_recipes.fsio import files_below, fsync_tree, write_atomic
 from nemotron_recipes.tiny.model import write_model
 from nemotron_recipes.tiny.tokenizer import write_tokenizer
 from nemotron_recipes.worker.context import Context
@@ -101,6 +101,9 @@ def write_output(model: Any, tokenizer: Path, chat_template: str, settings: TrlS
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     write_atomic(folder / "chat_template.jinja", chat_template)
+    mode = (folder / "chat_template.jinja").stat().st_mode
+    for path in files_below(folder):
+        path.chmod(mode)  # safetensors makes files that only their owner may read
     fsync_tree(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 from torch import distributed
@@ -22,6 +23,9 @@ from nemotron_recipes.worker.trl.trainers import build_trainer
 def run_stage(settings: TrlSettings, context: Context) -> None:
     """Load, measure, train, measure again, write the model."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # TRL itself sets the old name of a field.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.training_args")
     resume = checkpoint_to_resume(settings.resume_from, context.dir.checkpoints, context.attempt)
     if context.is_main:
         clear_staging(context.dir.checkpoints)
