@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.config.schema import REFERENCES
 from nemotron_recipes.data.template import BUILTIN as BUILTIN_TEMPLATES
 from nemotron_recipes.errors import Problem, UserError, nearest
-from nemotron_recipes.fsio import tree_digest
+from nemotron_recipes.fsio import path_digest
 from nemotron_recipes.rundir import latest_checkpoint
 from nemotron_recipes.spec import Artifact, Tree
 
@@ -62,7 +61,7 @@ class Resolver:
         path = self._path(reference)
         if kind in ("model", "tokenizer") and HUB_NAME.fullmatch(reference) and not path.exists():
             return self._hub(reference, kind)
-        return self._local(reference, path, kind)
+        return self._local(path, kind)
 
     def _path(self, reference: str) -> Path:
         return Path(os.path.abspath(self.cwd / os.path.expanduser(reference)))
@@ -77,26 +76,15 @@ class Resolver:
             raise UserError(Problem(what, str(self.store.root), f"make it first: {made_by[0]}"))
         return self.store.resolve(reference)
 
-    def _local(self, reference: str, path: Path, kind: str) -> Artifact:
-        if path.exists():
-            if kind in ("model", "tokenizer") and not path.is_dir():
-                raise UserError(Problem(f"{path} is not a folder", fix=f"a {kind} is a Hugging Face folder"))
-            try:
-                return Artifact("path", kind, uri=str(path), digest=tree_digest(path))
-            except OSError as error:
-                raise UserError(Problem(f"{error.filename or path} can't be read: {error.strerror}")) from None
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
-        if not found:
-            parent = path.parent
-            near = nearest(path.name, os.listdir(parent)) if parent.is_dir() else f"{parent} does not exist either"
-            fix = (
-                near
-                if near.startswith(("did", str(parent)))
-                else "give a path that exists, hf://ORG/NAME or artifact:NAME"
-            )
-            raise UserError(Problem(f"nothing at {path}", fix=fix))
-        digest = tree_digest(Path(os.path.commonpath([p.parent for p in found])), found)
-        return Artifact("path", kind, uri=str(path), digest=digest)
+    def _local(self, path: Path, kind: str) -> Artifact:
+        if kind in ("model", "tokenizer") and path.exists() and not path.is_dir():
+            raise UserError(Problem(f"{path} is not a folder", fix=f"a {kind} is a Hugging Face folder"))
+        try:
+            return Artifact("path", kind, uri=str(path), digest=path_digest(str(path)))
+        except FileNotFoundError:
+            raise UserError(Problem(f"nothing at {path}", fix=_near(path))) from None
+        except OSError as error:
+            raise UserError(Problem(f"{error.filename or path} can't be read: {error.strerror}")) from None
 
     def _checkpoint(self, reference: str) -> Artifact:
         path = self._path(reference)
@@ -104,7 +92,7 @@ class Resolver:
         if folder is None or not folder.is_dir():
             fix = "give an iter_NNNNNNN folder, or the folder that holds latest_checkpointed_iteration.txt"
             raise UserError(Problem(f"no whole checkpoint at {path}", fix=fix))
-        return Artifact("path", "checkpoint", uri=str(folder), digest=tree_digest(folder))
+        return Artifact("path", "checkpoint", uri=str(folder), digest=path_digest(str(folder)))
 
     def _template(self, reference: str) -> Artifact:
         if reference in BUILTIN_TEMPLATES:
@@ -145,6 +133,14 @@ def _values(node: Any, parts: list[str], prefix: str) -> Iterator[tuple[str, Any
             yield from _values(element, rest, f"{prefix}{name}.{index}.")
     else:
         yield from _values(node[name], rest, f"{prefix}{name}.")
+
+
+def _near(path: Path) -> str:
+    """What to do where nothing lies at `path`."""
+    if not path.parent.is_dir():
+        return f"{path.parent} does not exist either"
+    near = nearest(path.name, os.listdir(path.parent))
+    return near if near.startswith("did") else "give a path that exists, hf://ORG/NAME or artifact:NAME"
 
 
 def _sample(reference: str) -> Artifact:
