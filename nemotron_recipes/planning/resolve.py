@@ -101,7 +101,7 @@ class Resolver:
         if not path.is_file():
             fix = nearest(reference, BUILTIN_TEMPLATES) + " or give the path of a .jinja file"
             raise UserError(Problem(f"no chat template '{reference}'", fix=fix))
-        return self._local(reference, path, "template")
+        return self._local(path, "template")
 
     def _hub(self, reference: str, kind: str) -> Artifact:
         name, _, revision = reference.partition("@")
