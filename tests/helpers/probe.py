@@ -43,7 +43,7 @@ def main() -> int:
     print("probe: on stderr", file=sys.stderr, flush=True)
     time.sleep(orders["sleep"])
     if orders["failing_rank"] != rank and (orders["signal"] or orders["exit"]):
-        time.sleep(600)  # until torchrun stops it
+        time.sleep(120)  # until torchrun stops it
     if orders["signal"]:
         os.kill(os.getpid(), orders["signal"])
     if orders["record"] and rank == "0":
@@ -64,7 +64,7 @@ def digest(value: str | bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-_CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+_CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(120)"
 
 if __name__ == "__main__":
     sys.exit(main())
