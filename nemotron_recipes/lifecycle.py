@@ -174,7 +174,7 @@ def _moved(saved: Plan, now: Plan) -> list[str]:
 
 
 def _moved_stage(before: StagePlan, after: StagePlan) -> list[str]:
-    from nemotron_recipes.config.compose import flatten
+    from nemotron_recipes.config.tree import flatten
 
     moved = []
     old, new = flatten(before.config), flatten(after.config)

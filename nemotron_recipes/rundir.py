@@ -152,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_record(stage: StageDir, record: dict[str, Any]) -> None:
     """The stage's last word. Keys: run, stage, attempt, fingerprint, state ("succeeded" | "failed" | "cancelled"),
     exit_code, started, ended (seconds since the epoch), parents (list of {input, <fields of the exact Artifact>}),
-    outputs (slot -> {name, version, digest, uri}), results (name -> number; null when not finite), error (text or None),
+    outputs (slot -> {name, version, digest, uri}), results (name -> number; null: not finite), error (text or None),
     rank (of the failure or None), host, world_size, python, versions (library -> version)."""
     write_atomic(stage.record, json.dumps(record, indent=2, sort_keys=True, ensure_ascii=True))
 

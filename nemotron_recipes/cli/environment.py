@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from nemotron_recipes.cli.text import table
-from nemotron_recipes.config.compose import flatten
 from nemotron_recipes.config.profiles import Environment, read_environment
+from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import UserError, printable
 from nemotron_recipes.planning.validate import check_run
 

@@ -6,7 +6,7 @@ import json
 import shlex
 
 from nemotron_recipes.cli.text import short
-from nemotron_recipes.config.compose import flatten
+from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import printable
 from nemotron_recipes.lifecycle import Prepared
 from nemotron_recipes.spec import Artifact, JobHandle, RenderedStage, StagePlan

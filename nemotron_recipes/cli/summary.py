@@ -8,6 +8,7 @@ from typing import Any
 
 from nemotron_recipes.artifacts.records import RunView, StageView
 from nemotron_recipes.cli.text import duration
+from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import printable
 from nemotron_recipes.rundir import RunDir
 
@@ -94,8 +95,9 @@ def _stage(view: RunView, stage: StageView) -> list[str]:
     if stage.explanation:
         lines += [f"  {line}" for line in stage.explanation.splitlines() if line != stage.note]
     planned: dict[str, Any] = next((s for s in view.plan.get("stages", ()) if s["name"] == stage.name), {})
+    values = flatten(planned.get("config", {}))
     for key, origin in planned.get("changed", {}).items():
-        lines.append(f"  set         {key} <- {origin['kind']} {origin['source']}")
+        lines.append(f"  set         {key} = {values.get(key)!r} <- {origin['kind']} {origin['source']}")
     for parent in stage.parents:
         version = f":v{parent['version']}" if parent.get("version") else ""
         lines.append(f"  input       {parent['input']} = {parent.get('name') or parent.get('uri')}{version}")

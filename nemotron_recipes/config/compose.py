@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_recipes.config.catalog import Catalog
-from nemotron_recipes.config.profiles import merge
+from nemotron_recipes.config.tree import flatten, merge
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Origin, Tree
 
@@ -140,18 +140,6 @@ def parse_overrides(overrides: Iterable[str], catalog: Catalog) -> tuple[list[Ov
         else:
             parsed.append(override)
     return parsed, problems
-
-
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> leaf. A list is one leaf; an empty section is a leaf too."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            leaves.update(flatten(value, f"{name}."))
-        else:
-            leaves[name] = value
-    return leaves
 
 
 def _store_primary(config_path: str, run: Tree) -> None:

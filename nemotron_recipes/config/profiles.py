@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.config.tree import merge
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Tree
 
@@ -141,12 +142,3 @@ def _extended(name: str, raw: Mapping[str, Tree], path: Path, problems: list[Pro
         merged = merge(merged, raw[link])
     merged.pop("extends", None)
     return merged
-
-
-def merge(base: Tree, over: Tree) -> Tree:
-    """`over` laid on `base`: sections merge, everything else (lists too) replaces. Neither is changed."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result

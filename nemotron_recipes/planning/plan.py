@@ -17,8 +17,9 @@ from typing import Any
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.backends import get_backend
 from nemotron_recipes.config.catalog import Catalog
-from nemotron_recipes.config.compose import Composed, base_tree, compose, flatten
+from nemotron_recipes.config.compose import Composed, base_tree, compose
 from nemotron_recipes.config.profiles import Environment
+from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.executors import get_executor
 from nemotron_recipes.planning.code import describe_code

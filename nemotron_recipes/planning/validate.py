@@ -10,8 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from nemotron_recipes.backends import REGISTRY as BACKENDS
 from nemotron_recipes.backends import get_backend
-from nemotron_recipes.config.compose import Composed, flatten
+from nemotron_recipes.config.compose import Composed
 from nemotron_recipes.config.schema import KINDS
+from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.executors import REGISTRY as EXECUTORS
 from nemotron_recipes.executors import get_executor

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_recipes.config.catalog import Catalog, config_roots, package_root
-from nemotron_recipes.config.compose import Composed, compose, flatten
-from nemotron_recipes.config.profiles import merge, read_environment
+from nemotron_recipes.config.compose import Composed, compose
+from nemotron_recipes.config.profiles import read_environment
+from nemotron_recipes.config.tree import flatten, merge
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.planning.validate import validate
 
