@@ -1,0 +1,13 @@
+"""A private multi-node Slurm on one machine, out of Debian's packages: `slurm/testcluster` (docs/testcluster.md).
+
+    spec        what a cluster is, and where its files lie
+    conf        the text of Slurm's configuration files: pure functions
+    services    the daemons: command lines, what each needs, when each is ready
+    proctree    a process and everything that it started, found and ended as one
+    isolation   host name and /etc/hosts of a node's own
+    keeper      the process that holds a cluster: starts and ends daemons, leaves nothing behind
+    cluster     up, down, kill, start, status
+    cli         the command line
+
+Standard library only. Nothing here knows of recipes, plans or jobs.
+"""

@@ -1,0 +1,296 @@
+"""What can be done with a test cluster: bring it up, take it down, kill and start its parts, look at it."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.errors import NemotronError, Problem, UserError
+from slurm import conf, isolation, keeper, proctree
+from slurm.services import SEARCH, database_setup, missing_packages
+from slurm.spec import Files, Spec, load, problems_of_folder
+
+# Below the kernel's range for outgoing connections, so that none of those takes a port between choice and use.
+PORTS = range(10000, 32000)
+READY_SECONDS = 60.0
+NODE_MEMORY_MB = 64000
+LOG_LINES = 15
+PROGRAM = Path(__file__).with_name("testcluster")
+
+
+def default_folder() -> Path:
+    """The user's own: $XDG_STATE_HOME/nemotron-recipes/testcluster."""
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "nemotron-recipes" / "testcluster"
+
+
+def plan(
+    folder: Path,
+    nodes: int = 4,
+    cpus: int = 32,
+    gpus: int = 0,
+    accounting: bool = True,
+    accounts: tuple[str, ...] = (),
+    settings: dict[str, str] | None = None,
+) -> Spec:
+    """A cluster that can be made here; UserError with every reason why not. Writes nothing."""
+    problems = problems_of_folder(folder) + missing_packages(accounting)
+    if accounts and not accounting:
+        problems.append(Problem("accounts need accounting", fix="leave out --account or --no-accounting"))
+    if platform.system() != "Linux":
+        problems.append(Problem("the test cluster needs Linux", fix="use a Linux machine or container"))
+    if problems:
+        raise UserError(*problems)
+    return Spec(
+        folder=str(folder),
+        user=getpass.getuser() if os.geteuid() else "root",
+        host=socket.gethostname().partition(".")[0],
+        nodes=nodes,
+        cpus=cpus,
+        memory_mb=NODE_MEMORY_MB,
+        gpus=gpus,
+        accounting=accounting,
+        accounts=accounts,
+        isolated=True,
+        subnet=f"127.{random.randint(1, 254)}.{random.randint(1, 254)}",
+        ports=free_ports(nodes + 2),
+        settings=settings or {},
+    )
+
+
+def up(spec: Spec, while_pid: int | None = None) -> Spec:
+    """Make the folder, start everything, return when every node is idle. After an error or Ctrl-C nothing is left.
+
+    The returned spec says whether nodes have their own host names here (`isolated`).
+    """
+    try:
+        spec = _write(spec)
+        _start_keeper(spec, while_pid)
+        _bring_up(spec)
+    except BaseException:
+        down(Path(spec.folder))
+        raise
+    return spec
+
+
+def down(folder: Path) -> bool:
+    """End all processes of the cluster and delete its folder; whether there was a folder."""
+    if not folder.exists():
+        return False
+    try:
+        keeper.ask(Files(folder).control_socket, {"do": "down"})
+    except (ConnectionError, FileNotFoundError):  # no keeper: the guards have ended what it had started
+        if left := proctree.naming(str(folder)):
+            lines = "".join(f"\n    {pid} {line}" for pid, line in left.items())
+            raise NemotronError(f"the cluster's keeper is gone and processes are left:{lines}") from None
+        shutil.rmtree(folder, ignore_errors=False)
+    return True
+
+
+def kill(folder: Path, name: str) -> None:
+    """SIGKILL to that node or daemon and to all that it runs, at once; returns when they are dead."""
+    _ask(load(folder), "kill", name)
+
+
+def start(folder: Path, name: str) -> None:
+    """Bring a killed node or daemon back; returns when it does its work. Nothing happens to one that lives."""
+    spec = load(folder)
+    _ask(spec, "start", name)
+    _wait(spec, name, _ready(spec, name))
+
+
+def node_name(spec: Spec, text: str) -> str:
+    """`2` and `node2` are both node2; UserError for a node that is not there."""
+    name = f"node{text}" if text.isdecimal() else text
+    if name not in spec.node_names:
+        raise UserError(Problem(f"no node is called {text!r}", fix=f"valid: {', '.join(spec.node_names)}"))
+    return name
+
+
+def status(spec: Spec) -> dict[str, dict[str, Any]]:
+    """Per daemon its `pid` (0: dead) and `processes`; of nodes also `slurm`, the state that slurmctld gives."""
+    found = _ask(spec, "list")
+    states = _node_states(spec)
+    for name in spec.node_names:
+        found[name]["slurm"] = states.get(name, "unknown")
+    return found
+
+
+def environment(spec: Spec) -> dict[str, str]:
+    """What Slurm's commands need to speak to this cluster."""
+    return {"SLURM_CONF": str(spec.files.slurm_conf)}
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    """TCP ports that nothing is bound to, all different."""
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return tuple(found)
+    raise NemotronError(f"fewer than {count} free ports between {PORTS.start} and {PORTS.stop}")
+
+
+def _write(spec: Spec) -> Spec:
+    files = spec.files
+    files.make()
+    files.hosts.write_text(conf.hosts(spec))
+    if refused := isolation.refusal(files.hosts):
+        spec = replace(spec, isolated=False)
+        print(f"note: nodes share this machine's host name: namespaces are refused here ({refused})", file=sys.stderr)
+    files.slurm_conf.write_text(conf.slurm_conf(spec))
+    files.gres_conf.write_text(conf.gres_conf(spec))
+    if spec.accounting:
+        files.slurmdbd_conf.touch(mode=0o600)  # slurmdbd refuses one that others can read
+        files.slurmdbd_conf.write_text(conf.slurmdbd_conf(spec))
+    files.munge_key.touch(mode=0o600)
+    files.munge_key.write_bytes(secrets.token_bytes(128))
+    for number in range(spec.gpus):
+        (files.devices / f"gpu{number}").symlink_to("/dev/null")
+    spec.save()
+    return spec
+
+
+def _start_keeper(spec: Spec, while_pid: int | None) -> None:
+    argv = [sys.executable, str(PROGRAM), "keep", "--dir", spec.folder]
+    if while_pid is not None:
+        argv += ["--while", str(while_pid)]
+    with open(spec.files.log / "keeper.out", "ab") as log:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            raise NemotronError(f"the keeper ended at once\n{_log_tail(spec, 'keeper')}")
+        try:
+            keeper.ask(spec.files.control_socket, {"do": "list"})
+        except (ConnectionError, FileNotFoundError):
+            return False
+        return True
+
+    _until(answers, "the keeper")
+
+
+def _bring_up(spec: Spec) -> None:
+    _start_one(spec, "munged")
+    if spec.accounting:
+        with open(spec.files.log / "database_setup.out", "ab") as log:
+            done = subprocess.run(database_setup(spec), stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
+        if done.returncode:
+            raise NemotronError(f"mariadb-install-db failed\n{_log_tail(spec, 'database_setup')}")
+        _start_one(spec, "mariadbd")
+        _start_one(spec, "slurmdbd")
+        _sacctmgr(spec, "add", "cluster", spec.name)
+        for account in spec.accounts:
+            _sacctmgr(spec, "add", "account", account)
+            _sacctmgr(spec, "add", "user", spec.user, f"account={account}")
+    _start_one(spec, "slurmctld")
+    for name in spec.node_names:
+        _ask(spec, "start", name)
+    for name in spec.node_names:
+        _wait(spec, name, _ready(spec, name))
+
+
+def _start_one(spec: Spec, name: str) -> None:
+    _ask(spec, "start", name)
+    _wait(spec, name, _ready(spec, name))
+
+
+def _ready(spec: Spec, name: str) -> Callable[[], bool]:
+    """A question whose answer is true once that daemon serves."""
+    files = spec.files
+    if name == "munged":
+        return lambda: _accepts(str(files.munge_socket))
+    if name == "mariadbd":
+        return lambda: _accepts(str(files.database_socket))
+    if name == "slurmdbd":
+        return lambda: _accepts(spec.ports[conf.SLURMDBD_PORT])
+    if name == "slurmctld":
+        return lambda: _slurm(spec, "scontrol", "ping").returncode == 0
+    return lambda: _node_states(spec).get(name, "") in ("idle", "mixed", "allocated", "completing")
+
+
+def _wait(spec: Spec, name: str, ready: Callable[[], bool]) -> None:
+    def lives_and_serves() -> bool:
+        if not _ask(spec, "list")[name]["pid"]:
+            raise NemotronError(f"{name} ended at once\n{_log_tail(spec, name)}")
+        return ready()
+
+    try:
+        _until(lives_and_serves, name)
+    except TimeoutError as error:
+        raise NemotronError(f"{error}\n{_log_tail(spec, name)}") from None
+
+
+def _until(done: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} is not ready after {READY_SECONDS:g} s")
+        time.sleep(0.02)
+
+
+def _accepts(address: str | int) -> bool:
+    """Whether somebody listens at a socket's path or at a port of this machine."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(address if isinstance(address, str) else ("127.0.0.1", address))
+        except (ConnectionError, FileNotFoundError, TimeoutError):
+            return False
+    return True
+
+
+def _node_states(spec: Spec) -> dict[str, str]:
+    """Slurm's word for each node's state, without its marks (`*`: does not answer); {} while slurmctld is down."""
+    listed = _slurm(spec, "sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N %T")
+    pairs = [line.split() for line in listed.stdout.splitlines() if listed.returncode == 0]
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def _sacctmgr(spec: Spec, *words: str) -> None:
+    done = _slurm(spec, "sacctmgr", "--immediate", "--quiet", *words)
+    if done.returncode:
+        raise NemotronError(f"sacctmgr {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+
+
+def _slurm(spec: Spec, *argv: str) -> subprocess.CompletedProcess[str]:
+    foreign = ("SLURM", "SBATCH_", "SINFO_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    env |= {"PATH": SEARCH, **environment(spec)}
+    return subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+def _ask(spec: Spec, do: str, name: str = "") -> dict[str, Any]:
+    try:
+        return keeper.ask(spec.files.control_socket, {"do": do, "name": name})
+    except (ConnectionError, FileNotFoundError):
+        what = f"the keeper of the cluster in {spec.folder} is gone, and with it the cluster"
+        raise UserError(Problem(what, fix=f"`slurm/testcluster down --dir {spec.folder}`, then up again")) from None
+    except RuntimeError as error:
+        raise NemotronError(str(error)) from None
+
+
+def _log_tail(spec: Spec, name: str) -> str:
+    lines = []
+    for path in (spec.files.log / f"{name}.out", spec.files.log / f"{name}.log"):
+        if path.exists():
+            lines += path.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return "\n".join(f"    {line}" for line in dict.fromkeys(lines)) or "    (it wrote nothing)"
