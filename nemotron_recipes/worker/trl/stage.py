@@ -41,6 +41,10 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
         context.event("ready", parameters=sum(sizes), resume_from=str(resume) if resume else None)
 
         _measure("before", settings, context, trainer, data)
+        if resume is not None and settings.peft is None:
+            # Trainer (Transformers 5.23) loads by the names in the file without asking whether any fits; NemotronH is
+            # saved under other names, so training would go on from the base weights without a word.
+            trainer.model.load_state_dict(load_model(resume, settings).state_dict())
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         context.event("trained", step=trainer.state.global_step, seconds=round(time.monotonic() - began, 3))
