@@ -196,7 +196,7 @@ def test_a_template_is_an_input(tmp_path: Path) -> None:
 
 def test_the_templates_contents_identify_it(tmp_path: Path) -> None:
     """An edited template is another input, so the stage gets another fingerprint."""
-    resolver = Resolver(Store(tmp_path / "store"), tmp_path)
+    resolver = Resolver(Store(tmp_path / "store"), tmp_path, makers=lambda name: ())
     assert resolver.resolve("nemotron3", "template") == Artifact("builtin", "template", "nemotron3")
     identities = []
     for text in ("{% generation %}a{% endgeneration %}", "{% generation %}b{% endgeneration %}"):
