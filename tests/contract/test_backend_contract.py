@@ -11,7 +11,19 @@ from nemotron_recipes.config.schema import KINDS
 from nemotron_recipes.spec import Artifact, Output
 
 RUN = {"id": "run-1", "stage": "stage-1", "dir": "/runs/run-1/stage-1", "store": "/store", "fingerprint": "sha256:0"}
-HOSTILE = ("a b", "it's", 'say "x"', "$(touch /tmp/x)", "`id`", "line\nbreak", "größe", "日本", "a: b # c", "- x", "1e-5")
+HOSTILE = (
+    "a b",
+    "it's",
+    'say "x"',
+    "$(touch /tmp/x)",
+    "`id`",
+    "line\nbreak",
+    "größe",
+    "日本",
+    "a: b # c",
+    "- x",
+    "1e-5",
+)
 DATA_PREP = {
     "kind": "data_prep",
     "data": {"sources": [{"path": "rows.jsonl"}], "tokenizer": "tiny"},

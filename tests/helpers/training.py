@@ -100,7 +100,13 @@ def start(path: Path, nproc: int = 1, attempt: int = 1) -> subprocess.Popen[str]
     """The real worker in processes of its own; under torchrun where there are several."""
     command = [sys.executable, "-m"]
     if nproc > 1:
-        command += ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={nproc}", "-m"]
+        command += [
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+            f"--nproc-per-node={nproc}",
+            "-m",
+        ]
     command += ["nemotron_recipes.worker", "--config", str(path)]
     environment = {**os.environ, ATTEMPT_ENV: str(attempt), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -124,5 +130,3 @@ def losses(stage: Path) -> list[float]:
 
 def events(stage: Path, attempt: int = 1, rank: int = 0) -> list[dict[str, Any]]:
     return list(read_jsonl(StageDir(stage).events(attempt, rank)))
-
-

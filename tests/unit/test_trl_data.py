@@ -22,7 +22,9 @@ def test_conversations_of_a_pack():
     assert second[0].tolist() == [5, 6, 7] and second[1].tolist() == [IGNORED, IGNORED, 7]
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(0, 500), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5))
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 500), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5)
+)
 def test_every_trained_token_stays_trained_and_no_other(parts):
     ids, mask, starts = [], [], []
     for part in parts:

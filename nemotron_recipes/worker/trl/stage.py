@@ -24,8 +24,8 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
     """Load, measure, train, measure again, write the model."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # TRL itself sets the old name of a field.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.training_args")
+    # TRL itself uses Transformers' old names for activation checkpointing.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     resume = checkpoint_to_resume(settings.resume_from, context.dir.checkpoints, context.attempt)
     if context.is_main:
         clear_staging(context.dir.checkpoints)
