@@ -20,7 +20,7 @@ RECIPES = [
     for words in CATALOG.stages(family)
     for config in CATALOG.configs(family, *words)
 ]
-REQUIRED = {"data_prep": ("data.sources=[{path: 'sample:largest_of_three'}]",)}
+REQUIRED = {"data_prep": ("data.sources=[{path: 'sample:largest_of_three', rows: 8}]",)}
 
 
 @pytest.mark.parametrize("executor", sorted(REGISTRY))
