@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemotron_recipes.data.encoder import Encoded, Encoder, keep_blocks
-from nemotron_recipes.data.rows import BadRow, Message, Row
+from nemotron_recipes.data.messages import BadRow, Message
+from nemotron_recipes.data.rows import Row
 from nemotron_recipes.data.template import Rendered
 
 
@@ -54,9 +55,9 @@ class ChatEncoder:
         return results
 
     def prompts(self, rows: Sequence[Row]) -> list[np.ndarray | BadRow]:
-        """Ids up to and including the generation prompt. A conversation's prompt ends with its last user turn, or the
-        tool result that its last answer follows."""
-        rendered = [self._render(row.prompt or _asked(row.messages), row, prompt=True) for row in rows]
+        """Ids up to and including the generation prompt. A conversation's prompt ends where its last answer begins,
+        and opens a reasoning block only where that answer reasons: an evaluation asks as training did."""
+        rendered = [self._prompt(row) for row in rows]
         return [one if isinstance(one, BadRow) else one.ids for one in self._encode(rendered)]
 
     def answers(self, rows: Sequence[Row], names: Sequence[str]) -> list[list[np.ndarray] | BadRow]:
@@ -67,10 +68,20 @@ class ChatEncoder:
         count = len(names)
         return [_prompt_and_answers(encoded[index * count : (index + 1) * count]) for index in range(len(rows))]
 
-    def _render(self, messages: list[Message], row: Row, prompt: bool = False) -> Rendered | BadRow:
+    def _prompt(self, row: Row) -> Rendered | BadRow:
+        if row.prompt:
+            return self._render(row.prompt, row, prompt=True)
+        asked = _asked(row.messages)
+        reasons = "reasoning_content" in row.messages[len(asked)]
+        return self._render(asked, row, prompt=True, thinking=self.thinking and reasons)
+
+    def _render(
+        self, messages: list[Message], row: Row, prompt: bool = False, thinking: bool | None = None
+    ) -> Rendered | BadRow:
+        thinking = self.thinking if thinking is None else thinking
         try:
             return self.encoder.template.render(
-                messages, row.tools, add_generation_prompt=prompt, enable_thinking=self.thinking
+                messages, row.tools, add_generation_prompt=prompt, enable_thinking=thinking
             )
         except BadRow as bad:
             return bad

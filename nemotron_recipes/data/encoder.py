@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_recipes.data.rows import BadRow
+from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.template import ChatTemplate, Rendered, text_constants
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import file_digest

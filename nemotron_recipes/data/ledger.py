@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from nemotron_recipes.data.rows import BadRow
+from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.sources import Line
 from nemotron_recipes.errors import Problem, UserError
 

@@ -11,7 +11,8 @@ from typing import Any
 from nemotron_recipes.data.chat import ChatEncoder
 from nemotron_recipes.data.encoder import Encoder
 from nemotron_recipes.data.ledger import Account, BadRows
-from nemotron_recipes.data.rows import BadRow, RowReader
+from nemotron_recipes.data.messages import BadRow
+from nemotron_recipes.data.rows import RowReader
 from nemotron_recipes.data.settings import Settings, Source
 from nemotron_recipes.data.sinks import PackedSink, Placed, RowsSink, Sink, SplitFacts
 from nemotron_recipes.data.sources import Hub, Line, find_files, read_files, read_hub, read_sample

@@ -1,8 +1,4 @@
-"""Rows as they come -> one normalised form per method, or a `BadRow` that says what is wrong.
-
-Normalised messages hold `role`, `content` (text), and for assistants `reasoning_content`, `tool_calls`
-(`[{"function": {"name", "arguments": dict}}]`) and `weight` where they were given. docs/data.md lists every case.
-"""
+"""Rows as they come -> one normalised form per method, or a `BadRow` that says what is wrong (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -11,9 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemotron_recipes.data.messages import BadRow, Message, read_message, read_tools
 from nemotron_recipes.data.settings import Columns
 
-Message = dict[str, Any]
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt": ("prompt", "question"),
@@ -24,17 +20,6 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "completion": ("completion",),
     "label": ("label",),
 }
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-_LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
-
-
-class BadRow(Exception):
-    """A row that can't be used. `reason` is one of the closed set in docs/data.md; `detail` is for people."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass
@@ -71,7 +56,7 @@ class RowReader:
         if self.method != "sft":  # weights are about SFT's loss
             for message in result.prompt + result.chosen + result.rejected + result.completion:
                 message.pop("weight", None)
-        result.tools = _tools(row.get("tools"))
+        result.tools = read_tools(row.get("tools"))
         _check_tool_markup(result)
         return result
 
@@ -173,7 +158,7 @@ class RowReader:
             raise BadRow("wrong_type", f"{name} must be a list of messages, not {type(value).__name__}")
         if not value:
             raise BadRow("empty_conversation", f"{name} is empty")
-        return [_message(message, f"{name}[{i}]", self.split_thoughts) for i, message in enumerate(value)]
+        return [read_message(message, f"{name}[{i}]", self.split_thoughts) for i, message in enumerate(value)]
 
     def _find(self, row: dict[str, Any], field_name: str) -> str | None:
         """The key of the row that holds this field."""
@@ -188,115 +173,6 @@ class RowReader:
             names = USUAL_NAMES[field_name] if named is None else (named,)
             raise BadRow("missing_field", f"no field {' or '.join(map(repr, names))}")
         return row[name]
-
-
-def _message(message: Any, where: str, split_thoughts: bool) -> Message:
-    if not isinstance(message, dict):
-        raise BadRow("wrong_type", f"{where} must be an object, not {type(message).__name__}")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRow("unknown_role", f"{where} has role {role!r}; known: {', '.join(ROLES)}")
-    role = ROLES[role]
-    content = _text(message.get("content"), role, where)
-    if role != "assistant":
-        return {"role": role, "content": content}
-    return _assistant(message, content, where, split_thoughts)
-
-
-def _assistant(message: dict[str, Any], content: str, where: str, split_thoughts: bool) -> Message:
-    result: Message = {"role": "assistant", "content": content}
-    reasoning = message.get("reasoning_content")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise BadRow("wrong_type", f"{where}.reasoning_content must be text")
-    if split_thoughts and not (reasoning or "").strip():
-        reasoning, result["content"] = _split_thought(content)
-    if reasoning and reasoning.strip():
-        result["reasoning_content"] = reasoning
-    calls = _tool_calls(message.get("tool_calls"), where)
-    if calls:
-        result["tool_calls"] = calls
-    weight = message.get("weight")
-    if weight is not None:
-        if isinstance(weight, bool) or weight not in (0, 1):
-            raise BadRow("bad_weight", f"{where}.weight must be 0 or 1, not {weight!r}")
-        result["weight"] = int(weight)
-    if not result["content"].strip() and "reasoning_content" not in result and not calls:
-        raise BadRow("empty_assistant", f"{where} says nothing")
-    return result
-
-
-def _split_thought(content: str) -> tuple[str | None, str]:
-    """(reasoning, rest) of a text that begins with `<think>...</think>`, without the newlines that templates write."""
-    match = _LEADING_THOUGHT.match(content)
-    if match is None:
-        return None, content
-    thought = match.group(1).removeprefix("\n").removesuffix("\n")
-    return thought, content[match.end() :].removeprefix("\n")
-
-
-def _text(content: Any, role: str, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None:
-        if role == "user":
-            raise BadRow("null_content", f"{where}: a user turn without content")
-        return ""
-    if not isinstance(content, list):
-        raise BadRow("wrong_type", f"{where}.content must be text, text parts or null, not {type(content).__name__}")
-    texts = []
-    for part in content:
-        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif isinstance(part, str):
-            texts.append(part)
-        else:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise BadRow("non_text_content", f"{where}.content has a part of type {kind!r}")
-    return "".join(texts)
-
-
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if calls is None:
-        return []
-    if not isinstance(calls, list):
-        raise BadRow("bad_tool_call", f"{where}.tool_calls must be a list")
-    result = []
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise BadRow("bad_tool_call", f"{where}.tool_calls[{index}] names no function")
-        arguments = _parsed(function.get("arguments", {}), "bad_tool_call", f"{where}.tool_calls[{index}].arguments")
-        if arguments is None:
-            arguments = {}
-        if not isinstance(arguments, dict):
-            raise BadRow("bad_tool_call", f"{where}.tool_calls[{index}].arguments is not an object")
-        result.append({"function": {"name": function["name"], "arguments": arguments}})
-    return result
-
-
-def _tools(tools: Any) -> list[dict[str, Any]]:
-    tools = _parsed(tools, "bad_tools", "tools")
-    if tools is None:
-        return []
-    if not isinstance(tools, list):
-        raise BadRow("bad_tools", "tools must be a list")
-    for index, tool in enumerate(tools):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow("bad_tools", f"tools[{index}] has no name")
-    return tools
-
-
-def _parsed(value: Any, reason: str, where: str) -> Any:
-    """JSON text is parsed; anything else is left as it is."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise BadRow(reason, f"{where} is not valid JSON") from None
 
 
 def _check_order(messages: list[Message]) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 from nemotron_recipes.data.chat import ChatEncoder
 from nemotron_recipes.data.encoder import Encoded, label_mask
 from nemotron_recipes.data.ledger import Account
+from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.packed import Spool, write_megatron, write_native
 from nemotron_recipes.data.packing import pack
-from nemotron_recipes.data.rows import BadRow, Row
+from nemotron_recipes.data.rows import Row
 from nemotron_recipes.data.settings import SPLITS, Settings
 
 MEGATRON_NAMES = {"train": "training", "validation": "validation", "test": "test"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemotron_recipes.data.rows import BadRow
+from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.settings import Source
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import files_below

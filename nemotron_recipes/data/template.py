@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.data.rows import BadRow
+from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.spec import sha256_text
 

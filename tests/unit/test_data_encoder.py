@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from nemotron_recipes.data.chat import ChatEncoder, samples
 from nemotron_recipes.data.encoder import Encoded, Encoder, label_mask
-from nemotron_recipes.data.rows import BadRow, Row
+from nemotron_recipes.data.messages import BadRow
+from nemotron_recipes.data.rows import Row
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.tiny.tokenizer import MARKER_TOKENS, SPECIAL_TOKENS
 from tests.helpers.data_prep import TEMPLATE, encoder, merging_folder, tiny_folder

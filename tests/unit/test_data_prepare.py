@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -288,9 +289,17 @@ def test_overlong_preference_rows_are_counted(tmp_path: Path) -> None:
     assert metadata["total"]["rows_dropped"] == {"overlong": 1}
 
 
-@pytest.mark.parametrize(("thinking", "opening"), [(True, "<think>\n"), (False, "<think></think>")])
-def test_held_out_rows_carry_the_prompt_of_an_evaluation(tmp_path: Path, thinking: bool, opening: str) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", many(1))
+@pytest.mark.parametrize(
+    ("thinking", "reasons", "opening"),
+    [(True, True, "<think>\n"), (True, False, "<think></think>"), (False, True, "<think></think>")],
+)
+def test_held_out_rows_carry_the_prompt_of_an_evaluation(
+    tmp_path: Path, thinking: bool, reasons: bool, opening: str
+) -> None:
+    (content,) = many(1)
+    if reasons:
+        content["messages"][1]["reasoning_content"] = "Nothing."
+    file = write_rows(tmp_path / "rows.jsonl", [content])
     held_out = {"path": str(file), "split": "test"}
     from nemotron_recipes.data.prepare import Job, prepare
     from nemotron_recipes.data.settings import read_settings
@@ -300,7 +309,7 @@ def test_held_out_rows_carry_the_prompt_of_an_evaluation(tmp_path: Path, thinkin
     (tmp_path / "out").mkdir()
     prepare(Job("sft", read_settings(tree, "sft"), (file, file), tiny_folder(), TEMPLATE), tmp_path / "out")
     (row,) = rows_of(tmp_path / "out", "test")
-    assert row["messages"] == many(1)[0]["messages"]
+    assert row["messages"] == content["messages"]
     prompt = encoder()._tokenizer.decode(row["prompt_ids"], skip_special_tokens=False)
     assert prompt.endswith("<|im_start|>user\nWhat is 0?<|im_end|>\n<|im_start|>assistant\n" + opening)
 
@@ -331,6 +340,25 @@ def test_hub_rows_come_through_datasets(tmp_path: Path) -> None:
     assert [line.number for line in lines] == [1, 2]
     with pytest.raises(UserError, match="hub_split"):
         list(read_hub(Hub(str(tmp_path / "repo"), None), Source("hf://some/where", hub_split="nope"), 2))
+
+
+def test_a_missing_datasets_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'nemotron-recipes\[data\]'"):
+        list(read_hub(Hub("some/where", "0" * 40), Source("hf://some/where"), None))
+
+
+@pytest.mark.parametrize("method", ["rl", "kto", "dpo"])
+def test_the_thinking_switch_opens_rl_prompts(tmp_path: Path, method: str) -> None:
+    """RL asks as the switch says; preference prompts end where the answers begin."""
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d", "label": True, "expected_answer": "e"}
+    file = write_rows(tmp_path / "rows.jsonl", [row])
+    for thinking in (True, False):
+        output = tmp_path / str(thinking)
+        run_prepare(output, [file], method, thinking=thinking)
+        ids = rows_of(output, "train")[0]["prompt_ids"]
+        opened = encoder()._tokenizer.decode(ids, skip_special_tokens=False).endswith("<think>\n")
+        assert opened == (method == "rl" and thinking)
 
 
 def test_gsm8k(tmp_path: Path) -> None:

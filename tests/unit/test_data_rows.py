@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import nemotron_recipes.data
-from nemotron_recipes.data.rows import BadRow
+from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.sources import read_files
 from tests.helpers.data_prep import chat, read_row
 

@@ -142,6 +142,16 @@ def launch(tmp_path: Path, method: str, inputs: dict[str, Artifact], **data: Any
     return path
 
 
+def test_no_training_library_is_loaded(tmp_path: Path) -> None:
+    file = launch(tmp_path, "sft", {})
+    code = (
+        "import sys; from nemotron_recipes.worker.runtime import main; code = main(['--config', sys.argv[1]]);"
+        "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'hydra'} & set(sys.modules);"
+        "sys.exit(code or (str(heavy) if heavy else 0))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(file)], cwd=ROOT, check=True, timeout=60)
+
+
 def work(file: Path, expected: int) -> str:
     """Run the worker as a process of its own; what it printed."""
     command = [sys.executable, "-m", "nemotron_recipes.worker", "--config", str(file)]
