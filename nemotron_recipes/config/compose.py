@@ -37,6 +37,9 @@ from nemotron_recipes.spec import Origin, Tree
 PRIMARY = "nemotron_request"
 PROFILE = "nemotron_profile"
 
+# Hydra's own settings for the jobs of @hydra.main. Nothing here reads them, and loading them is most of a composition.
+HYDRA_GROUPS = ("output", "help", "hydra_help", "hydra_logging", "job_logging", "env")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -144,7 +147,8 @@ def parse_overrides(overrides: Iterable[str], catalog: Catalog) -> tuple[list[Ov
 
 def _store_primary(config_path: str, run: Tree) -> None:
     store = ConfigStore.instance()
-    store.store(name=PRIMARY, node={"defaults": [f"/{config_path}", f"/{PROFILE}", "_self_"]})
+    unused = [{f"override /hydra/{group}": None} for group in HYDRA_GROUPS]
+    store.store(name=PRIMARY, node={"defaults": [f"/{config_path}", f"/{PROFILE}", "_self_", *unused]})
     store.store(name=PROFILE, node={"run": run} if run else {}, package="_global_")
 
 

@@ -169,7 +169,7 @@ def test_users_own_conf_adds_and_shadows(tmp_path: Path) -> None:
     composed = compose(catalog, "recipe/mine/sft/default")
     assert composed.tree["outputs"]["model"] == "mine"
     assert str(composed.origin("optimizer.name")) == "group optimizer/gentle"
-    assert composed.tree["train"]["train_iters"] == 50
+    assert composed.tree["train"]["train_iters"] == compose(CATALOG, SFT).tree["train"]["train_iters"]
     with pytest.raises(UserError, match="is not a folder"):
         config_roots(("nowhere",), tmp_path)
 
