@@ -1,4 +1,4 @@
-"""The trl backend against the installed TRL: field names, and each value of the table read back from the real object."""
+"""The trl backend against the installed TRL: its field names, and each value of the table read back from the object."""
 
 import dataclasses
 import json
