@@ -142,13 +142,18 @@ class Origin:
 
 @dataclass(frozen=True)
 class Code:
-    """The code that runs: digest of the package's sources and recipes, and git's view where there is one."""
+    """The code that runs: digest of the package's source files, and git's view where there is one.
+
+    uncommitted: changed and untracked files of the checkout (they travel as they are on disk, if they are sources)
+    left_behind: files of the package that don't travel, each with the reason
+    """
 
     digest: str
     version: str
     git_commit: str | None = None
-    git_dirty: bool = False
     git_diff_digest: str | None = None
+    uncommitted: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,10 +206,13 @@ class RenderedStage:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Everything that a submission sends: the stages that run (reused ones left out) and the submitting argv."""
+    """Everything that a submission sends: the stages that run (reused ones left out) and the submitting commands.
+
+    A command of `submit` may hold words in <angle brackets>: what is known only when an earlier one has answered.
+    """
 
     stages: tuple[RenderedStage, ...]
-    submit: tuple[str, ...]
+    submit: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)

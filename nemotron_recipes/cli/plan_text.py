@@ -7,21 +7,18 @@ import shlex
 
 from nemotron_recipes.cli.text import short
 from nemotron_recipes.config.tree import flatten
-from nemotron_recipes.errors import printable
+from nemotron_recipes.errors import SHOWN, printable
 from nemotron_recipes.lifecycle import Prepared
-from nemotron_recipes.spec import Artifact, JobHandle, RenderedStage, StagePlan
+from nemotron_recipes.spec import Artifact, Code, JobHandle, RenderedStage, StagePlan
 
 
 def describe(prepared: Prepared) -> str:
     """The whole Plan: stages with provenance, pinned inputs, layout, files, argv, outputs, fingerprints."""
     plan = prepared.plan
-    code = short(plan.code.digest)
-    if plan.code.git_commit:
-        code += f" (git {plan.code.git_commit[:12]}{', uncommitted changes' if plan.code.git_dirty else ''})"
     lines = [
         f"Plan {plan.id}",
         f"  command   nemotron {plan.title}",
-        f"  code      {code}, nemotron-recipes {plan.code.version}",
+        *_code(plan.code),
         f"  run dir   {plan.run_dir}",
         f"  store     {plan.store}",
     ]
@@ -30,7 +27,7 @@ def describe(prepared: Prepared) -> str:
         lines += ["", f"Stage {number}/{len(plan.stages)}: {stage.name} -c {stage.config_name}"]
         lines += _stage(stage, rendered.get(stage.name))
     if prepared.rendered.stages:
-        lines += ["", "Submitted with", f"  {shlex.join(prepared.rendered.submit)}"]
+        lines += ["", "Submitted with", *(f"  {shlex.join(command)}" for command in prepared.rendered.submit)]
     return printable("\n".join(lines))
 
 
@@ -50,6 +47,15 @@ def nothing_to_do(prepared: Prepared, as_json: bool) -> str:
         return json.dumps({name: {"artifact": a.label, "digest": a.digest, "uri": a.uri} for name, a in made.items()})
     lines = ["nothing to run: the same config, inputs and code have made these already (--force makes them anew)"]
     return printable("\n".join([*lines, *(f"  {name:<16} {a.label}  {a.uri}" for name, a in made.items())]))
+
+
+def _code(code: Code) -> list[str]:
+    commit = f", git {code.git_commit[:12]}" if code.git_commit else ""
+    lines = [f"  code      {short(code.digest)}, nemotron-recipes {code.version}{commit}; a copy travels with the run"]
+    lines += [f"            uncommitted: {name}" for name in code.uncommitted[:SHOWN]]
+    if len(code.uncommitted) > SHOWN:
+        lines.append(f"            ... and {len(code.uncommitted) - SHOWN} more uncommitted files")
+    return lines + [f"            left behind: {entry}" for entry in code.left_behind]
 
 
 def _stage(stage: StagePlan, rendered: RenderedStage | None) -> list[str]:

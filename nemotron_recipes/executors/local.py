@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness, torchrun
-from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir, append_event, read_json, read_jsonl
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness, checks, torchrun
+from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, StageDir, append_event, read_json, read_jsonl
 from nemotron_recipes.spec import JobHandle, Plan, Rendered, RenderedStage, StagePlan
 
 DRIVER = "nemotron_recipes.executors.local_driver"
 
 _START_SECONDS = 60.0  # for a driver to report; it takes 0.3 s on an idle machine
 _STOP_SLACK_SECONDS = 15.0  # beyond the grace, for SIGKILL and for NeMo-Run to close
-_LONGEST_ARGUMENT = 128 * 1024  # bytes; MAX_ARG_STRLEN of Linux, which counts the terminating NUL
 _DRIVERS: list[subprocess.Popen[bytes]] = []  # started by this process; polled so that a dead one is no zombie
 
 
@@ -48,20 +45,21 @@ class LocalExecutor:
 
     def check(self, stage: StagePlan) -> list[Problem]:
         """Secrets that are not set or would be written, reserved names, and text that no process can receive."""
-        return [*_secret_problems(stage), *_env_problems(stage), *_text_problems(stage)]
+        return [*checks.secret_problems(stage), *checks.env_problems(stage), *checks.text_problems(stage, _argv(stage))]
 
     def render(self, plan: Plan) -> Rendered:
         """The stages that run, and the driver's command line."""
         stages = tuple(_render_stage(plan, stage) for stage in plan.stages if stage.reused is None)
-        return Rendered(stages, (sys.executable, "-m", DRIVER, plan.run_dir))
+        return Rendered(stages, ((sys.executable, "-m", DRIVER, plan.run_dir),))
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
         """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start."""
         run = RunDir(Path(plan.run_dir))
         earlier = len(list(read_jsonl(run.events)))
+        (command,) = rendered.submit
         with open(run.driver_log, "ab") as log:
             driver = subprocess.Popen(
-                rendered.submit,
+                command,
                 cwd=plan.run_dir,
                 env={**os.environ, RUN_ID_ENV: plan.id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
@@ -139,69 +137,6 @@ def _argv(stage: StagePlan) -> tuple[str, ...]:
         return (sys.executable, "-m", launch.module, *launch.args)
     nproc, log_dir = stage.placement.nproc_per_node, Path(stage.directory) / "logs" / "torchrun"
     return torchrun.command(launch.module, launch.args, nproc, log_dir)
-
-
-def _secret_problems(stage: StagePlan) -> Iterator[Problem]:
-    written = [*stage.launch.files.values(), *stage.launch.args, *stage.launch.env.values()]
-    written += stage.placement.options.get("env", {}).values()
-    for name in stage.placement.secrets:
-        value = os.environ.get(name)
-        if not value:
-            yield Problem(
-                f"secret {name} is not set", _where(stage, "secrets"), f"export {name}=... where you start the run"
-            )
-        elif len(value) >= 8 and any(value in text for text in written):
-            yield Problem(
-                f"the value of secret {name} stands in the config in plain text",
-                _where(stage, "secrets"),
-                f"take it out: the stage inherits {name} from the environment",
-            )
-
-
-def _env_problems(stage: StagePlan) -> Iterator[Problem]:
-    for name in stage.placement.options.get("env", {}):
-        if name in (ATTEMPT_ENV, RUN_ID_ENV):
-            yield Problem(f"{name} is set by the executor itself", _where(stage, "env"), "choose another name")
-        elif name in stage.placement.secrets:
-            yield Problem(
-                f"{name} is a secret and set in plain text", _where(stage, "env"), "keep it under secrets only"
-            )
-        elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            yield Problem(
-                f"{name!r} is no name for an environment variable", _where(stage, "env"), "use letters, digits and _"
-            )
-
-
-def _text_problems(stage: StagePlan) -> Iterator[Problem]:
-    received = {"the run's folder": stage.directory}
-    received |= {f"argument {n}": text for n, text in enumerate(_argv(stage))}
-    received |= {f"file name {name!r}": name for name in stage.launch.files}
-    received |= {f"env {name}": text for name, text in stage.launch.env.items()}
-    received |= {f"env {name}": text for name, text in stage.placement.options.get("env", {}).items()}
-    for what, text in received.items():
-        if "\0" in text:
-            yield Problem(f"{what} holds a NUL character", _where(stage), "no process can receive it; take it out")
-        elif not _is_utf8(text):
-            yield Problem(f"{what} is not valid UTF-8: {text!r}", _where(stage), "rename it in UTF-8")
-        elif len(text.encode()) >= _LONGEST_ARGUMENT:
-            yield Problem(f"{what} is longer than {_LONGEST_ARGUMENT} bytes", _where(stage), "put it into a file")
-    for name, text in stage.launch.files.items():
-        if not _is_utf8(text):
-            yield Problem(f"the text of {name} is not valid UTF-8", _where(stage), "write it in UTF-8")
-
-
-def _is_utf8(text: str) -> bool:
-    """False for lone surrogates: how Python shows the bytes of a name that is in another encoding."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _where(stage: StagePlan, key: str = "") -> str:
-    profile = f"profile {stage.placement.profile}" if stage.placement.profile else "executor local"
-    return f"stage {stage.name}, {profile}" + (f", {key}" if key else "")
 
 
 def _wait_for_start(run: RunDir, driver: subprocess.Popen[bytes], earlier: int) -> None:

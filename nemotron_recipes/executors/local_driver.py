@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 
 from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, nemo_adapter, process_tree, torchrun
+from nemotron_recipes.executors.verdict import failure_cause, is_done
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import ATTEMPT_ENV, RunDir, StageDir, append_event, read_json
 from nemotron_recipes.spec import JobHandle, RenderedStage, Tree, to_json
@@ -60,7 +61,7 @@ class Driver:
         loaded = False
         for stage in stages:
             folder = StageDir(Path(stage.cwd))
-            if self._is_done(stage.name, read_json(folder.record)):
+            if is_done(read_json(folder.record), self._stage_plan(stage.name)["fingerprint"]):
                 append_event(self.run.events, "stage-skipped", stage=stage.name, reason="already succeeded")
                 continue
             if not loaded:
@@ -104,15 +105,9 @@ class Driver:
         append_event(self.run.events, "stage-exited", stage=stage.name, attempt=attempt, **told)
         if self.stopping:
             raise Stopped
-        if failure:
-            raise StageFailed(f"rank {failure.rank} ended with exit code {_named(failure.exit_code)}, see {log}")
-        if code:
-            raise StageFailed(f"exit code {_named(code)}, see {log}")
-        record = read_json(folder.record)
-        if record is None or record.get("attempt") != attempt:
-            raise StageFailed(f"exit code 0, but attempt {attempt} wrote no {folder.record.name}, see {log}")
-        if not self._is_done(stage.name, record):
-            raise StageFailed(f"exit code 0, but {folder.record} says {record.get('state')!r}")
+        cause = failure_cause(folder, self._stage_plan(stage.name)["fingerprint"], attempt, code, failure, log)
+        if cause:
+            raise StageFailed(cause)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         """Until the process ends or a stop is asked for."""
@@ -136,14 +131,6 @@ class Driver:
 
     def _stage_plan(self, name: str) -> Tree:
         return next(stage for stage in self.plan["stages"] if stage["name"] == name)
-
-    def _is_done(self, name: str, record: Tree | None) -> bool:
-        """Whether the record is of this very work, and says that it succeeded."""
-        return (
-            record is not None
-            and record.get("state") == "succeeded"
-            and record.get("fingerprint") == self._stage_plan(name)["fingerprint"]
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,14 +167,6 @@ def _check_files(stage: RenderedStage) -> None:
         path = Path(name)
         if not path.is_file() or path.read_bytes() != text.encode():
             raise StageFailed(f"{path} was changed after it had been planned")
-
-
-def _named(code: int) -> str:
-    """`137 (SIGKILL: out of memory, perhaps)`; signals by name, other codes as they are."""
-    if code <= 128 or code - 128 not in {*signal.Signals}:
-        return str(code)
-    name = signal.Signals(code - 128).name
-    return f"{code} ({name}{': out of memory, perhaps' if name == 'SIGKILL' else ''})"
 
 
 def _is_alone(descriptor: int, run_id: str) -> bool:

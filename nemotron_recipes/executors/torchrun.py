@@ -1,4 +1,4 @@
-"""torchrun's command line on one node, and what its log says of a rank that failed.
+"""torchrun's command line, and what its log says of a rank that failed.
 
 torchrun itself ends with 1 whatever became of its workers; only its closing report (ChildFailedError) knows more.
 """
@@ -27,12 +27,21 @@ class RankFailure(NamedTuple):
     exit_code: int
 
 
-def command(module: str, args: Sequence[str], nproc: int, log_dir: Path) -> tuple[str, ...]:
-    """argv that runs `module` in `nproc` processes of this machine; the same for the same input."""
+def command(
+    module: str, args: Sequence[str], nproc: int, log_dir: Path, nodes: int = 1, python: str = sys.executable
+) -> tuple[str, ...]:
+    """argv that runs `module` in `nproc` processes on each of `nodes` machines; the same for the same input.
+
+    With several nodes the argv is one and the same on each; PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT in the
+    environment, which torchrun reads as its options, tell them apart and where to meet.
+    """
+    if nodes == 1:
+        meeting = ("--standalone", "--local-addr=127.0.0.1")  # a free port, and no look-up of this machine's name
+    else:
+        meeting = ("--rdzv-backend=static",)
     return (
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", "--local-addr=127.0.0.1"),  # a free port, and no look-up of this machine's name
-        *("--nnodes=1", f"--nproc-per-node={nproc}", "--max-restarts=0"),
+        *(python, "-m", "torch.distributed.run", *meeting),
+        *(f"--nnodes={nodes}", f"--nproc-per-node={nproc}", "--max-restarts=0"),
         f"--log-dir={log_dir}",  # else it litters the temporary folder
         *("-m", module),
         # Each of these goes through string.Template (for ${local_rank}), from which `$$` comes out as `$`.
