@@ -146,13 +146,14 @@ def _refuse_rerun(run: RunDir) -> None:
 
 
 def _write_run(run: RunDir, prepared: Prepared) -> None:
-    from nemotron_recipes.planning.code import git_diff
+    from nemotron_recipes.planning.code import git_diff, snapshot
 
     plan = prepared.plan
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(run.plan, to_json(plan))
     write_atomic(run.rendered, to_json(prepared.rendered))
-    patch = git_diff() if plan.code.git_dirty else None
+    snapshot(run.path, plan.code)
+    patch = git_diff() if plan.code.git_diff_digest else None
     if patch:
         write_atomic(run.path / "code.patch", patch.encode("utf-8", "surrogateescape"))
     for stage in prepared.rendered.stages:

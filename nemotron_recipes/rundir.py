@@ -2,6 +2,7 @@
 
     <output>/runs/<run id>/
         plan.json  rendered.json  handle.json
+        code/  code.patch         the sources that the workers run; what git had not committed of them
         events.jsonl              what the launcher did: submitted, stage-started, stage-exited, cancelled, ...
         driver.log                what the launcher printed
         <stage>/

@@ -175,6 +175,12 @@ class Backend(Section):
     native: dict[str, Any] = {}
 
 
+class CodePolicy(Section):
+    """What is asked of the code that runs."""
+
+    require_clean: bool = False  # refuse to run with uncommitted changes in the checkout
+
+
 class Outputs(Section):
     """Names under which results are registered in the store."""
 
@@ -189,6 +195,7 @@ class DataPrepConfig(Section):
     method: Literal["sft", "dpo", "kto", "rl"]
     data: DataPrep
     outputs: Outputs
+    code: CodePolicy = CodePolicy()
     run: dict[str, Any] = {}
 
 
@@ -210,6 +217,7 @@ class TrainConfig(Section):
     evaluation: Evaluation = Evaluation()
     backend: Backend
     outputs: Outputs
+    code: CodePolicy = CodePolicy()
     run: dict[str, Any] = {}
 
 

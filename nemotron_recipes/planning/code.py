@@ -1,42 +1,95 @@
-"""Which code runs: a digest of the package's own files, and what git says of the checkout around it."""
+"""Which code runs: the package's own files, digested and taken along, and what git says of the checkout around them.
+
+A run gets a copy of the sources as they lie on disk (uncommitted changes included), so that a stage that starts hours
+later runs what its Plan says, whatever was edited meanwhile.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.fsio import fsync_tree
 from nemotron_recipes.spec import Code, sha256_text
 
 PACKAGE = Path(__file__).resolve().parent.parent
-COUNTED = {".py", ".jinja", ".json"}
+TRAVELS = {".py", ".typed", ".jinja", ".json"}
+LARGEST = 1_000_000  # bytes; no source file comes near, data that was left there does
+SNAPSHOT = "code"  # folder in the run folder; it goes on the workers' PYTHONPATH
 
 
 def describe_code() -> Code:
-    """Digest of every source file of the package, and commit and uncommitted diff where it lies in a git checkout."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in COUNTED):
-        name = path.relative_to(PACKAGE).as_posix()
-        digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    """Digest of every source file of the package; commit and uncommitted changes where it lies in a git checkout."""
     try:
         installed = version("nemotron-recipes")
     except PackageNotFoundError:
         installed = "uninstalled"
     commit = _git("rev-parse", "HEAD")
     diff = git_diff() if commit else None
+    changed = _git("status", "--porcelain", "--untracked-files=all", "--no-renames") if commit else None
     return Code(
-        digest="sha256:" + digest.hexdigest(),
+        digest=digest_of(PACKAGE),
         version=installed,
         git_commit=commit.strip() if commit else None,
-        git_dirty=bool(diff),
         git_diff_digest=sha256_text(diff) if diff else None,
+        uncommitted=tuple(sorted(line[3:] for line in (changed or "").splitlines())),
+        left_behind=tuple(f"{name}: {reason}" for name, reason in _sorted_out(PACKAGE)[1]),
     )
+
+
+def digest_of(package: Path) -> str:
+    """Digest of the names and contents of a package's source files."""
+    digest = hashlib.sha256()
+    for path in _sorted_out(package)[0]:
+        name = path.relative_to(package).as_posix()
+        digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return "sha256:" + digest.hexdigest()
+
+
+def snapshot(run_dir: Path, code: Code) -> None:
+    """Copy the sources into the run folder. UserError: they are not what `code` was planned with any more."""
+    target = run_dir / SNAPSHOT / PACKAGE.name
+    shutil.rmtree(target.parent, ignore_errors=True)
+    for path in _sorted_out(PACKAGE)[0]:
+        copy = target / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    if digest_of(target) != code.digest:
+        raise UserError(Problem("the code changed while the plan was being submitted", str(PACKAGE), "run it again"))
+    fsync_tree(target.parent)
+
+
+def python_path(run_dir: Path) -> str:
+    """PYTHONPATH of the workers: the snapshot before what the user's own holds (made absolute)."""
+    own = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return os.pathsep.join([str(run_dir / SNAPSHOT), *own])
 
 
 def git_diff() -> str | None:
     """Uncommitted changes to tracked files of the checkout, as a patch; None without git."""
     return _git("diff", "HEAD", "--binary")
+
+
+def _sorted_out(package: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """(files that travel, (name, why not) of those that don't), in a stable order; caches are not worth a word."""
+    travel: list[Path] = []
+    left: list[tuple[str, str]] = []
+    for folder, folders, names in os.walk(package):
+        folders[:] = sorted(f for f in folders if f != "__pycache__" and not (folder == str(package) and f == "conf"))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.suffix not in TRAVELS:
+                left.append((path.relative_to(package).as_posix(), "no source file"))
+            elif path.stat().st_size > LARGEST:
+                left.append((path.relative_to(package).as_posix(), f"larger than {LARGEST} bytes"))
+            else:
+                travel.append(path)
+    return travel, left
 
 
 def _git(*arguments: str) -> str | None:

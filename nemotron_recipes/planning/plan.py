@@ -9,7 +9,7 @@ import copy
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from nemotron_recipes.config.catalog import Catalog
 from nemotron_recipes.config.compose import Composed, base_tree, compose
 from nemotron_recipes.config.profiles import Environment
 from nemotron_recipes.config.tree import flatten
-from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.errors import SHOWN, Problem, UserError, nearest
 from nemotron_recipes.executors import get_executor
-from nemotron_recipes.planning.code import describe_code
+from nemotron_recipes.planning.code import describe_code, python_path
 from nemotron_recipes.planning.resolve import Resolver
 from nemotron_recipes.planning.resume import find_resumable
 from nemotron_recipes.planning.validate import defaults_of, validate
@@ -42,7 +42,11 @@ from nemotron_recipes.spec import (
 )
 
 # Keys that change where, how often or under which name, but not what comes out.
-NOT_IDENTITY = ("run", "outputs", "train.resume", "train.log_interval", "checkpoint.save_interval", "checkpoint.keep")
+NOT_IDENTITY = (
+    *("run", "outputs", "code"),
+    *("train.resume", "train.log_interval"),
+    *("checkpoint.save_interval", "checkpoint.keep"),
+)
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,9 @@ class _StagePlanner:
         placement = _placement(config, self.request.profile)
         nproc = placement.nodes * placement.nproc_per_node
         problems += backend.check(config, nproc)
+        if config["code"]["require_clean"] and self.code.uncommitted:
+            what = f"uncommitted changes: {', '.join(self.code.uncommitted[:SHOWN])}"
+            problems.append(Problem(what, "code.require_clean=true", "commit them, or set code.require_clean=false"))
         outputs = tuple(Output(slot, name, slot) for slot, name in config["outputs"].items() if name)
         if not outputs:
             slot = "data" if config["kind"] == "data_prep" else "model"
@@ -189,6 +196,7 @@ class _StagePlanner:
             "store": str(self.resolver.store.root),
             "fingerprint": print_,
         }
+        launch = backend.describe(config, inputs, outputs, run, resume_from, nproc)
         stage = StagePlan(
             name=step.name,
             words=step.words,
@@ -199,7 +207,7 @@ class _StagePlanner:
             changed=_changed(config, composed, self._base(step)),
             inputs=inputs,
             outputs=outputs,
-            launch=backend.describe(config, inputs, outputs, run, resume_from, nproc),
+            launch=replace(launch, env={**launch.env, "PYTHONPATH": python_path(self.run_dir)}),
             placement=placement,
             directory=str(directory),
             fingerprint=print_,

@@ -39,9 +39,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
-    code = Code("sha256:" + "0" * 64, "0.0.0", "c0ffee" + "0" * 34, True)
+    code = Code("sha256:" + "0" * 64, "0.0.0", "c0ffee" + "0" * 34, uncommitted=("nemotron_recipes/spec.py",))
     monkeypatch.setattr(planning, "describe_code", lambda: code)
     monkeypatch.setattr(planning.secrets, "token_hex", lambda size: "1d" * size)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("PLANTED_TOKEN", "s3cr3t-value")
     (tmp_path / "env.toml").write_text(ENV)
     (tmp_path / "my chats.jsonl").write_text('{"messages": []}\n')

@@ -12,6 +12,7 @@ import pytest
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
+from nemotron_recipes.planning import code
 from nemotron_recipes.planning import plan as planning
 from nemotron_recipes.planning.resolve import Resolver
 from nemotron_recipes.rundir import RunDir, write_record
@@ -300,3 +301,30 @@ def test_secrets_are_names_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "PLANTED_TOKEN" in text
     assert "s3cr3t-value" not in text
     assert os.environ["PLANTED_TOKEN"] == "s3cr3t-value"
+
+
+def test_the_code_travels_as_it_lies_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "nemotron_recipes"
+    (package / "worker").mkdir(parents=True)
+    (package / "worker/a.py").write_text("A = 1\n")
+    (package / "notes.md").write_text("left here")
+    (package / "big.json").write_text(" " * (code.LARGEST + 1))
+    monkeypatch.setattr(code, "PACKAGE", package)
+    described = code.describe_code()
+    assert described.left_behind == ("big.json: larger than 1000000 bytes", "notes.md: no source file")
+    code.snapshot(tmp_path / "run", described)
+    (package / "worker/a.py").write_text("A = 2\n")
+    assert (tmp_path / "run/code/nemotron_recipes/worker/a.py").read_text() == "A = 1\n", "later edits stay out"
+    assert sorted(everything_below(tmp_path / "run/code/nemotron_recipes")) == ["worker", "worker/a.py"]
+    with pytest.raises(UserError, match="changed while"):
+        code.snapshot(tmp_path / "other", described)
+
+
+def test_a_dirty_checkout_can_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chats(tmp_path)
+    assert own_data(tmp_path, overrides=("code.require_clean=true",))
+    monkeypatch.setattr(planning, "describe_code", lambda: replace(CODE, uncommitted=("nemotron_recipes/spec.py",)))
+    with pytest.raises(UserError, match="uncommitted changes: nemotron_recipes/spec.py"):
+        own_data(tmp_path, overrides=("code.require_clean=true",))
+    plan = own_data(tmp_path)
+    assert plan.stages[0].launch.env["PYTHONPATH"].split(":")[0] == f"{plan.run_dir}/code"
