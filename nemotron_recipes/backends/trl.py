@@ -120,6 +120,7 @@ class TrlBackend:
             "inputs": {key: asdict(artifact) for key, artifact in inputs.items()},
             "outputs": [asdict(output) for output in outputs],
             "method": method,
+            "processes": nproc,
             "model": {key: config["model"][key] for key in ("dtype", "attn_implementation", "arch")},
             "trainer": {**native_values(config, nproc), **config["backend"]["native"]},
             "peft": config["peft"],

@@ -179,18 +179,59 @@ def test_lora_is_merged_and_kept_beside(tmp_path, sft, data):
     assert torch.equal(base.lm_head.weight, merged.lm_head.weight)
 
 
-def test_lora_resumes_to_the_same_losses(tmp_path, sft, data):
-    sections = {"model": sft[1], "peft": LORA, "evaluation": {"rows": 0}, "checkpoint": {"save_interval": 2}}
-    whole = run(worker_file(tmp_path / "whole", data["sft"], **sections))
-    path = worker_file(tmp_path / "resumed", data["sft"], **sections)
+@pytest.mark.parametrize("kind", ["lora", "dpo", "kto", "grpo"])
+def test_a_resumed_training_has_the_same_losses_and_gradients(tmp_path, sft, data, kind, monkeypatch):
+    """The full SFT's resume is tested with kills (test_train_equivalence.py)."""
+    from nemotron_recipes.worker.trl.rewards import REWARDS
+
+    # The exact match of so short a training is always 0.
+    monkeypatch.setitem(
+        REWARDS, "exact_match", lambda completions, **columns: [sum(map(ord, c)) % 7 / 7 for c in completions]
+    )
+    method = "sft" if kind == "lora" else kind
+    sections = {
+        "model": sft[1],
+        "evaluation": {"rows": 0},
+        "checkpoint": {"save_interval": 2},
+        "train": {"train_iters": 4},
+    }
+    if kind == "lora":
+        sections["peft"] = LORA
+    if kind == "grpo":
+        sections |= {
+            "train": {"train_iters": 4, "global_batch_size": 16, "micro_batch_size": 8},
+            "optimizer": {"lr": 1e-3},
+        }
+    source = data["rl" if kind == "grpo" else method]
+    whole = run(worker_file(tmp_path / "whole", source, method, **sections))
+    path = worker_file(tmp_path / "resumed", source, method, **sections)
     text = path.read_text()
     assert "resume_from: null" in text
     checkpoint = whole.dir.checkpoints / "iter_0000002"
     path.write_text(text.replace("resume_from: null", f"resume_from: {json.dumps(str(checkpoint))}"))
     resumed = run(path)
-    expected = [line["loss"] for line in read_jsonl(whole.dir.metrics) if "loss" in line]
-    found = [line["loss"] for line in read_jsonl(resumed.dir.metrics) if "loss" in line]
-    assert found == pytest.approx(expected[2:], rel=1e-6)
+    expected, found = (
+        [(line["loss"], line["grad_norm"]) for line in read_jsonl(context.dir.metrics) if "loss" in line]
+        for context in (whole, resumed)
+    )
+    assert len(set(expected)) == 4
+    for one, other in zip(found, expected[2:], strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
+
+
+def test_a_finished_training_can_be_taken_up_again(tmp_path, sft, data):
+    """Killed between the last step and the output: the next attempt has nothing left to train."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    context, folder = sft
+    path = worker_file(tmp_path / "again", data["sft"], train={"train_iters": 12, "micro_batch_size": 8})
+    last = json.dumps(str(context.dir.checkpoints))
+    path.write_text(path.read_text().replace("resume_from: null", f"resume_from: {last}"))
+    again = run(path)
+    models = [AutoModelForCausalLM.from_pretrained(made) for made in (folder, again.output("model"))]
+    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
+    assert again.results["exact_match_after"] == context.results["exact_match_after"]
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

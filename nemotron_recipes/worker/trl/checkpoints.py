@@ -17,7 +17,8 @@ from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 
 STAGING = ".staging"
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_ADAPTERS = ("adapter_model.safetensors",)
 _FOLDER = re.compile(r"iter_(\d{7,})")
 
 
@@ -50,13 +51,14 @@ def commit_checkpoint(root: Path, step: int, keep: int) -> Path:
     return target
 
 
-def checkpoint_to_resume(resume_from: str | None, root: Path, attempt: int) -> Path | None:
+def checkpoint_to_resume(resume_from: str | None, root: Path, attempt: int, adapters: bool = False) -> Path | None:
     """The checkpoint to continue from: this run's own newest one on a later attempt, else `resume_from`, else None.
 
-    UserError: `resume_from` names none, or one that isn't whole. Training never starts anew by accident.
+    adapters: what was trained are LoRA adapters. UserError: `resume_from` names none, one that isn't whole, or one of
+    the other kind. Training never starts anew by accident.
     """
     if attempt > 1 and (root / TRACKER).is_file():
-        return _whole(_tracked(root))
+        return _whole(_tracked(root), adapters)
     if resume_from is None:
         return None
     given = Path(resume_from)
@@ -64,7 +66,7 @@ def checkpoint_to_resume(resume_from: str | None, root: Path, attempt: int) -> P
         given = _tracked(given)
     if not given.is_dir():
         raise UserError(Problem(f"there is no checkpoint {given}", "checkpoint.load", "give an iter_NNNNNNN folder"))
-    return _whole(given)
+    return _whole(given, adapters)
 
 
 def _tracked(root: Path) -> Path:
@@ -74,10 +76,10 @@ def _tracked(root: Path) -> Path:
     return newest
 
 
-def _whole(folder: Path) -> Path:
+def _whole(folder: Path, adapters: bool) -> Path:
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        missing.append("the weights")
+    if not any((folder / name).is_file() for name in (_ADAPTERS if adapters else _WEIGHTS)):
+        missing.append("the adapters" if adapters else "the weights")
     if missing:
         what = f"{folder} isn't a whole checkpoint of the trl backend: {', '.join(missing)} missing"
         raise UserError(Problem(what, fix="choose another iter_NNNNNNN folder"))

@@ -44,10 +44,11 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class TrlSettings:
-    """`trainer`: keyword arguments of TRL's config class for `method`."""
+    """`trainer`: keyword arguments of TRL's config class for `method`, as they are meant for `processes` processes."""
 
     method: str
     trainer: Tree
+    processes: int = 1
     model: ModelSettings = ModelSettings()
     peft: LoraSettings | None = None
     rewards: list[str] = field(default_factory=list)

@@ -74,6 +74,14 @@ def load_model(folder: Path, settings: TrlSettings) -> Any:
     return model
 
 
+def load_weights(model: Any, folder: Path, settings: TrlSettings) -> None:
+    """Replace the weights by those of a checkpoint. UserError: it is one of another architecture."""
+    try:
+        model.load_state_dict(load_model(folder, settings).state_dict())
+    except RuntimeError as error:
+        raise UserError(Problem(f"{folder} isn't a checkpoint of this model: {error}", "checkpoint.load")) from error
+
+
 def load_tokenizer(folder: Path, chat_template: str) -> Any:
     """The tokenizer with the template that the data was prepared with, and with a padding token."""
     try:

@@ -15,7 +15,7 @@ from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, clear_
 from nemotron_recipes.worker.trl.config import TrlSettings
 from nemotron_recipes.worker.trl.data import DataFolder
 from nemotron_recipes.worker.trl.evaluate import exact_match, label_accuracy, preference_accuracy
-from nemotron_recipes.worker.trl.models import base_folders, load_model, load_tokenizer, write_output
+from nemotron_recipes.worker.trl.models import base_folders, load_model, load_tokenizer, load_weights, write_output
 from nemotron_recipes.worker.trl.rewards import final_answer
 from nemotron_recipes.worker.trl.trainers import build_trainer
 
@@ -26,7 +26,9 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
     logging.disable_progress_bar()
     # TRL itself uses Transformers' old names for activation checkpointing.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    resume = checkpoint_to_resume(settings.resume_from, context.dir.checkpoints, context.attempt)
+    resume = checkpoint_to_resume(
+        *(settings.resume_from, context.dir.checkpoints, context.attempt), adapters=settings.peft is not None
+    )
     if context.is_main:
         clear_staging(context.dir.checkpoints)
     with base_folders(settings, context) as base:
@@ -44,7 +46,7 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
         if resume is not None and settings.peft is None:
             # Trainer (Transformers 5.23) loads by the names in the file without asking whether any fits; NemotronH is
             # saved under other names, so training would go on from the base weights without a word.
-            trainer.model.load_state_dict(load_model(resume, settings).state_dict())
+            load_weights(trainer.model, resume, settings)
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         context.event("trained", step=trainer.state.global_step, seconds=round(time.monotonic() - began, 3))

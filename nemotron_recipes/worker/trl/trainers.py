@@ -207,6 +207,8 @@ def _arguments(kind: Any, settings: TrlSettings, context: Context, validation: A
     }
     if "train_sampling_strategy" in known and settings.method != "grpo":
         decided["train_sampling_strategy"] = "sequential"  # the numbers are in order already
+    if "gradient_accumulation_steps" in settings.trainer:
+        decided["gradient_accumulation_steps"] = _accumulation(settings, context)
     usual = {
         "per_device_eval_batch_size": settings.trainer.get("per_device_train_batch_size"),
         "ddp_find_unused_parameters": False,
@@ -217,6 +219,15 @@ def _arguments(kind: Any, settings: TrlSettings, context: Context, validation: A
         return kind(**{**usual, **settings.trainer, **decided})
     except (TypeError, ValueError) as error:
         raise UserError(Problem(f"TRL refuses these settings: {error}", "trainer")) from error
+
+
+def _accumulation(settings: TrlSettings, context: Context) -> int:
+    """The global batch stays what it is when the worker is started by hand on another number of processes."""
+    micro_batches = settings.trainer["gradient_accumulation_steps"] * settings.processes
+    if micro_batches % context.world_size:
+        what = f"{micro_batches} micro batches in a step can't be shared out to {context.world_size} processes"
+        raise UserError(Problem(what, "worker file", f"start it on {settings.processes}, as it was planned"))
+    return int(micro_batches // context.world_size)
 
 
 def _numbers(arguments: Any, train: Rows, validation: Rows, context: Context) -> dict[str, Any]:
