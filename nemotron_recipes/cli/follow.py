@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import JobHandle
 
 BAR = 24  # characters
-STEP_LINE = "step "  # how the workers' per-step lines begin; a terminal shows the bar instead
+STEP_LINE = re.compile(r"step \d+/\d+ \[")  # the workers' own bar in their log; a terminal shows one that moves
 
 
 class Tail:
@@ -77,12 +78,13 @@ class Follower:
     def _show_logs(self, last: bool) -> None:
         for _, tail in self.logs:
             for line in tail.lines(whole=not last):
-                if not (self.bar and line.startswith(STEP_LINE)):
+                if not (self.bar and STEP_LINE.match(line)):
                     self._line(printable(line))
         if self.bar and self.metrics:
             rows = [json.loads(line) for line in self.metrics.lines()]
-            if rows:
-                self._draw(rows[-1])
+            steps = [row for row in rows if "loss" in row]  # a validation has a row of its own
+            if steps:
+                self._draw(steps[-1])
 
     def _line(self, text: str) -> None:
         if self.drawn:

@@ -107,11 +107,16 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
 def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[str, Any]) -> Request:
     run, batch = options["run"], options["batch"]
     problems = [
-        Problem(f"{flag} needs a profile, not the option {value!r}", "command line", f"{flag} PROFILE")
-        for flag, value in (("--run", run), ("--batch", batch), ("--config", options["config"]))
-        if value is not None and (value.startswith("-") or "=" in value)
+        Problem(f"{flag} needs a {what.lower()}, not {value!r}", "command line", f"{flag} {what}")
+        for flag, what, value in (
+            ("--run", "PROFILE", run),
+            ("--batch", "PROFILE", batch),
+            ("--config", "NAME", options["config"]),
+        )
+        # an empty one comes from a shell variable that isn't set: it must never mean "here"
+        if value is not None and (not value or value.startswith("-") or "=" in value)
     ]
-    if run and batch:
+    if run is not None and batch is not None:
         problems.append(Problem("--run and --batch exclude each other", "command line", "follow it, or detach"))
     if problems:
         raise UserError(*problems)
@@ -122,8 +127,8 @@ def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[
         family=path[0],
         words=path[1:],
         config=options["config"],
-        mode="batch" if batch else "run" if run else "here",
-        profile=run or batch,
+        mode="batch" if batch is not None else "run" if run is not None else "here",
+        profile=run if run is not None else batch,
         overrides=tuple(overrides),
         config_dirs=config_dirs,
         force=bool(options.get("force")),
