@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nemotron_recipes.errors import Cancelled, NemotronError, Problem, UserError
-from slurm import cluster, keeper
+from slurm import clients, cluster, keeper
 from slurm.spec import Spec, load
 
 EPILOG = """\
@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return Cancelled.exit_code
+    except BrokenPipeError:  # of our own output: `... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except NemotronError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -57,27 +60,26 @@ def _up(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _down(arguments: argparse.Namespace, folder: Path) -> None:
-    if not (folder / "cluster.json").exists():
+    if not cluster.down(folder):
         print(f"no test cluster in {folder}")
-        return
-    cluster.down(folder)
 
 
 def _status(arguments: argparse.Namespace, folder: Path) -> None:
     spec = load(folder)
+    rows = cluster.status(spec)
     print(f"folder  {folder}\nlogs    {spec.files.log}")
     print(f"{'daemon':<12}{'pid':>8}{'processes':>11}  slurm says")
-    for name, row in cluster.status(spec).items():
+    for name, row in rows.items():
         print(f"{name:<12}{row['pid'] or 'dead':>8}{row['processes']:>11}  {row.get('slurm', '')}".rstrip())
 
 
 def _env(arguments: argparse.Namespace, folder: Path) -> None:
-    for key, value in cluster.environment(load(folder)).items():
+    for key, value in clients.environment(load(folder)).items():
         print(f"export {key}={shlex.quote(value)}")
 
 
 def _kill_node(arguments: argparse.Namespace, folder: Path) -> None:
-    cluster.kill(folder, cluster.node_name(load(folder), arguments.name))
+    cluster.kill(folder, cluster.node_name(load(folder), arguments.name), arguments.noticed)
 
 
 def _start_node(arguments: argparse.Namespace, folder: Path) -> None:
@@ -121,9 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--dir", help="the cluster's folder; several clusters have several (default: one per user)")
 
-    def command(name: str, run: object, text: str | None) -> argparse.ArgumentParser:
-        shown = {"help": text} if text else {}  # without help a command is not listed
-        found = commands.add_parser(name, parents=[common], description=text, **shown)
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, parents=[common], description=text, help=text)
         found.set_defaults(run=run)
         return found
 
@@ -138,14 +139,18 @@ def _parser() -> argparse.ArgumentParser:
     command("down", _down, "end every process of the cluster and delete its folder")
     command("status", _status, "daemons and nodes, as the machine and as Slurm sees them")
     command("env", _env, "shell lines after which sbatch, squeue, sacct, ... speak to the cluster")
+    text = "a power failure: SIGKILL to slurmd, job steps and tasks of a node at once"
+    kill_node = command("kill-node", _kill_node, text)
+    kill_node.add_argument("name", metavar="N", help="its number or name")
+    kill_node.add_argument("--noticed", action="store_true", help="tell slurmctld too, which else takes some 20 s")
     for name, run, text in (
-        ("kill-node", _kill_node, "a power failure: SIGKILL to slurmd, job steps and tasks of a node at once"),
         ("start-node", _start_node, "bring a killed node back"),
         ("kill-daemon", _kill_daemon, "SIGKILL to slurmctld, slurmdbd, mariadbd or munged"),
         ("start-daemon", _start_daemon, "bring a killed daemon back"),
     ):
         command(name, run, text).add_argument("name", metavar="N" if "node" in name else "NAME")
-    keep = command("keep", _keep, None)
+    keep = commands.add_parser("keep", parents=[common])  # no help: `up` calls it, and it is not listed
+    keep.set_defaults(run=_keep)
     keep.add_argument("--while", dest="while_pid", type=int)
     return parser
 

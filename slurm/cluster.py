@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import platform
+import pwd
 import random
 import secrets
 import shutil
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
-from slurm import conf, isolation, keeper, proctree
-from slurm.services import SEARCH, database_setup, missing_packages
+from slurm import clients, conf, isolation, keeper, proctree
+from slurm.services import missing_packages, services
 from slurm.spec import Files, Spec, load, problems_of_folder
 
 # Below the kernel's range for outgoing connections, so that none of those takes a port between choice and use.
@@ -51,11 +51,16 @@ def plan(
         problems.append(Problem("accounts need accounting", fix="leave out --account or --no-accounting"))
     if platform.system() != "Linux":
         problems.append(Problem("the test cluster needs Linux", fix="use a Linux machine or container"))
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        what = f"user id {os.geteuid()} has no name, and Slurm knows users by name"
+        problems.append(Problem(what, fix="run as a user who is in /etc/passwd"))
     if problems:
         raise UserError(*problems)
     return Spec(
         folder=str(folder),
-        user=getpass.getuser() if os.geteuid() else "root",
+        user=user,
         host=socket.gethostname().partition(".")[0],
         nodes=nodes,
         cpus=cpus,
@@ -75,6 +80,7 @@ def up(spec: Spec, while_pid: int | None = None) -> Spec:
 
     The returned spec says whether nodes have their own host names here (`isolated`).
     """
+    _claim(spec)
     try:
         spec = _write(spec)
         _start_keeper(spec, while_pid)
@@ -86,22 +92,34 @@ def up(spec: Spec, while_pid: int | None = None) -> Spec:
 
 
 def down(folder: Path) -> bool:
-    """End all processes of the cluster and delete its folder; whether there was a folder."""
-    if not folder.exists():
+    """End all processes of the cluster and delete its folder; False when no cluster is there."""
+    if not Files(folder).spec.exists():
         return False
     try:
-        keeper.ask(Files(folder).control_socket, {"do": "down"})
+        _wait_gone(keeper.ask(Files(folder).control_socket, {"do": "down"})["keeper"])
+    except PermissionError:
+        raise UserError(Problem(f"the cluster in {folder} is another user's", fix="be that user")) from None
     except (ConnectionError, FileNotFoundError):  # no keeper: the guards have ended what it had started
         if left := proctree.naming(str(folder)):
             lines = "".join(f"\n    {pid} {line}" for pid, line in left.items())
             raise NemotronError(f"the cluster's keeper is gone and processes are left:{lines}") from None
-        shutil.rmtree(folder, ignore_errors=False)
+        shutil.rmtree(folder)
+    except RuntimeError as error:
+        raise NemotronError(str(error)) from None
     return True
 
 
-def kill(folder: Path, name: str) -> None:
-    """SIGKILL to that node or daemon and to all that it runs, at once; returns when they are dead."""
-    _ask(load(folder), "kill", name)
+def kill(folder: Path, name: str, noticed: bool = False) -> None:
+    """SIGKILL to that node or daemon and to all that it runs, at once; returns when they are dead.
+
+    slurmctld finds out by itself, later; `noticed` (of a node): it is told now.
+    """
+    spec = load(folder)
+    _ask(spec, "kill", name)
+    if noticed:
+        done = clients.run(spec, "scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
+        if done.returncode:
+            raise NemotronError(f"{name} is dead, but slurmctld could not be told: {done.stderr.strip()}")
 
 
 def start(folder: Path, name: str) -> None:
@@ -121,16 +139,11 @@ def node_name(spec: Spec, text: str) -> str:
 
 def status(spec: Spec) -> dict[str, dict[str, Any]]:
     """Per daemon its `pid` (0: dead) and `processes`; of nodes also `slurm`, the state that slurmctld gives."""
-    found = _ask(spec, "list")
-    states = _node_states(spec)
+    found = {name: row for name, row in _ask(spec, "list").items() if not services(spec)[name].once}
+    states = clients.node_states(spec)
     for name in spec.node_names:
         found[name]["slurm"] = states.get(name, "unknown")
     return found
-
-
-def environment(spec: Spec) -> dict[str, str]:
-    """What Slurm's commands need to speak to this cluster."""
-    return {"SLURM_CONF": str(spec.files.slurm_conf)}
 
 
 def free_ports(count: int) -> tuple[int, ...]:
@@ -148,9 +161,19 @@ def free_ports(count: int) -> tuple[int, ...]:
     raise NemotronError(f"fewer than {count} free ports between {PORTS.start} and {PORTS.stop}")
 
 
+def _claim(spec: Spec) -> None:
+    """Make the folders, once: of two who try, the second gets a UserError and touches nothing."""
+    try:
+        spec.files.make()
+    except FileExistsError:
+        raise UserError(Problem(f"somebody else makes a cluster in {spec.folder}", fix="give another --dir")) from None
+    except OSError as error:
+        raise UserError(Problem(f"{spec.folder}: {error.strerror}", fix="give a --dir that you may write")) from None
+    spec.save()
+
+
 def _write(spec: Spec) -> Spec:
     files = spec.files
-    files.make()
     files.hosts.write_text(conf.hosts(spec))
     if refused := isolation.refusal(files.hosts):
         spec = replace(spec, isolated=False)
@@ -184,27 +207,32 @@ def _start_keeper(spec: Spec, while_pid: int | None) -> None:
             return False
         return True
 
-    _until(answers, "the keeper")
+    _until(answers, spec, "keeper")
 
 
 def _bring_up(spec: Spec) -> None:
     _start_one(spec, "munged")
     if spec.accounting:
-        with open(spec.files.log / "database_setup.out", "ab") as log:
-            done = subprocess.run(database_setup(spec), stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
-        if done.returncode:
-            raise NemotronError(f"mariadb-install-db failed\n{_log_tail(spec, 'database_setup')}")
+        _run_once(spec, "mariadb-install-db")
         _start_one(spec, "mariadbd")
         _start_one(spec, "slurmdbd")
-        _sacctmgr(spec, "add", "cluster", spec.name)
+        if spec.accounts:  # which belong to a cluster; without any, slurmctld makes the cluster known by itself
+            clients.sacctmgr(spec, "add", "cluster", spec.name)
         for account in spec.accounts:
-            _sacctmgr(spec, "add", "account", account)
-            _sacctmgr(spec, "add", "user", spec.user, f"account={account}")
+            clients.sacctmgr(spec, "add", "account", account)
+            clients.sacctmgr(spec, "add", "user", spec.user, f"account={account}")
     _start_one(spec, "slurmctld")
     for name in spec.node_names:
         _ask(spec, "start", name)
     for name in spec.node_names:
         _wait(spec, name, _ready(spec, name))
+
+
+def _run_once(spec: Spec, name: str) -> None:
+    _ask(spec, "start", name)
+    _until(lambda: _ask(spec, "list")[name]["exit_code"] is not None, spec, name)
+    if code := _ask(spec, "list")[name]["exit_code"]:
+        raise NemotronError(f"{name} failed with exit code {code}\n{_log_tail(spec, name)}")
 
 
 def _start_one(spec: Spec, name: str) -> None:
@@ -216,14 +244,14 @@ def _ready(spec: Spec, name: str) -> Callable[[], bool]:
     """A question whose answer is true once that daemon serves."""
     files = spec.files
     if name == "munged":
-        return lambda: _accepts(str(files.munge_socket))
+        return lambda: clients.accepts(str(files.munge_socket))
     if name == "mariadbd":
-        return lambda: _accepts(str(files.database_socket))
+        return lambda: clients.accepts(str(files.database_socket))
     if name == "slurmdbd":
-        return lambda: _accepts(spec.ports[conf.SLURMDBD_PORT])
+        return lambda: clients.accepts(spec.ports[conf.SLURMDBD_PORT])
     if name == "slurmctld":
-        return lambda: _slurm(spec, "scontrol", "ping").returncode == 0
-    return lambda: _node_states(spec).get(name, "") in ("idle", "mixed", "allocated", "completing")
+        return lambda: clients.run(spec, "scontrol", "ping").returncode == 0
+    return lambda: clients.node_states(spec).get(name, "") in ("idle", "mixed", "allocated", "completing")
 
 
 def _wait(spec: Spec, name: str, ready: Callable[[], bool]) -> None:
@@ -232,50 +260,23 @@ def _wait(spec: Spec, name: str, ready: Callable[[], bool]) -> None:
             raise NemotronError(f"{name} ended at once\n{_log_tail(spec, name)}")
         return ready()
 
-    try:
-        _until(lives_and_serves, name)
-    except TimeoutError as error:
-        raise NemotronError(f"{error}\n{_log_tail(spec, name)}") from None
+    _until(lives_and_serves, spec, name)
 
 
-def _until(done: Callable[[], bool], what: str) -> None:
+def _until(done: Callable[[], bool], spec: Spec, name: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while not done():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} is not ready after {READY_SECONDS:g} s")
+            raise NemotronError(f"{name} is not ready after {READY_SECONDS:g} s\n{_log_tail(spec, name)}")
         time.sleep(0.02)
 
 
-def _accepts(address: str | int) -> bool:
-    """Whether somebody listens at a socket's path or at a port of this machine."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(address if isinstance(address, str) else ("127.0.0.1", address))
-        except (ConnectionError, FileNotFoundError, TimeoutError):
-            return False
-    return True
-
-
-def _node_states(spec: Spec) -> dict[str, str]:
-    """Slurm's word for each node's state, without its marks (`*`: does not answer); {} while slurmctld is down."""
-    listed = _slurm(spec, "sinfo", "--noheader", "--Node", "--partition=batch", "--format=%N %T")
-    pairs = [line.split() for line in listed.stdout.splitlines() if listed.returncode == 0]
-    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
-
-
-def _sacctmgr(spec: Spec, *words: str) -> None:
-    done = _slurm(spec, "sacctmgr", "--immediate", "--quiet", *words)
-    if done.returncode:
-        raise NemotronError(f"sacctmgr {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
-
-
-def _slurm(spec: Spec, *argv: str) -> subprocess.CompletedProcess[str]:
-    foreign = ("SLURM", "SBATCH_", "SINFO_")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-    env |= {"PATH": SEARCH, **environment(spec)}
-    return subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+def _wait_gone(pid: int) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while proctree.state(pid) not in proctree.GONE:
+        if time.monotonic() > deadline:
+            raise NemotronError(f"the keeper, process {pid}, has ended the cluster and is still there")
+        time.sleep(0.01)
 
 
 def _ask(spec: Spec, do: str, name: str = "") -> dict[str, Any]:
@@ -284,6 +285,8 @@ def _ask(spec: Spec, do: str, name: str = "") -> dict[str, Any]:
     except (ConnectionError, FileNotFoundError):
         what = f"the keeper of the cluster in {spec.folder} is gone, and with it the cluster"
         raise UserError(Problem(what, fix=f"`slurm/testcluster down --dir {spec.folder}`, then up again")) from None
+    except PermissionError:
+        raise UserError(Problem(f"the cluster in {spec.folder} is another user's", fix="be that user")) from None
     except RuntimeError as error:
         raise NemotronError(str(error)) from None
 

@@ -98,13 +98,15 @@ def _parameters(spec: Spec) -> dict[str, str]:
         "SlurmdParameters": "config_overrides",  # nodes have the CPUs that are configured, not the machine's
         "ReturnToService": "2",
         "SlurmctldTimeout": "10",
+        # How soon a dead node is noticed depends on both: see docs/testcluster.md. Lower ones fail on a busy machine.
         "SlurmdTimeout": "10",
-        "MessageTimeout": "10",
+        "MessageTimeout": "5",
+        "TreeWidth": "65533",  # slurmctld speaks to every node itself: a dead one delays no other's answer
         "KillWait": "3",
         "InactiveLimit": "0",
         "MinJobAge": "300",
         "SchedulerType": "sched/backfill",
-        "SchedulerParameters": "bf_interval=2,sched_min_interval=100000,batch_sched_delay=0",
+        "SchedulerParameters": "bf_interval=2",
     }
     if spec.gpus:
         parameters["GresTypes"] = "gpu"

@@ -36,13 +36,19 @@ def keep(spec: Spec, while_pid: int | None = None) -> None:
 
 
 def ask(control: Path, request: dict[str, str]) -> dict[str, Any]:
-    """The keeper's answer. ConnectionError or FileNotFoundError when no keeper is there; its error as RuntimeError."""
+    """The keeper's answer; its error, or its silence, as RuntimeError.
+
+    ConnectionError or FileNotFoundError when no keeper is there, PermissionError when it is another user's.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(REQUEST_SECONDS)
         connection.connect(str(control))
         connection.sendall(json.dumps(request).encode() + b"\n")
-        with connection.makefile("rb") as stream:
-            line = stream.readline()
+        try:
+            with connection.makefile("rb") as stream:
+                line = stream.readline()
+        except TimeoutError:
+            raise RuntimeError(f"the keeper has not answered for {REQUEST_SECONDS:g} s: {request}") from None
     if not line:
         raise ConnectionResetError(f"the keeper of {control.parent.parent} ended before it answered")
     answer = json.loads(line)
@@ -52,19 +58,22 @@ def ask(control: Path, request: dict[str, str]) -> dict[str, Any]:
 
 
 class Keeper:
-    """`guards`: per service, the pid of each guard's and its daemon's process. Older guards may still hold job steps."""
+    """`guards`: per service, guard's pid -> daemon's pid. A guard whose daemon died may still hold job steps."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.services = services(spec)
         self.guards: dict[str, dict[int, int]] = {name: {} for name in self.services}
+        self.codes: dict[str, int] = {}  # of the daemons that ended; 256 - N for signal N
+        self.ports: list[socket.socket] = []
         self.ended = False
 
     def serve(self, while_pid: int | None) -> None:
         proctree.become_subreaper()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ports = _hold_ports(self.spec)
+        self.ports = _hold_ports(self.spec)
         with selectors.DefaultSelector() as selector, _wakeup(signal.SIGTERM, signal.SIGCHLD) as wakeup:
+            (self.spec.files.run / "keeper.pid").write_text(f"{os.getpid()}\n")
             listener = _listen(self.spec.files.control_socket)
             selector.register(listener, selectors.EVENT_READ, self._accept)
             selector.register(wakeup, selectors.EVENT_READ, self._signalled)
@@ -75,8 +84,6 @@ class Keeper:
                     key.data(key.fileobj)
                     self._reap()
             listener.close()
-        for port in ports:
-            port.close()
 
     def start(self, name: str) -> dict[str, Any]:
         service = self.services[name]
@@ -92,17 +99,23 @@ class Keeper:
         return {}
 
     def list(self) -> dict[str, Any]:
-        """Per service the daemon's pid, 0 when it is dead, and how many processes it and its jobs are."""
+        """Per service the daemon's pid (0: none runs), the last one's exit code, how many processes there are."""
         return {
-            name: {"pid": self._running(name), "processes": len(proctree.with_descendants([*guards]) - set(guards))}
+            name: {
+                "pid": self._running(name),
+                "exit_code": self.codes.get(name),
+                "processes": len(proctree.with_descendants([*guards]) - set(guards)),
+            }
             for name, guards in self.guards.items()
         }
 
     def down(self) -> dict[str, Any]:
         proctree.kill_trees([guard for guards in self.guards.values() for guard in guards])
+        for port in self.ports:
+            port.close()
         shutil.rmtree(self.spec.folder)
         self.ended = True
-        return {}
+        return {"keeper": os.getpid()}
 
     def _running(self, name: str) -> int:
         return next((daemon for guard, daemon in self.guards[name].items() if proctree.is_child(daemon, guard)), 0)
@@ -135,9 +148,10 @@ class Keeper:
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
-            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-                for guards in self.guards.values():
-                    guards.pop(pid, None)
+            while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
+                for name, guards in self.guards.items():
+                    if guards.pop(ended[0], None):
+                        self.codes[name] = os.waitstatus_to_exitcode(ended[1])
 
 
 def _start_guard(service: Service, spec: Spec) -> tuple[int, int]:
@@ -157,7 +171,7 @@ def _start_guard(service: Service, spec: Spec) -> tuple[int, int]:
 
 
 def _guard(service: Service, spec: Spec, keeper: int, writer: int) -> NoReturn:
-    """Run the daemon, adopt and reap whatever it leaves, end with the last of them."""
+    """Run the daemon, adopt and reap whatever it leaves, end with the last of them as the daemon ended."""
     status = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -165,17 +179,18 @@ def _guard(service: Service, spec: Spec, keeper: int, writer: int) -> NoReturn:
         signal.signal(signal.SIGTERM, lambda *_: _end_guard())
         os.setsid()
         proctree.become_subreaper()
-        proctree.die_with_parent(signal.SIGTERM, keeper)
         if service.node and spec.isolated:
             isolation.enter(service.node, spec.files.hosts)
+        proctree.die_with_parent(signal.SIGTERM, keeper)  # after that: a new user namespace cancels it
         daemon = _start_daemon(service, spec)
         os.write(writer, str(daemon.pid).encode())
         os.close(writer)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the keeper's sockets and ports: a held port must be free again when the keeper ends
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the keeper's sockets: its ports are free again when it ends
         with contextlib.suppress(ChildProcessError):
             while True:
-                os.wait()
-        status = 0
+                pid, ended = os.wait()
+                if pid == daemon.pid:
+                    status = os.waitstatus_to_exitcode(ended) & 0xFF
     except OSError as error:
         with contextlib.suppress(OSError):
             os.write(writer, str(error).encode())

@@ -37,8 +37,8 @@ def kill_trees(roots: list[int], seconds: float = 10) -> None:
     All are stopped before the first one dies: to each other they vanish at once, as in a power failure.
     """
     frozen: set[int] = set()
-    while new := with_descendants(roots) - frozen - {os.getpid()}:  # what was forked before its parent stopped is found next time
-        for pid in new:
+    while new := with_descendants(roots) - frozen - {os.getpid()}:
+        for pid in new:  # what it forked before it stopped is found in the next round
             _send(pid, signal.SIGSTOP)
         frozen |= new
     for pid in frozen:

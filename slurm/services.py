@@ -28,12 +28,16 @@ ACCOUNTING_PACKAGES = {
 
 @dataclass(frozen=True)
 class Service:
-    """A daemon. It runs in the foreground, its output in log/NAME.out; `node` says which node's name it bears."""
+    """A daemon. It runs in the foreground, its output in log/NAME.out; `node` says which node's name it bears.
+
+    `once`: no daemon but a command whose end the next one waits for.
+    """
 
     name: str
     argv: tuple[str, ...]
     env: dict[str, str]
     node: str = ""
+    once: bool = False
 
 
 def missing_packages(accounting: bool) -> list[Problem]:
@@ -79,51 +83,45 @@ def services(spec: Spec) -> dict[str, Service]:
         )
     ]
     if spec.accounting:
-        mariadbd = (
-            program("mariadbd"),
-            "--no-defaults",
-            *database_options(spec),
-            f"--socket={files.database_socket}",
-            "--skip-networking",
-            f"--pid-file={files.run}/mariadbd.pid",
-            "--innodb-buffer-pool-size=64M",
-            "--innodb-flush-log-at-trx-commit=0",
-            "--innodb-lock-wait-timeout=900",
-        )
-        found += [
-            Service("mariadbd", mariadbd, env),
-            # slurmdbd has no parameter for the socket; MariaDB's client library reads this variable.
-            Service(
-                "slurmdbd",
-                (program("slurmdbd"), "-D"),
-                env | {"MYSQL_UNIX_PORT": str(files.database_socket)},
-            ),
-        ]
+        found += _accounting(spec, env)
     found.append(Service("slurmctld", (program("slurmctld"), "-D", "-f", conf), env))
     for name in spec.node_names:
         found.append(Service(name, (program("slurmd"), "-D", "-N", name, "-f", conf), env, node=name))
     return {service.name: service for service in found}
 
 
-def database_options(spec: Spec) -> tuple[str, ...]:
-    """Of mariadbd and of mariadb-install-db alike. Nothing needs to outlive the machine: no fsync, small log."""
-    return (
+def _accounting(spec: Spec, env: dict[str, str]) -> list[Service]:
+    files = spec.files
+    options = (
+        "--no-defaults",
         f"--user={spec.user}",
-        f"--datadir={spec.files.database}",
+        f"--datadir={files.database}",
+        # Nothing needs to outlive the machine: no fsync, a small log.
         "--innodb-log-file-size=4M",
         "--innodb-flush-method=nosync",
         "--debug-no-sync",
     )
-
-
-def database_setup(spec: Spec) -> tuple[str, ...]:
-    """The command that makes the system tables, with the cluster's user as the one who may do everything."""
-    return (
+    setup = (  # the system tables, and the cluster's user as the one who may do everything
         program("mariadb-install-db"),
-        "--no-defaults",
-        *database_options(spec),
+        *options,
         "--auth-root-authentication-method=socket",
         f"--auth-root-socket-user={spec.user}",
         "--skip-test-db",
         "--skip-name-resolve",
     )
+    mariadbd = (
+        program("mariadbd"),
+        *options,
+        f"--socket={files.database_socket}",
+        "--skip-networking",
+        f"--pid-file={files.run}/mariadbd.pid",
+        "--innodb-buffer-pool-size=64M",
+        "--innodb-flush-log-at-trx-commit=0",
+        "--innodb-lock-wait-timeout=900",
+    )
+    return [
+        Service("mariadb-install-db", setup, env, once=True),
+        Service("mariadbd", mariadbd, env),
+        # slurmdbd has no parameter for the socket; MariaDB's client library reads this variable.
+        Service("slurmdbd", (program("slurmdbd"), "-D"), env | {"MYSQL_UNIX_PORT": str(files.database_socket)}),
+    ]

@@ -82,13 +82,17 @@ class Files:
         return self.folder / "log"
 
     def make(self) -> None:
-        """The folders. Other users' jobs read the configuration and speak to munge, and that is all they may."""
+        """The folders; FileExistsError when somebody has made them.
+
+        Other users' jobs read the configuration and speak to munge, and that is all they may.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
-        for open_folder in (self.slurm_conf.parent, self.run, self.spool, self.devices):
-            open_folder.mkdir(mode=0o755)
         for own in (self.munge_key.parent, self.state, self.log):
             own.mkdir(mode=0o700)
+        for shared in (self.slurm_conf.parent, self.run, self.spool, self.devices):
+            shared.mkdir()
+            shared.chmod(0o755)  # whatever the umask
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,22 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import slurm
+
 IN_CI = os.environ.get("CI") == "true"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew; read the diff")
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[slurm.Cluster]:
+    """A real Slurm: four nodes of two GPUs, accounting, the one account `lab`. It is for all tests: leave it idle."""
+    if reason := slurm.unavailable():
+        pytest.skip(f"no Slurm here: {reason}: `make test-system` as root installs it")
+    with slurm.cluster("--nodes=4", "--gpus-per-node=2", "--account=lab") as found:
+        yield found
 
 
 @pytest.hookimpl(wrapper=True)
