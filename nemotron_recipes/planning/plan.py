@@ -249,8 +249,9 @@ def _placement(config: Tree, profile: str | None) -> Placement:
     options = dict(config["run"])
     executor, nodes = options.pop("executor"), options.pop("nodes")
     nproc, names = options.pop("nproc_per_node"), tuple(options.pop("secrets", ()))
-    # Data prep is one process whatever the training stages of the same profile use.
-    return Placement(executor, profile, nodes, nproc if config["kind"] == "train" else 1, options, names)
+    if config["kind"] != "train":  # one process, whatever the training stages of the same profile use
+        nodes = nproc = 1
+    return Placement(executor, profile, nodes, nproc, options, names)
 
 
 def _resume_from(config: Tree, inputs: dict[str, Artifact], print_: str, runs: Path) -> str | None:
