@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.artifacts.records import load_run
+from nemotron_recipes.artifacts.records import RunView, list_runs, load_run
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import Liveness, get_executor
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import RunDir, append_event
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, Request, StagePlan, to_json
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, Request, StagePlan, Tree, to_json
 
 POLL_SECONDS = 0.2
 
@@ -122,6 +122,20 @@ def liveness(handle: JobHandle) -> Liveness:
     return get_executor(handle.executor).liveness(handle)
 
 
+def load(run_dir: Path) -> RunView:
+    """One run as it stands now. UserError when there is no such run."""
+    return load_run(run_dir, liveness, _settle)
+
+
+def newest_runs(root: Path, number: int) -> list[RunView]:
+    """The newest runs below `root`, newest first."""
+    return list_runs(root, liveness, number, _settle)
+
+
+def _settle(handle: JobHandle) -> list[Tree]:
+    return get_executor(handle.executor).settle(handle)
+
+
 def _refuse_unpinned(plan: Plan) -> None:
     unpinned = [
         Problem(
@@ -138,7 +152,7 @@ def _refuse_unpinned(plan: Plan) -> None:
 def _refuse_rerun(run: RunDir) -> None:
     if not run.plan.exists():
         return
-    view = load_run(run.path, liveness)
+    view = load(run.path)
     if view.state in ("running", "succeeded"):
         what = "is running" if view.state == "running" else "has run"
         fix = f"see nemotron runs show {view.id}; a new plan makes a new run"

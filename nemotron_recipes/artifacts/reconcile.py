@@ -25,6 +25,7 @@ class Evidence:
     worker            of rank 0's own process; None: it never wrote that it started
     launched          the launcher wrote that it started this attempt (otherwise it was started by hand)
     retrying          a newer launcher is at work and hasn't come to this stage yet
+    stopped_by        why the scheduler ended it (time limit, dead node); its processes could not know
     """
 
     reused: bool = False
@@ -37,6 +38,7 @@ class Evidence:
     worker: Literal["alive", "gone", "unknown"] | None = None
     launched: bool = True
     retrying: bool = False
+    stopped_by: str = ""
 
 
 def judge(evidence: Evidence) -> tuple[State, str]:
@@ -45,7 +47,10 @@ def judge(evidence: Evidence) -> tuple[State, str]:
         return "reused", ""
     if not evidence.started:
         return ("cancelled" if evidence.cancelled else "pending"), ""
-    if evidence.exit_code is None:
+    state: State
+    if evidence.stopped_by:
+        state, note = "failed", evidence.stopped_by
+    elif evidence.exit_code is None:
         state, note = _without_exit_code(evidence)
     elif evidence.exit_code == 0:
         state, note = _after_exit_0(evidence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,10 @@ from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
 from nemotron_recipes.spec import JobHandle, Tree
 
 Liveness = Callable[[JobHandle], Alive]
+Settle = Callable[[JobHandle], list[Tree]]
 TAIL_LINES = 12
 TAIL_BYTES = 16384
+BEGINS = ("submitted", "submitting", "driver-started")  # what follows the newest of these counts
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ class RunView:
         raise UserError(Problem(f"run {self.id} has no stage '{name}'", self.path, fix))
 
 
-def list_runs(runs_root: Path, liveness: Liveness | None = None, newest: int | None = None) -> list[RunView]:
+def list_runs(
+    runs_root: Path, liveness: Liveness | None = None, newest: int | None = None, settle: Settle | None = None
+) -> list[RunView]:
     """The `newest` runs below `runs_root` (all), newest first. A damaged one is listed, with what is wrong with it."""
     folders = _run_folders(runs_root)
     if newest is not None:  # plan.json is written once, so its time says when; reading every plan would take seconds
         folders = sorted(folders, key=lambda folder: (folder / "plan.json").stat().st_mtime)[-newest:]
-    views = [load_run(folder, liveness) for folder in folders]
+    views = [load_run(folder, liveness, settle) for folder in folders]
     return sorted(views, key=lambda view: (view.created, view.id), reverse=True)
 
 
@@ -88,10 +93,11 @@ def find_run(runs_root: Path, text: str) -> Path:
     raise UserError(Problem(f"no run '{text}'", str(runs_root), nearest(text, ids) or "there are no runs there yet"))
 
 
-def load_run(run_dir: Path, liveness: Liveness | None = None) -> RunView:
+def load_run(run_dir: Path, liveness: Liveness | None = None, settle: Settle | None = None) -> RunView:
     """One run, its state put together from plan, handle, events and records. UserError when there is no such run.
 
-    liveness: asks the executor; not asked when the launcher itself recorded the end. None: nobody can be asked.
+    liveness  asks the executor; not asked when the launcher itself recorded the end. None: nobody can be asked
+    settle    asks the executor how a run ended whose launcher could not record it
     """
     run = RunDir(Path(run_dir))
     try:
@@ -104,6 +110,11 @@ def load_run(run_dir: Path, liveness: Liveness | None = None) -> RunView:
     handle = JobHandle(**handle_tree) if handle_tree else None
     events = list(read_jsonl(run.events))
     alive = _liveness(events, handle, liveness)
+    if alive == "ended" and handle and settle and not _end_is_recorded(events):
+        missing = settle(handle)
+        events = list(read_jsonl(run.events))  # meanwhile the end may have been recorded by whoever
+        if not _end_is_recorded(events):
+            events += [{"time": time.time(), **event} for event in missing]
     stages = tuple(_stage_view(stage, run.stage(stage["name"]), events, alive) for stage in plan["stages"])
     state, explanation = _overall(stages, events, alive)
     return RunView(
@@ -125,10 +136,14 @@ def _run_folders(runs_root: Path) -> list[Path]:
 
 def _liveness(events: list[Tree], handle: JobHandle | None, liveness: Liveness | None) -> Alive | None:
     """What is known of the whole run; a launcher that started later takes back an earlier end."""
-    turns = [e["event"] for e in events if e["event"] in ("submitted", "driver-started", "finished", "cancelled")]
-    if turns and turns[-1] in ("finished", "cancelled"):
+    if _end_is_recorded(events):
         return "ended"
     return liveness(handle) if handle and liveness else None
+
+
+def _end_is_recorded(events: list[Tree]) -> bool:
+    turns = [e["event"] for e in events if e["event"] in (*BEGINS, "finished", "cancelled")]
+    return bool(turns) and turns[-1] not in BEGINS
 
 
 def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Alive | None) -> StageView:
@@ -156,6 +171,7 @@ def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Alive 
             worker=fate(worker) if worker else None,
             launched=launched is not None,
             retrying=retrying and alive in ("queued", "running"),
+            stopped_by=_stopped_by_scheduler(events, name, attempt),
         )
     )
     said = record or {}
@@ -204,9 +220,22 @@ def _launcher_says(events: list[Tree], name: str, attempt: int) -> tuple[Tree | 
             exited = event
         elif kind == "cancelled" and event.get("stage") in (name, None):
             cancelled = True
-        elif kind in ("driver-started", "submitted"):
+        elif kind in BEGINS:
             retrying = attempt > 0
     return started, exited, cancelled, retrying
+
+
+def _stopped_by_scheduler(events: list[Tree], name: str, attempt: int) -> str:
+    """Why the scheduler ended this attempt (time limit, dead node, ...); "" when it didn't."""
+    cause = ""
+    for event in events:
+        if event.get("stage") != name:
+            continue
+        if event["event"] == "stage-started" and event["attempt"] == attempt:
+            cause = ""
+        elif event["event"] == "finished" and event.get("scheduler"):
+            cause = str(event["cause"])
+    return cause
 
 
 def _last_event(folder: StageDir, attempt: int, kind: str) -> Tree | None:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from nemotron_recipes import lifecycle
-from nemotron_recipes.artifacts.records import RunView, load_run
+from nemotron_recipes.artifacts.records import RunView
 from nemotron_recipes.cli import summary
 from nemotron_recipes.cli.text import duration
 from nemotron_recipes.errors import NemotronError, printable
@@ -120,7 +120,7 @@ def attached(prepared: lifecycle.Prepared, handle: JobHandle, as_json: bool) -> 
 
 def finish(run: RunDir, as_json: bool = False) -> int:
     """Say how a run ended; its exit code."""
-    view = load_run(run.path, lifecycle.liveness)
+    view = lifecycle.load(run.path)
     click.echo(json.dumps(summary.as_tree(view), indent=2) if as_json else summary.closing(view), err=False)
     return exit_code(view)
 

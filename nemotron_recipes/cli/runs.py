@@ -27,7 +27,7 @@ def runs() -> None:
 @click.option("-n", "--number", type=click.IntRange(min=1), default=20, show_default=True, help="Newest N runs.")
 def list_command(as_json: bool, number: int) -> None:
     """List the newest runs and their states."""
-    found = records.list_runs(_root(), lifecycle.liveness, newest=number)
+    found = lifecycle.newest_runs(_root(), number)
     if as_json:
         click.echo(json.dumps([summary.as_tree(view) for view in found], indent=2))
     elif not found:
@@ -42,7 +42,7 @@ def list_command(as_json: bool, number: int) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
 def show(run: str, as_json: bool) -> None:
     """Show a run: states, inputs, outputs, results, and why it failed."""
-    view = records.load_run(_find(run), lifecycle.liveness)
+    view = lifecycle.load(_find(run))
     click.echo(json.dumps(summary.as_tree(view), indent=2) if as_json else summary.describe(view))
 
 
@@ -54,7 +54,7 @@ def show(run: str, as_json: bool) -> None:
 def logs(run: str, wait: bool, stage: str | None, rank: int) -> int:
     """Show the log of a run's newest attempt. Ctrl-C ends the following, not the run."""
     folder = RunDir(_find(run))
-    view = records.load_run(folder.path, lifecycle.liveness)
+    view = lifecycle.load(folder.path)
     if stage:
         view.stage(stage)
     if not wait:
@@ -75,11 +75,11 @@ def logs(run: str, wait: bool, stage: str | None, rank: int) -> int:
 @click.argument("run")
 def cancel(run: str) -> None:
     """Stop a run and everything that it started."""
-    view = records.load_run(_find(run), lifecycle.liveness)
+    view = lifecycle.load(_find(run))
     if view.state not in ("running", "pending") or view.handle is None:
         raise UserError(Problem(f"run {view.id} is not running: it is {view.state}", view.path))
     lifecycle.cancel(view.handle)
-    after = records.load_run(Path(view.path), lifecycle.liveness)
+    after = lifecycle.load(Path(view.path))
     click.echo(printable(f"{view.id}: {after.state}"))
 
 

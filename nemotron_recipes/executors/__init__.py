@@ -11,10 +11,11 @@ from importlib import import_module
 from typing import Any, Literal, Protocol
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, StagePlan
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, StagePlan, Tree
 
 REGISTRY = {
     "local": "nemotron_recipes.executors.local:LocalExecutor",
+    "slurm": "nemotron_recipes.executors.slurm:SlurmExecutor",
 }
 
 # Between SIGTERM and SIGKILL, where an executor decides it and the profile says nothing.
@@ -44,6 +45,13 @@ class Executor(Protocol):
 
     def liveness(self, handle: JobHandle) -> Liveness:
         """Whether anybody still runs it. Never blocks for long, never writes."""
+        ...
+
+    def settle(self, handle: JobHandle) -> list[Tree]:
+        """Of a run that has ended: the launcher's events (docs/contracts.md) that nobody could write; mostly none.
+
+        They are appended to the run's events where this user may write, so that they outlast the scheduler's memory.
+        """
         ...
 
     def cancel(self, handle: JobHandle) -> None:

@@ -37,7 +37,9 @@ def env_problems(stage: StagePlan, reserved: Sequence[str] = ()) -> Iterator[Pro
         if name in (ATTEMPT_ENV, RUN_ID_ENV, *reserved):
             yield Problem(f"{name} is set by the executor itself", where(stage, "env"), "choose another name")
         elif name in stage.placement.secrets:
-            yield Problem(f"{name} is a secret, but set in plain text", where(stage, "env"), "keep it under secrets only")
+            yield Problem(
+                f"{name} is a secret, but set in plain text", where(stage, "env"), "keep it under secrets only"
+            )
         elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield Problem(
                 f"{name!r} is no name for an environment variable", where(stage, "env"), "use letters, digits and _"

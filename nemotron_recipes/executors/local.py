@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness, checks, torchrun
 from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, StageDir, append_event, read_json, read_jsonl
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, RenderedStage, StagePlan
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, RenderedStage, StagePlan, Tree
 
 DRIVER = "nemotron_recipes.executors.local_driver"
 
@@ -92,6 +92,10 @@ class LocalExecutor:
         if _has_ended(handle):
             return "ended"
         return "running" if process_tree.members(handle.run) or not _is_of_this_host(handle) else "lost"
+
+    def settle(self, handle: JobHandle) -> list[Tree]:
+        """None: the driver is the only one who could know."""
+        return []
 
     def cancel(self, handle: JobHandle) -> None:
         """Ask the driver to stop, then stop whatever is left of the run; the latter also when no driver lives."""

@@ -1,4 +1,4 @@
-"""The only module that imports NeMo-Run: one stage of a local run as a NeMo-Run experiment.
+"""With nemo_slurm.py the only module that imports NeMo-Run: one stage of a local run as a NeMo-Run experiment.
 
 NeMo-Run 0.11.1 hands a local job to TorchX, whose scheduler changes what it is given (torchx/schedulers/
 local_scheduler.py): it substitutes `${app_id}`, `$$` and the like in arguments, puts the working folder in front of
@@ -30,11 +30,22 @@ def load(home: Path) -> None:
     it is installed, only to write dtypes to YAML; without that the import takes half the time and 200 MB less.
     """
     os.environ.setdefault(HOME_ENV, str(home))
+    with imported():
+        pass
+
+
+@contextmanager
+def imported() -> Iterator[None]:
+    """NeMo-Run without torch, for who reads or renders with it: with no home set, none is named or made.
+
+    Modules that the body imports from NeMo-Run don't find torch either, unless it was there before.
+    """
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
     try:
         import_module("nemo_run")
+        yield
     finally:
         if hidden:
             del sys.modules["torch"]

@@ -36,7 +36,10 @@ def command(
     environment, which torchrun reads as its options, tell them apart and where to meet.
     """
     if nodes == 1:
-        meeting = ("--standalone", "--local-addr=127.0.0.1")  # a free port, and no look-up of this machine's name
+        meeting: tuple[str, ...] = (
+            "--standalone",
+            "--local-addr=127.0.0.1",
+        )  # a free port, and no look-up of this machine's name
     else:
         meeting = ("--rdzv-backend=static",)
     return (

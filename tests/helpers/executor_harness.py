@@ -15,14 +15,28 @@ from nemotron_recipes.spec import JobHandle, Placement
 
 @dataclass(frozen=True)
 class Harness:
-    """`profile`: fields of a profile that works where the tests run. `unavailable`: why it can't run here, or ""."""
+    """How one executor is tested.
+
+    profile      fields of a profile that works where the tests run
+    fixture      of pytest, to be had before anything is submitted; its `env` is set for the test
+    surrounding  names of variables that what carries out the run adds or changes by itself, besides NEMOTRON_ATTEMPT
+    """
 
     profile: dict[str, Any]
-    unavailable: Callable[[], str] = lambda: ""
+    fixture: str = ""
+    surrounding: Callable[[str], bool] = lambda name: False
+
+
+def _around_slurm_jobs(name: str) -> bool:
+    """Slurm's own, those of the shell that runs the batch script, NeMo-Run's, and the executor's."""
+    shell = ("ENVIRONMENT", "HOSTNAME", "PS1", "PWD", "OLDPWD", "SHLVL", "_", "TMPDIR", "GPU_DEVICE_ORDINAL")
+    ours = ("TORCHX_MAX_RETRIES", "NEMOTRON_HOSTS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    return name.startswith(("SLURM", "SBATCH_", "SRUN_", "PMI")) or name in (*shell, *ours)
 
 
 HARNESSES = {
     "local": Harness({"executor": "local", "grace_seconds": 1.0}),
+    "slurm": Harness({"executor": "slurm", "account": "lab", "time": "5"}, "slurm_cluster", _around_slurm_jobs),
 }
 
 

@@ -1,0 +1,225 @@
+"""Executor `slurm`: one batch job per stage, chained; the scheduler alone carries the run, no process of ours waits."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.errors import JobFailed, Problem, UserError
+from nemotron_recipes.executors import Liveness, checks, slurm_control, slurm_files, slurm_outcome
+from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradictions
+from nemotron_recipes.executors.verdict import is_done
+from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import RunDir, StageDir, append_event, read_json
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, StagePlan, Tree, to_json
+
+_STOP_SECONDS = 180.0  # beyond any site's KillWait (30 s unless told)
+_POLL_SECONDS = 0.2
+
+
+class SlurmExecutor:
+    """The `Executor` for a Slurm cluster whose commands and whose shared file system are at hand here."""
+
+    name = "slurm"
+    profile_model = SlurmProfile
+
+    def check(self, stage: StagePlan) -> list[Problem]:
+        """Secrets, reserved names, text that can't travel, and settings that contradict each other."""
+        from nemotron_recipes.executors import slurm_script
+
+        problems = [*checks.secret_problems(stage), *checks.env_problems(stage, slurm_script.RESERVED_ENV)]
+        problems += checks.text_problems(stage, slurm_script.worker_argv(stage))
+        for key, what, fix in contradictions(slurm_script.profile_of(stage)):
+            problems.append(Problem(what, checks.where(stage, key), fix))
+        if any(character in stage.directory for character in "%\\\n"):
+            what = f"Slurm changes or cuts a path with a percent sign, a backslash or a line break: {stage.directory!r}"
+            problems.append(Problem(what, checks.where(stage), "see [artifacts] output"))
+        if stage.launch.launcher == "plain" and stage.placement.nodes > 1:
+            what = f"{stage.name} is one process, but {stage.placement.nodes} nodes are asked for"
+            problems.append(Problem(what, checks.where(stage, "nodes"), "set run.nodes=1"))
+        return problems
+
+    def render(self, plan: Plan) -> Rendered:
+        """Per stage the sbatch script and what it reads; then the submitting commands. Needs no Slurm here."""
+        from nemotron_recipes.executors import slurm_script
+
+        run = [stage for stage in plan.stages if stage.reused is None]
+        stages = tuple(slurm_script.rendered_stage(plan, stage, first=stage is run[0]) for stage in run)
+        return Rendered(stages, slurm_script.submit_commands(run))
+
+    def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
+        """Submit the jobs of all stages that have not succeeded yet.
+
+        What is about to be done is on disk before Slurm hears of it. Whoever gets an error instead of a handle leaves
+        no job behind. UserError: sbatch refused, with its own words; or it is not here.
+        """
+        run = RunDir(Path(plan.run_dir))
+        stages = self._unfinished(plan, run, rendered)
+        values = _secret_values(plan)
+        if values:
+            write_atomic(slurm_files.secrets(run), to_json(values), mode=0o600)
+        environ = slurm_control.submitting_environment(os.environ, values)
+        attempts = {name: StageDir(run.stage(name).path).last_attempt() + 1 for name in stages}
+        write_atomic(slurm_files.submission(run), to_json({"attempts": attempts}).replace("\n", " ") + "\n")
+        append_event(run.events, "submitting", attempts=attempts)
+        jobs: dict[str, str] = {}
+        try:
+            for name, command in stages.items():
+                for folder in ("logs", "code"):
+                    (run.stage(name).path / folder).mkdir(parents=True, exist_ok=True)
+                argv = _resolved(command, jobs)
+                try:
+                    jobs[name] = slurm_control.sbatch(argv, plan.run_dir, environ)
+                except slurm_control.Unreachable as error:
+                    raise slurm_control.missing(error) from None
+                except slurm_control.Refused as error:
+                    raise UserError(_refusal(plan, name, str(error))) from None
+                handle = self._handle(plan, jobs)
+                write_atomic(run.handle, to_json(handle))
+        except BaseException:  # Ctrl-C, too
+            self._withdraw(plan, run, jobs)
+            raise
+        for name, job in jobs.items():
+            append_event(run.events, "job-accepted", stage=name, attempt=attempts[name], job=job)
+        return handle
+
+    def liveness(self, handle: JobHandle) -> Liveness:
+        """While Slurm can't be asked, a run without a recorded end counts as running: nothing else is known of it."""
+        run = RunDir(Path(handle.run_dir))
+        if slurm_outcome.has_ended(run):
+            return "ended"
+        begun = any(event["event"] == "stage-started" for event in slurm_outcome.since_submission(run))
+        try:
+            states = self._states(handle)
+        except slurm_control.Unreachable:
+            return "running" if begun else "queued"
+        alive = [state for state in states.values() if state.active]
+        if alive:
+            return "queued" if not begun and all(state.waiting for state in alive) else "running"
+        if slurm_outcome.has_ended(run):  # it came while Slurm was asked
+            return "ended"
+        return "ended" if self._missing(handle, states) else "lost"
+
+    def settle(self, handle: JobHandle) -> list[Tree]:
+        """The events that end the run, where the job was stopped before it could write them."""
+        try:
+            states = self._states(handle)
+        except slurm_control.Unreachable:
+            return []
+        if any(state.active for state in states.values()):
+            return []
+        missing = self._missing(handle, states)
+        run = RunDir(Path(handle.run_dir))
+        with suppress(OSError), open(run.path / "settle.lock", "ab") as lock:  # somebody else's run: only read
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX)  # where locks lie, the events may stand there twice: no harm
+            if missing and not slurm_outcome.has_ended(run):
+                for event in missing:
+                    append_event(run.events, **event)
+                slurm_files.secrets(run).unlink(missing_ok=True)
+        return missing
+
+    def cancel(self, handle: JobHandle) -> None:
+        """scancel every job, wait until they are gone, then record it; of a run that has ended nothing changes."""
+        run = RunDir(Path(handle.run_dir))
+        jobs = handle.native["jobs"]
+        deadline = time.monotonic() + _STOP_SECONDS
+        try:
+            slurm_control.scancel(job for job, state in self._known(jobs.values()).items() if state.active)
+            while alive := [job for job, state in self._known(jobs.values()).items() if state.active]:
+                if time.monotonic() > deadline:
+                    raise JobFailed(f"run {handle.run}: jobs {', '.join(alive)} did not end after scancel")
+                time.sleep(_POLL_SECONDS)
+        except (slurm_control.Unreachable, slurm_control.Refused) as error:
+            problem = Problem(f"run {handle.run} can't be stopped: {error}", fix=f"scancel {' '.join(jobs.values())}")
+            raise UserError(problem) from None
+        if not slurm_outcome.has_ended(run):
+            begun = [e for e in slurm_outcome.since_submission(run) if e["event"] == "stage-started"]
+            stage, attempt = (begun[-1]["stage"], begun[-1]["attempt"]) if begun else (None, None)
+            append_event(run.events, "cancelled", stage=stage, attempt=attempt)
+        slurm_files.secrets(run).unlink(missing_ok=True)
+
+    def _unfinished(self, plan: Plan, run: RunDir, rendered: Rendered) -> dict[str, tuple[str, ...]]:
+        """Stage -> its command, for those that have not succeeded in an earlier submission."""
+        prints = {stage.name: stage.fingerprint for stage in plan.stages}
+        left = {}
+        for stage, command in zip(rendered.stages, rendered.submit, strict=True):
+            if is_done(read_json(run.stage(stage.name).record), prints[stage.name]):
+                append_event(run.events, "stage-skipped", stage=stage.name, reason="already succeeded")
+            else:
+                left[stage.name] = command
+        return left
+
+    def _handle(self, plan: Plan, jobs: dict[str, str]) -> JobHandle:
+        return JobHandle(self.name, plan.id, plan.run_dir, {"jobs": dict(jobs)})
+
+    def _withdraw(self, plan: Plan, run: RunDir, jobs: dict[str, str]) -> None:
+        """No job of a submission that failed stays, not even one whose acceptance sbatch could not tell any more."""
+        from nemotron_recipes.executors import slurm_script
+
+        known = [*jobs.values()]
+        for stage in plan.stages:
+            known += slurm_control.jobs_named(slurm_script.job_name(plan, stage))
+        try:
+            slurm_control.scancel(dict.fromkeys(known))
+        except (slurm_control.Refused, slurm_control.Unreachable) as error:
+            raise JobFailed(f"jobs {' '.join(known)} are submitted and can't be taken back: {error}") from None
+        finally:
+            slurm_files.secrets(run).unlink(missing_ok=True)
+        append_event(run.events, "cancelled", stage=None, attempt=None)
+
+    def _states(self, handle: JobHandle) -> dict[str, slurm_control.JobState]:
+        """Stage -> state of its job, in order, for those that Slurm knows."""
+        known = self._known(handle.native["jobs"].values())
+        return {stage: known[job] for stage, job in handle.native["jobs"].items() if job in known}
+
+    def _known(self, jobs: Any) -> dict[str, slurm_control.JobState]:
+        found = {job: slurm_control.job_state(job) for job in jobs}
+        return {job: state for job, state in found.items() if state is not None}
+
+    def _missing(self, handle: JobHandle, states: Mapping[str, slurm_control.JobState]) -> list[Tree]:
+        run = RunDir(Path(handle.run_dir))
+        plan = read_json(run.plan) or {"stages": []}
+        prints = {stage["name"]: stage["fingerprint"] for stage in plan["stages"]}
+        return slurm_outcome.missing_events(run, dict(states), prints)
+
+
+def _secret_values(plan: Plan) -> dict[str, str]:
+    """Declared secrets, and variables that are taken for secrets by their names: neither goes through sbatch."""
+    declared = {name for stage in plan.stages for name in stage.placement.secrets}
+    return {name: value for name, value in os.environ.items() if name in declared or slurm_control.is_secret(name)}
+
+
+def _resolved(command: tuple[str, ...], jobs: Mapping[str, str]) -> list[str]:
+    """The command with the ids of earlier jobs; without a dependency on a stage that needs no job any more."""
+    from nemotron_recipes.executors.slurm_script import DEPENDENCY, job_symbol
+
+    argv = []
+    for word in command:
+        if word.startswith(DEPENDENCY):
+            known = [job for stage, job in jobs.items() if word == DEPENDENCY + job_symbol(stage)]
+            if not known:
+                continue
+            word = DEPENDENCY + known[0]
+        argv.append(word)
+    return argv
+
+
+def _refusal(plan: Plan, name: str, words: str) -> Problem:
+    stage = next(stage for stage in plan.stages if stage.name == name)
+    said = "\n".join(line.removeprefix("sbatch: error: ") for line in words.splitlines())
+    lower = said.lower()
+    fix = "change the profile in env.toml, or run.FIELD=... on the command line"
+    for word, field in (("partition", "partition"), ("account", "account"), ("qos", "qos"), ("time", "time")):
+        if word in lower:
+            fix = f"set {field} in the profile, or run.{field}=... on the command line"
+            break
+    if "unrecognized option" in lower:
+        fix = 'name the flag under remove = ["FLAG"] in the profile: this Slurm does not know it'
+    elif "node configuration" in lower:
+        fix = "ask for what the partition's nodes have: nodes, gpus_per_node, cpus_per_task, mem"
+    return Problem(f"sbatch refused stage {name}: {said}", checks.where(stage), fix)

@@ -1,0 +1,91 @@
+"""The files in a run folder through which a submission, its jobs and later readers speak. Standard library only.
+
+submission.json                                what was handed to Slurm: the stages in order, the attempt of each
+secrets.json                                   mode 0600; gone once the run has ended
+<stage>/files/launch.json, sbatch.sh           what each node's launcher reads, and the script that starts it
+<stage>/logs/slurm-JOB.out, nodes-JOB.out      what the script and the launchers print
+<stage>/logs/attempt-N/launcher.log            what the processes of the first node print outside their own logs
+<stage>/logs/attempt-N/launcher.node-K.log     the same of another node
+<stage>/logs/attempt-N/node-K.json             how node K ended
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import RunDir, StageDir, read_json
+from nemotron_recipes.spec import Tree
+
+LAUNCH = "launch.json"
+SCRIPT = "sbatch.sh"
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """How one node's part of an attempt ended; written by its launcher, last of all.
+
+    time            seconds since the epoch
+    stopped         it was asked to stop before its processes ended: what follows is no cause of anything
+    problem         why it started nothing; "" when it did
+    rank            the worker that failed first there, as torchrun says, with its exit code
+    """
+
+    node: int
+    host: str
+    time: float
+    exit_code: int
+    stopped: bool = False
+    problem: str = ""
+    rank: int | None = None
+    rank_exit_code: int | None = None
+
+
+def submission(run: RunDir) -> Path:
+    return run.path / "submission.json"
+
+
+def secrets(run: RunDir) -> Path:
+    return run.path / "secrets.json"
+
+
+def script(stage: StageDir) -> Path:
+    return stage.files / SCRIPT
+
+
+def launcher_log(stage: StageDir, attempt: int, node: int) -> Path:
+    """Of the processes of one node; the first node's is the one that readers know."""
+    return stage.launcher_log(attempt) if node == 0 else stage.logs(attempt) / f"launcher.node-{node}.log"
+
+
+def batch_log(stage: StageDir, job: str) -> Path:
+    """What the batch script printed; `%j` as the job gives the name that sbatch is told."""
+    return stage.path / "logs" / f"slurm-{job}.out"
+
+
+def nodes_log(stage: StageDir, job: str) -> Path:
+    """What the launchers of all nodes printed."""
+    return stage.path / "logs" / f"nodes-{job}.out"
+
+
+def write_report(stage: StageDir, attempt: int, report: NodeReport) -> None:
+    write_atomic(stage.logs(attempt) / f"node-{report.node}.json", json.dumps(asdict(report), sort_keys=True))
+
+
+def read_reports(stage: StageDir, attempt: int) -> list[NodeReport]:
+    """The reports that are there, by node."""
+    found = [read_json(path) for path in stage.logs(attempt).glob("node-*.json")]
+    return sorted((NodeReport(**tree) for tree in found if tree), key=lambda report: report.node)
+
+
+def first_failure(reports: list[NodeReport]) -> NodeReport | None:
+    """The node that failed first without having been asked to stop: the others fell over it."""
+    failed = [report for report in reports if report.exit_code and not report.stopped]
+    return min(failed, key=lambda report: report.time, default=None)
+
+
+def attempts(run: RunDir) -> Tree:
+    """Stage -> attempt of the newest submission, in the order of the stages."""
+    return (read_json(submission(run)) or {}).get("attempts", {})

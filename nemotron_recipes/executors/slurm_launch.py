@@ -1,0 +1,228 @@
+"""What srun starts once on each node: python -m nemotron_recipes.executors.slurm_launch LAUNCH.json
+
+It holds the node against the Plan, starts torchrun (or the one worker) with exactly the argv that the plan shows, and
+says how it ended. The first node's launcher also writes the launcher's events (docs/contracts.md). It writes an end
+only when it knows the cause: whoever is told to stop by Slurm cannot know why (time limit, scancel, another node), and
+leaves that to later readers, who ask Slurm (slurm_outcome.py). Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from nemotron_recipes.executors import slurm_files, torchrun
+from nemotron_recipes.executors.slurm_files import NodeReport
+from nemotron_recipes.executors.verdict import failure_cause
+from nemotron_recipes.rundir import ATTEMPT_ENV, RunDir, StageDir, append_event, read_json
+from nemotron_recipes.spec import Tree
+
+HOSTS_ENV = "NEMOTRON_HOSTS"  # the job's nodes, in order, as the batch script resolved them outside any container
+
+# Above the range from which Linux takes the ports of outgoing connections (net.ipv4.ip_local_port_range).
+FIRST_PORT, PORTS = 61000, 4500
+OTHERS_SECONDS = 50.0  # for the other nodes to report; srun kills a step 60 s after its first task has ended
+NEWS_SECONDS = 3.0  # the same after a failure, when srun is about to stop everything
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass
+class Node:
+    """One node of one attempt."""
+
+    launch: Tree
+    environ: dict[str, str]
+    run: RunDir
+    stage: StageDir
+    attempt: int
+    number: int
+    host: str
+    child: subprocess.Popen[bytes] | None = None
+    stopping: bool = False
+    hosts: list[str] = field(default_factory=list)
+
+    def work(self) -> int:
+        """Check, run, report; the exit code of this task of the step."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._stop)
+        self.stage.logs(self.attempt).mkdir(parents=True, exist_ok=True)
+        self.hosts = self.environ.get(HOSTS_ENV, "").split()
+        problem = self._misplaced() or self._changed_file() or self._taken_port()
+        if problem:
+            return self._refuse(problem)
+        log = slurm_files.launcher_log(self.stage, self.attempt, self.number)
+        began = time.monotonic()
+        try:
+            code = self._run(log)
+        except OSError as error:
+            return self._refuse(f"{self.launch['argv'][0]} can't be started: {error.strerror}")
+        failure = torchrun.first_failure(log) if code else None
+        rank, rank_code = failure or (None, None)
+        report = NodeReport(self.number, self.host, time.time(), code, self.stopping, "", rank, rank_code)
+        slurm_files.write_report(self.stage, self.attempt, report)
+        return self._conclude(report, time.monotonic() - began) if self.number == 0 else code
+
+    def _misplaced(self) -> str:
+        """Why this node is not one that the Plan speaks of; "" when it is."""
+        wanted, environ = self.launch["nodes"], self.environ
+        if not self.hosts:
+            return f"the batch script named no hosts in {HOSTS_ENV}: `scontrol show hostnames` must work where it runs"
+        if len(self.hosts) != wanted:
+            return f"the plan has {wanted} node(s), but Slurm gave {len(self.hosts)}: {' '.join(self.hosts)}"
+        tasks = int(environ.get("SLURM_NTASKS", "1"))
+        if tasks != wanted:
+            return f"one task per node makes {wanted} task(s), but srun started {tasks}"
+        if self.number >= wanted or self.hosts[self.number] != self.host:
+            return f"{self.host} is node {self.number} of the step, but the job's nodes are {' '.join(self.hosts)}"
+        gpus, found = self.launch["gpus_per_node"], environ.get("SLURM_GPUS_ON_NODE")
+        if gpus and found and found.isdecimal() and int(found) != gpus:
+            return f"the plan has {gpus} GPU(s) per node, but {self.host} gave {found}"
+        return ""
+
+    def _changed_file(self) -> str:
+        """What runs is what was shown: which file is not as rendered any more."""
+        rendered = read_json(self.run.rendered) or {"stages": []}
+        for stage in rendered["stages"]:
+            if stage["name"] != self.launch["stage"]:
+                continue
+            for name, text in stage["files"].items():
+                path = Path(name)
+                if not path.is_file() or path.read_bytes() != text.encode():
+                    return f"{path} was changed after it had been planned"
+            return ""
+        return f"{self.run.rendered} does not name stage {self.launch['stage']}"
+
+    def _taken_port(self) -> str:
+        if self.number or self.launch["nodes"] == 1 or self.launch["launcher"] != "torchrun":
+            return ""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store binds it
+            try:
+                probe.bind(("", port_of(self.environ)))
+            except OSError as error:
+                what = f"port {port_of(self.environ)} of {self.host}, on which the nodes would meet, is taken"
+                return f"{what} ({error.strerror}); another job gets another port: start the run again"
+        return ""
+
+    def _run(self, log: Path) -> int:
+        environ = {**self.environ, **(read_json(slurm_files.secrets(self.run)) or {}), **self.launch["env"]}
+        environ[ATTEMPT_ENV] = str(self.attempt)
+        if self.launch["launcher"] == "torchrun" and self.launch["nodes"] > 1:
+            environ |= {"PET_NODE_RANK": str(self.number), "PET_MASTER_ADDR": self.hosts[0]}
+            environ["PET_MASTER_PORT"] = str(port_of(self.environ))
+        with open(log, "ab") as output:
+            # In a session of its own: Slurm signals the launcher's, and torchrun must hear of a stop only once.
+            child = subprocess.Popen(
+                self.launch["argv"],
+                cwd=self.launch["cwd"],
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.child = child
+        if self.number == 0:
+            self._event("stage-started", pid=child.pid, job=self.environ["SLURM_JOB_ID"], hosts=self.hosts)
+        if self.stopping:  # it came before there was anything to stop
+            child.terminate()
+        code = child.wait()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)  # what the process left behind
+        return code if code >= 0 else 128 - code
+
+    def _conclude(self, own: NodeReport, seconds: float) -> int:
+        """The first node's: events, once every node has reported or can't be waited for any longer."""
+        self._wait_for_others(NEWS_SECONDS if own.exit_code or self.stopping else OTHERS_SECONDS)
+        reports = slurm_files.read_reports(self.stage, self.attempt)
+        silent = [host for number, host in enumerate(self.hosts) if number not in {r.node for r in reports}]
+        first = slurm_files.first_failure(reports)
+        code = own.exit_code or (first.exit_code if first else 0) or (1 if silent else 0)
+        told: Tree = {"exit_code": code, "seconds": round(seconds, 3)}
+        if first and first.rank is not None:
+            told |= {"rank": first.rank, "rank_exit_code": first.rank_exit_code}
+        self._event("stage-exited", **told)
+        if own.stopped and not (first and first.time <= own.time):
+            return code or 1
+        cause = self._cause(code, first, silent)
+        if cause:
+            append_event(self.run.events, "finished", state="failed", stage=self.launch["stage"], cause=cause)
+        elif self.launch["stage"] == [*slurm_files.attempts(self.run)][-1]:
+            append_event(self.run.events, "finished", state="succeeded")
+        else:
+            return code
+        slurm_files.secrets(self.run).unlink(missing_ok=True)
+        return code or (1 if cause else 0)  # what follows must not start
+
+    def _cause(self, code: int, first: NodeReport | None, silent: list[str]) -> str:
+        if first and first.problem:
+            return f"{first.host}: {first.problem}"
+        log = slurm_files.launcher_log(self.stage, self.attempt, first.node if first else 0)
+        failure = None
+        if first and first.rank is not None and first.rank_exit_code is not None:
+            failure = torchrun.RankFailure(first.rank, first.rank_exit_code)
+        cause = failure_cause(self.stage, self.launch["fingerprint"], self.attempt, code, failure, log)
+        if silent:
+            cause = f"{cause}; " if cause else ""
+            cause += f"no word from {', '.join(silent)}: it may be down"
+        return cause
+
+    def _refuse(self, problem: str) -> int:
+        print(f"{self.host}: {problem}", file=sys.stderr, flush=True)
+        report = NodeReport(self.number, self.host, time.time(), 1, False, problem)
+        slurm_files.write_report(self.stage, self.attempt, report)
+        if self.number == 0:
+            cause = f"{self.host}: {problem}"
+            append_event(self.run.events, "finished", state="failed", stage=self.launch["stage"], cause=cause)
+            slurm_files.secrets(self.run).unlink(missing_ok=True)
+        return 1
+
+    def _wait_for_others(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if len(slurm_files.read_reports(self.stage, self.attempt)) >= self.launch["nodes"]:
+                return
+            time.sleep(0.1)
+
+    def _event(self, name: str, **fields: object) -> None:
+        append_event(self.run.events, name, stage=self.launch["stage"], attempt=self.attempt, **fields)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:
+            return  # Slurm repeats itself; the workers take a second wish to stop for impatience
+        self.stopping = True
+        if self.child is not None and self.child.poll() is None:
+            self.child.terminate()
+
+
+def port_of(environ: dict[str, str]) -> int:
+    """Where the nodes of a job meet: the same on each, and another one for another job on the same node."""
+    job = re.sub(r"\D", "", environ["SLURM_JOB_ID"])
+    return FIRST_PORT + int(job) % PORTS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Carry out this node's part of the stage whose launch file is the only argument."""
+    (path,) = argv if argv is not None else sys.argv[1:]
+    launch = json.loads(Path(path).read_text(encoding="utf-8"))
+    run = RunDir(Path(launch["run_dir"]))
+    environ = dict(os.environ)
+    attempt = slurm_files.attempts(run)[launch["stage"]]
+    host = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    number = int(environ.get("SLURM_NODEID", "0"))
+    return Node(launch, environ, run, StageDir(Path(launch["cwd"])), attempt, number, host).work()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What Slurm knows of a run's end when nobody inside the job could say it: time limit, dead node, scancel, memory.
+
+A launcher that is killed writes nothing. Readers put its events together from the run folder and Slurm's own word.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from nemotron_recipes.executors import slurm_files, verdict
+from nemotron_recipes.executors.slurm_control import JobState
+from nemotron_recipes.executors.torchrun import RankFailure
+from nemotron_recipes.rundir import RunDir, StageDir, read_jsonl
+from nemotron_recipes.spec import Tree
+
+# What Slurm's words for an end mean. Reason and time limit are filled in from what it says of the job.
+_WORDS = {
+    "TIMEOUT": "the time limit of {limit} was reached",
+    "DEADLINE": "its deadline was reached",
+    "OUT_OF_MEMORY": "a node's memory limit was exceeded",
+    "NODE_FAIL": "a node failed: one of {nodes}",
+    "BOOT_FAIL": "a node could not be started: one of {nodes}",
+    "PREEMPTED": "it was preempted",
+    "REVOKED": "it was revoked by another cluster",
+}
+_ADVICE = {
+    "TIMEOUT": "; raise `time`, and go on from the last checkpoint with train.resume=true",
+    "OUT_OF_MEMORY": "; raise `mem`, or lower the micro batch size",
+    "NODE_FAIL": "; start it again, with train.resume=true to go on from the last checkpoint",
+    "PREEMPTED": "; start it again, with train.resume=true to go on from the last checkpoint",
+}
+
+
+def since_submission(run: RunDir) -> list[Tree]:
+    """The launcher's events of the newest submission."""
+    events = list(read_jsonl(run.events))
+    begins = [place for place, event in enumerate(events) if event["event"] == "submitting"]
+    return events[begins[-1] :] if begins else events
+
+
+def has_ended(run: RunDir) -> bool:
+    """Whether the newest submission's end is recorded."""
+    return any(event["event"] in ("finished", "cancelled") for event in since_submission(run))
+
+
+def missing_events(run: RunDir, states: dict[str, JobState], fingerprints: dict[str, str]) -> list[Tree]:
+    """The events that end the newest submission, as the launcher would have written them; [] when they are there.
+
+    states   what Slurm says of each stage's job, for as many as it knows; none of them is active any more
+    """
+    told = since_submission(run)
+    if any(event["event"] in ("finished", "cancelled") for event in told):
+        return []
+    begun = {event["stage"]: event for event in told if event["event"] == "stage-started"}
+    ended = {event["stage"]: event for event in told if event["event"] == "stage-exited"}
+    missing: list[Tree] = []
+    for name, attempt in slurm_files.attempts(run).items():
+        if name not in states:
+            return []
+        state, stage = states[name], StageDir(run.stage(name).path)
+        if state.state == "CANCELLED":
+            started = name in begun
+            end: Tree = {"event": "cancelled", "stage": name if started else None}
+            missing.append({**end, "attempt": attempt if started else None, "by": state.by})
+            break
+        if name in begun and name not in ended and state.state in ("COMPLETED", "FAILED"):
+            code = state.exit_code or (128 + state.signal if state.signal else 0)
+            seconds = round(max(0.0, time.time() - begun[name]["time"]), 3)  # at most: nobody saw it end
+            exited = {"event": "stage-exited", "stage": name, "attempt": attempt, "exit_code": code}
+            missing.append({**exited, "seconds": seconds})
+        cause = _cause(state, stage, attempt, fingerprints[name], begun.get(name))
+        if cause:
+            end = {"event": "finished", "state": "failed", "stage": name, "cause": cause}
+            missing.append({**end, "scheduler": state.state} if state.state != "FAILED" else end)
+            break
+    else:
+        missing.append({"event": "finished", "state": "succeeded"})
+    return missing
+
+
+def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, began: Tree | None) -> str:
+    """Why the job of a stage did not do its work; "" when it did."""
+    what = f"job {state.job} ended as {state.state}"
+    if state.state in _WORDS:
+        words = _WORDS[state.state].format(limit=state.limit or "the job", nodes=state.nodes or "its nodes")
+        return f"{words} ({what}){_ADVICE.get(state.state, '')}"
+    first = slurm_files.first_failure(slurm_files.read_reports(stage, attempt))
+    if first and first.problem:
+        return f"{first.host}: {first.problem}"
+    code = state.exit_code or (128 + state.signal if state.signal else 0)
+    if state.state == "COMPLETED":
+        code = 0
+    elif not code:
+        return f"{what}{f' ({state.reason})' if state.reason else ''}"
+    if began is None and first is None:
+        log = slurm_files.batch_log(stage, state.job)
+        return f"{what} with exit code {verdict.named(code)} before anything was started:{_tail(log)}"
+    failure = None
+    if first and first.rank is not None and first.rank_exit_code is not None:
+        failure = RankFailure(first.rank, first.rank_exit_code)
+    log = slurm_files.launcher_log(stage, attempt, first.node if first else 0)
+    return verdict.failure_cause(stage, fingerprint, attempt, code, failure, log)
+
+
+def _tail(log: Path, lines: int = 8) -> str:
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return f" it left no log {log}"
+    return "".join(f"\n  | {line}" for line in text[-lines:]) + f"\n  log: {log}"

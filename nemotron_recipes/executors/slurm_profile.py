@@ -1,0 +1,148 @@
+"""What a Slurm profile, or `run.*` on the command line, may set: the fields of NeMo-Run's `SlurmExecutor`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Fields with two names: NeMo-Run's, and the one that this project uses for the same thing everywhere.
+# One Slurm task runs per node whatever is asked for; `ntasks_per_node` has always meant the processes of a node.
+OTHER_NAMES = {"ntasks_per_node": "nproc_per_node", "container_mounts": "mounts", "setup_lines": "setup"}
+
+# Fields that become an `#SBATCH` line of the same name. What is not set has no line: the site's own default holds.
+SBATCH_FIELDS = (
+    *("account", "partition", "qos", "time", "nodes", "gpus_per_node", "gpus_per_task", "gres", "cpus_per_task"),
+    *("cpus_per_gpu", "mem", "mem_per_cpu", "mem_per_gpu", "exclusive", "constraint", "exclude", "segment", "network"),
+    *("signal", "comment", "open_mode", "dependency"),
+)
+
+# sbatch flags that are not to be had through `additional_parameters`, each with what to set instead.
+OWN_FLAGS = {
+    "array": "nothing: one run folder holds one run; start several runs instead",
+    "nodes": "nodes",
+    "ntasks": "nodes and nproc_per_node",
+    "ntasks-per-node": "nproc_per_node",
+    "job-name": "job_name_prefix",
+    "output": "nothing: logs go to the run folder",
+    "error": "nothing: logs go to the run folder",
+    "chdir": "nothing: a stage runs in its own folder",
+    "export": "env and secrets",
+    "wrap": "nothing: the script is the one that is shown",
+    "parsable": "nothing",
+    "wait": "--run instead of --batch",
+    "requeue": "nothing: a job that died is not put back into the queue",
+}
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class SlurmProfile(BaseModel):
+    """A Slurm cluster. A field that is not set leaves no trace in the script."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    executor: Literal["slurm"] = "slurm"
+    nodes: Positive = 1
+    nproc_per_node: Positive = 1  # processes that train together on a node: one per GPU; also called ntasks_per_node
+
+    account: str | None = None
+    partition: str | None = None
+    run_partition: str | None = None  # instead of `partition` for --run
+    batch_partition: str | None = None  # instead of `partition` for --batch
+    qos: str | None = None
+    time: str | None = None  # limit, as sbatch wants it: MINUTES, HOURS:MINUTES:SECONDS, DAYS-HOURS, ...
+    gpus_per_node: Positive | None = None
+    gpus_per_task: Positive | None = None  # a task is a node here
+    gres: str | None = None
+    cpus_per_task: Positive | None = None  # a task is a node here: all the cores that its processes share
+    cpus_per_gpu: Positive | None = None
+    mem: str | None = None  # per node; "0": all
+    mem_per_cpu: str | None = None
+    mem_per_gpu: str | None = None
+    exclusive: bool | str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    segment: Positive | None = None  # nodes per NVLink block
+    network: str | None = None
+    signal: str | None = None  # e.g. "TERM@300": ask to stop that many seconds before the limit
+    dependency: str | None = None  # of the first stage's job, e.g. "afterok:1234"
+    comment: str | None = None
+    open_mode: Literal["append", "truncate"] | None = None
+    job_name_prefix: str = ""
+    additional_parameters: dict[str, str | int | bool] = {}  # any other flag of sbatch; true: a flag without value
+    srun_args: list[str] = []
+    remove: list[str] = []  # flags of sbatch or srun that this site does not know
+    setup: list[str] = []  # lines of shell before srun, on the first node and outside the container: module load, ...
+
+    container: bool | None = None  # false: bare metal although an image is named
+    container_image: str | None = None  # as Pyxis wants it; without one, stages run on bare metal
+    mounts: list[str] = []  # HOST:CONTAINER[:OPTIONS]; the run folder and the store are mounted in any case
+    container_env: list[str] = []  # names that must win over the image's own
+    container_mount_home: bool = False
+    python: str | None = None  # interpreter on the nodes; unset: this one, or python3 in a container
+
+    env: dict[str, str] = {}  # set for every stage; kept in the run folder in plain text
+    secrets: list[str] = []  # names of variables that must be set where the run is started; the job reads them from a
+    # file of mode 0600 that goes with the run's end
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, given: Any) -> Any:
+        """Fields under their other names; both given is fine only when they agree."""
+        if not isinstance(given, dict):
+            return given
+        given = dict(given)
+        for other, name in OTHER_NAMES.items():
+            if other not in given:
+                continue
+            value = given.pop(other)
+            if other == "setup_lines" and isinstance(value, str):
+                value = value.splitlines()
+            if name in given and given[name] != value:
+                raise ValueError(f"{other} and {name} are one thing and differ: {value!r} and {given[name]!r}")
+            given[name] = value
+        return given
+
+    @property
+    def image(self) -> str | None:
+        """The image that stages run in; None on bare metal."""
+        return None if self.container is False else self.container_image
+
+    def partition_for(self, mode: str) -> str | None:
+        """The partition of a run that is followed (`run`), or left alone (`batch`)."""
+        special = {"run": self.run_partition, "batch": self.batch_partition}.get(mode)
+        return special or self.partition
+
+
+def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
+    """(field, what, fix) for what no cluster could make sense of."""
+    for key in profile.additional_parameters:
+        flag = key.replace("_", "-")
+        if flag in OWN_FLAGS:
+            yield f"additional_parameters.{key}", f"--{flag} is decided by the executor", f"set {OWN_FLAGS[flag]}"
+        elif flag.replace("-", "_") in SBATCH_FIELDS:
+            yield f"additional_parameters.{key}", f"--{flag} has a field of its own", f"set {flag.replace('-', '_')}"
+        elif not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
+            yield f"additional_parameters.{key}", f"{key!r} is no flag of sbatch", "give its long name without dashes"
+    if profile.container and not profile.container_image:
+        yield "container", "container = true, but no image is named", "set container_image"
+    for field in ("setup", "srun_args"):
+        for text in getattr(profile, field):
+            if field == "srun_args" and "\n" in text:
+                yield field, f"{text!r} holds a line break", "take it out"
+    for name, value in _one_liners(profile):
+        if any(character in value for character in "\n\r\\"):
+            yield name, f"{value!r} holds a character that no #SBATCH line can carry", "take it out"
+
+
+def _one_liners(profile: SlurmProfile) -> Iterator[tuple[str, str]]:
+    for name in (*SBATCH_FIELDS, "job_name_prefix", "run_partition", "batch_partition", "container_image"):
+        value = getattr(profile, name)
+        if isinstance(value, str):
+            yield name, value
+    for key, given in profile.additional_parameters.items():
+        if isinstance(given, str):
+            yield f"additional_parameters.{key}", given

@@ -1,0 +1,150 @@
+"""From a stage of a Plan to the bytes of its Slurm job. Pure; nothing here depends on a machine that has Slurm."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nemotron_recipes.executors import slurm_files, torchrun
+from nemotron_recipes.executors.slurm_launch import HOSTS_ENV
+from nemotron_recipes.executors.slurm_profile import SBATCH_FIELDS, SlurmProfile
+from nemotron_recipes.rundir import RUN_ID_ENV, StageDir
+from nemotron_recipes.spec import Plan, RenderedStage, StagePlan, Tree, to_json
+
+LAUNCHER = "nemotron_recipes.executors.slurm_launch"
+DEPENDENCY = "--dependency=afterok:"
+RESERVED_ENV = (HOSTS_ENV, "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+
+
+def profile_of(stage: StagePlan) -> SlurmProfile:
+    """The stage's placement as a profile again."""
+    place = stage.placement
+    known = {key: value for key, value in place.options.items() if key in SlurmProfile.model_fields}
+    return SlurmProfile.model_validate(
+        {**known, "nodes": place.nodes, "nproc_per_node": place.nproc_per_node, "secrets": list(place.secrets)}
+    )
+
+
+def rendered_stage(plan: Plan, stage: StagePlan, first: bool) -> RenderedStage:
+    """Files (the plan's own, launch.json, sbatch.sh), what the launcher starts, and the environment that it adds."""
+    folder = StageDir(Path(stage.directory))
+    argv, env = worker_argv(stage), environment(plan, stage)
+    launch = to_json(_launch(plan, stage, argv, env)) + "\n"
+    files = {str(folder.files / name): text for name, text in stage.launch.files.items()}
+    files[str(folder.files / slurm_files.LAUNCH)] = launch
+    files[str(slurm_files.script(folder))] = _script(plan, stage, first)
+    return RenderedStage(stage.name, files, argv, env, stage.directory)
+
+
+def submit_commands(stages: list[StagePlan]) -> tuple[tuple[str, ...], ...]:
+    """One sbatch per stage; each but the first waits for the one before, whose job has no id yet."""
+    commands = []
+    before: StagePlan | None = None
+    for stage in stages:
+        removed = {flag.lstrip("-").replace("_", "-") for flag in profile_of(stage).remove}
+        # A job that died is not put back into the queue: its folder holds one attempt.
+        flags = ["--parsable", "--no-requeue"]
+        if before is not None:
+            flags += [DEPENDENCY + job_symbol(before.name), "--kill-on-invalid-dep=yes"]
+        flags = [flag for flag in flags if flag[2:].partition("=")[0] not in removed]
+        commands.append(("sbatch", *flags, str(slurm_files.script(StageDir(Path(stage.directory))))))
+        before = stage
+    return tuple(commands)
+
+
+def job_symbol(stage: str) -> str:
+    """Stands for the id of a stage's job until sbatch has named it."""
+    return f"<job of {stage}>"
+
+
+def job_name(plan: Plan, stage: StagePlan) -> str:
+    """Names the run and the stage, so that a job can be found by it."""
+    return f"{profile_of(stage).job_name_prefix}{plan.id}.{stage.name}"
+
+
+def worker_argv(stage: StagePlan) -> tuple[str, ...]:
+    """What the launcher starts on every node."""
+    profile, launch = profile_of(stage), stage.launch
+    python = profile.python or ("python3" if profile.image else sys.executable)
+    if launch.launcher == "plain":
+        return (python, "-m", launch.module, *launch.args)
+    log_dir = Path(stage.directory) / "logs" / "torchrun"
+    return torchrun.command(
+        launch.module, launch.args, stage.placement.nproc_per_node, log_dir, stage.placement.nodes, python
+    )
+
+
+def environment(plan: Plan, stage: StagePlan) -> dict[str, str]:
+    """Added to what the job inherits, by the launcher: no shell ever reads these."""
+    return {
+        "PYTHONSAFEPATH": "1",  # `-m` looks for modules in the environment alone, not in the stage's folder
+        "PYTHONUNBUFFERED": "1",
+        **stage.launch.env,
+        **stage.placement.options.get("env", {}),
+        RUN_ID_ENV: plan.id,
+    }
+
+
+def _launch(plan: Plan, stage: StagePlan, argv: tuple[str, ...], env: dict[str, str]) -> Tree:
+    return {
+        "run_dir": plan.run_dir,
+        "stage": stage.name,
+        "fingerprint": stage.fingerprint,
+        "nodes": stage.placement.nodes,
+        "gpus_per_node": stage.placement.options.get("gpus_per_node"),
+        "launcher": stage.launch.launcher,
+        "argv": list(argv),
+        "env": env,
+        "cwd": stage.directory,
+    }
+
+
+def _script(plan: Plan, stage: StagePlan, first: bool) -> str:
+    from nemotron_recipes.executors.nemo_slurm import BatchJob, batch_script
+
+    profile, folder = profile_of(stage), StageDir(Path(stage.directory))
+    fields = {name: getattr(profile, name) for name in SBATCH_FIELDS if name != "dependency"}
+    fields["partition"] = profile.partition_for(plan.request.mode)
+    fields = {name: value for name, value in fields.items() if value is not None and value is not False}
+    parameters = {key: value for key, value in profile.additional_parameters.items() if value is not False}
+    if profile.dependency and first:  # the others wait for the one before, on their command lines
+        parameters["dependency"] = profile.dependency
+    python = profile.python or ("python3" if profile.image else sys.executable)
+    job = BatchJob(
+        name=job_name(plan, stage),
+        folder=stage.directory,
+        output=str(slurm_files.batch_log(folder, "%j")),
+        srun_output=str(slurm_files.nodes_log(folder, "%j")),
+        fields=fields,
+        parameters=parameters,
+        setup=_setup(profile),
+        srun_args=_srun_args(profile),
+        command=(python, "-m", LAUNCHER, str(folder.files / slurm_files.LAUNCH)),
+        image=profile.image,
+        mounts=_mounts(plan, profile) if profile.image else (),
+        container_env=tuple(profile.container_env),
+        remove=tuple(profile.remove),
+    )
+    return batch_script(job)
+
+
+def _setup(profile: SlurmProfile) -> tuple[str, ...]:
+    """Not traced: the lines may read keys. A line that fails ends the job; what is exported reaches every node."""
+    lines = ["set +vx"]
+    if profile.setup:
+        lines += ["set -e", *profile.setup, "set +e"]
+    return (*lines, f'export {HOSTS_ENV}="${{nodes[*]}}"')
+
+
+def _srun_args(profile: SlurmProfile) -> tuple[str, ...]:
+    args = []
+    if profile.cpus_per_task:  # Slurm 22.05 and newer don't take it over from the job
+        args.append(f"--cpus-per-task={profile.cpus_per_task}")
+    if profile.image and not profile.container_mount_home:
+        args.append("--no-container-mount-home")
+    return (*args, *profile.srun_args)
+
+
+def _mounts(plan: Plan, profile: SlurmProfile) -> tuple[str, ...]:
+    """The profile's, and the two folders that a stage writes to, at their own paths."""
+    return tuple(dict.fromkeys([*profile.mounts, *(f"{path}:{path}" for path in (plan.run_dir, plan.store))]))
