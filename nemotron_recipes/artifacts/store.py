@@ -238,10 +238,17 @@ class Store:
 
 def check_name(name: str, what: str = "artifact name") -> None:
     """Raise UserError unless `name` may be a folder of the store."""
-    if not _NAME.fullmatch(name):
-        raise UserError(
-            Problem(f"'{name}' can't be an {what}", fix="use letters, digits, '.', '_' and '-', at most 128 of them")
-        )
+    problems = name_problems(name, what)
+    if problems:
+        raise UserError(*problems)
+
+
+def name_problems(name: str, what: str = "artifact name") -> list[Problem]:
+    """Why `name` can't be a folder of the store; empty when it can."""
+    if _NAME.fullmatch(name):
+        return []
+    fix = "use letters, digits, '.', '_' and '-', a letter or digit first, at most 128 of them"
+    return [Problem(f"'{name}' can't be an {what}", fix=fix)]
 
 
 def _listdir(folder: Path) -> list[str]:

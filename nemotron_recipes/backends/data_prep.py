@@ -32,8 +32,6 @@ class DataPrepBackend:
         problems = cross_problems(config["data"], config["method"])
         if nproc != 1:
             problems.append(Problem(f"data prep is one process, not {nproc}", fix="run.nproc_per_node=1"))
-        if config["outputs"]["data"] is None:
-            problems.append(Problem("outputs.data: the prepared data need a name"))
         return problems
 
     def describe(

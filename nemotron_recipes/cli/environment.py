@@ -10,7 +10,7 @@ import click
 from nemotron_recipes.cli.text import table
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.config.tree import flatten
-from nemotron_recipes.errors import UserError, printable
+from nemotron_recipes.errors import Problem, UserError, printable
 from nemotron_recipes.planning.validate import check_run
 
 
@@ -24,8 +24,9 @@ def env() -> None:
 def list_profiles(as_json: bool) -> None:
     """List the profiles, checked, and where runs and artifacts go."""
     environment = read_environment()
-    for name, given in environment.profiles.items():
-        check_profile(name, given)
+    problems = [problem for name, given in environment.profiles.items() for problem in _checked(name, given)[1]]
+    if problems:
+        raise UserError(*problems)
     if as_json:
         click.echo(json.dumps(_as_tree(environment), indent=2))
         return
@@ -34,7 +35,7 @@ def list_profiles(as_json: bool) -> None:
     if environment.wandb:
         click.echo("wandb     read and checked; this version mirrors nothing to W&B, the file store holds everything")
     if environment.profiles:
-        rows = [(name, p["executor"], environment_fields(p)) for name, p in environment.profiles.items()]
+        rows = [(name, p["executor"], _fields(p)) for name, p in environment.profiles.items()]
         click.echo(table(("PROFILE", "EXECUTOR", "FIELDS"), rows))
 
 
@@ -44,7 +45,9 @@ def list_profiles(as_json: bool) -> None:
 def show_profile(profile: str, as_json: bool) -> None:
     """Show one profile in full: what it sets, what it extends and the executor's defaults."""
     given = read_environment().profile(profile)
-    complete = check_profile(profile, given)
+    complete, problems = _checked(profile, given)
+    if problems:
+        raise UserError(*problems)
     if as_json:
         click.echo(json.dumps({"profile": profile, "fields": complete, "set": sorted(given)}, indent=2))
         return
@@ -56,15 +59,12 @@ def show_profile(profile: str, as_json: bool) -> None:
     click.echo(table(("FIELD", "VALUE", "FROM"), rows))
 
 
-def check_profile(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """A profile with its executor's defaults. UserError: every field that the executor does not have or take."""
-    complete, problems = check_run(given, lambda key: f"profile [{name}]")
-    if problems:
-        raise UserError(*problems)
-    return complete
+def _checked(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """A profile with its executor's defaults; or every field that the executor does not have or take."""
+    return check_run(given, lambda key: f"profile [{name}]")
 
 
-def environment_fields(profile: dict[str, Any]) -> str:
+def _fields(profile: dict[str, Any]) -> str:
     """A profile's own settings on one line."""
     return printable(", ".join(f"{k}={v!r}" for k, v in profile.items() if k != "executor"))
 

@@ -119,14 +119,13 @@ def take_config_dirs(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
     rest = iter(arguments)
     for argument in rest:
         if argument == "--config-dir":
-            value = next(rest, None)
-            if value is None or value.startswith("-"):
-                raise UserError(Problem("--config-dir needs a folder"))
-            taken.append(value)
+            taken.append(next(rest, ""))
         elif argument.startswith("--config-dir="):
             taken.append(argument.partition("=")[2])
         else:
             left.append(argument)
+    if any(not folder or folder.startswith("-") for folder in taken):
+        raise UserError(Problem("--config-dir needs a folder", "command line", "--config-dir DIR"))
     return left, tuple(taken)
 
 

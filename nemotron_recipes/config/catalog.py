@@ -61,16 +61,15 @@ class Catalog:
 
     def configs(self, *path: str) -> tuple[str, ...]:
         """Names of the configs of `recipe/<path>`; empty when the path is not a stage."""
-        found = {p.stem for root in self.roots for p in _yamls(root.joinpath("recipe", *path))}
-        return tuple(sorted(found))
+        return self.choices("/".join(("recipe", *path)))
 
     def stages(self, family: str) -> tuple[tuple[str, ...], ...]:
         """Every path below a family that holds configs."""
         found: set[tuple[str, ...]] = set()
         for root in self.roots:
             base = root / "recipe" / family
-            for folder, _, files in os.walk(base):
-                if any(name.endswith(".yaml") for name in files):
+            for folder, _, _ in os.walk(base):
+                if _yamls(Path(folder)):
                     found.add(Path(folder).relative_to(base).parts)
         return tuple(sorted(found - {()}))
 
@@ -83,6 +82,10 @@ class Catalog:
                 if folder.name != "recipe":
                     found.setdefault(folder.name, set()).update(p.stem for p in _yamls(folder))
         return {name: tuple(sorted(choices)) for name, choices in sorted(found.items()) if choices}
+
+    def choices(self, folder: str) -> tuple[str, ...]:
+        """Names of the configs in a folder below the roots (`model`, `recipe/nano3/sft`)."""
+        return tuple(sorted({p.stem for root in self.roots for p in _yamls(root / folder)}))
 
     def file(self, config_path: str) -> Path | None:
         """The file that Hydra's `config_path` (no ending) names."""
@@ -102,7 +105,8 @@ class Catalog:
             for family in self.families
             for words in self.stages(family)
             for config in self.configs(family, *words)
-            if named.search(self.file("/".join(("recipe", family, *words, config))).read_text(encoding="utf-8"))  # type: ignore[union-attr]
+            if (file := self.file("/".join(("recipe", family, *words, config))))
+            and named.search(file.read_text(encoding="utf-8", errors="replace"))
         )
 
     def require(self, family: str, words: tuple[str, ...], config: str) -> str:
@@ -126,4 +130,6 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _yamls(path: Path) -> list[Path]:
-    return [p for p in path.iterdir() if p.suffix == ".yaml" and p.is_file()] if path.is_dir() else []
+    if not path.is_dir():
+        return []
+    return [p for p in path.iterdir() if p.suffix == ".yaml" and not p.name.startswith(".") and p.is_file()]

@@ -15,19 +15,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_recipes.config.catalog import Catalog
+from nemotron_recipes.config.explain import explained
 from nemotron_recipes.config.tree import flatten, merge
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Origin, Tree
@@ -81,26 +81,25 @@ def compose(
     parsed, problems = parse_overrides(overrides, catalog)
     lines = [_for_hydra(o, catalog) for o in parsed]
     _store_primary(config_path, profile[1] if profile else {})
-    with _hydra(catalog) as search:
-        try:
-            config = hydra_compose(PRIMARY, overrides=[*search, *lines])
-            loader = GlobalHydra.instance().config_loader()
-            defaults = loader.compute_defaults_list(PRIMARY, [*search, *lines], RunMode.RUN)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(*problems, _explained(error, config_path)) from None
-        except yaml.YAMLError as error:
-            raise UserError(*problems, _yaml_problem(error, config_path)) from None
+    with _hydra(catalog) as search, explained(catalog, config_path, parsed, problems):
+        config = hydra_compose(PRIMARY, overrides=[*search, *lines])
+        loader = GlobalHydra.instance().config_loader()
+        defaults = loader.compute_defaults_list(PRIMARY, [*search, *lines], RunMode.RUN)
     tree, unresolved = _plain(config, config_path, parsed)
     if unresolved:
         raise UserError(*problems, *unresolved)
-    layers = [*_file_layers(catalog, defaults.defaults, parsed, profile), *_override_layers(parsed, catalog)]
+    layers = [
+        *_removed_groups(parsed, catalog),
+        *_file_layers(catalog, defaults.defaults, parsed, profile),
+        *_override_layers(parsed, catalog),
+    ]
     return Composed(tree, tuple(layers), tuple(problems))
 
 
 def base_tree(catalog: Catalog, config_path: str) -> Tree:
     """What a config's files set: of a recipe's `default`, the base that plans are compared with. {} without one."""
     _store_primary(config_path, {})
-    with _hydra(catalog) as search:
+    with _hydra(catalog) as search, explained(catalog, config_path):
         loader = GlobalHydra.instance().config_loader()
         try:
             defaults = loader.compute_defaults_list(PRIMARY, search, RunMode.RUN)
@@ -139,7 +138,7 @@ def parse_overrides(overrides: Iterable[str], catalog: Catalog) -> tuple[list[Ov
             problems.append(Problem(f"'{key}' can't be set", "command line"))
         elif _is_group(override, catalog) and not override.is_delete() and override.value() not in catalog.groups[key]:
             fix = nearest(str(override.value()), catalog.groups[key])
-            problems.append(Problem(f"unknown {key} '{override.value()}'", "command line", fix))
+            problems.append(Problem(f"unknown {key} '{override.value()}'", f"command line {text}", fix))
         else:
             parsed.append(override)
     return parsed, problems
@@ -228,6 +227,13 @@ def _file_layers(
         yield Layer(origin, tree)  # type: ignore[arg-type]
 
 
+def _removed_groups(overrides: list[Override], catalog: Catalog) -> Iterator[Layer]:
+    """`~model` takes the group's file away, nothing that another layer sets below `model`: so it is the weakest."""
+    for override in overrides:
+        if override.is_delete() and _is_group(override, catalog):
+            yield Layer(Origin("command line", str(override.input_line)), {}, (override.key_or_group,))
+
+
 def _override_layers(overrides: list[Override], catalog: Catalog) -> Iterator[Layer]:
     for override in overrides:
         if _is_group(override, catalog):
@@ -263,18 +269,3 @@ def _mentions(tree: Any, parts: list[str]) -> bool:
             return False
         node = node[part]
     return True
-
-
-def _yaml_problem(error: yaml.YAMLError, config_path: str) -> Problem:
-    mark = getattr(error, "problem_mark", None)
-    where = f"{mark.name}, line {mark.line + 1}" if mark else config_path
-    return Problem(f"a config file is not YAML: {getattr(error, 'problem', None) or error}", where)
-
-
-def _explained(error: Exception, config_path: str) -> Problem:
-    """Hydra's or OmegaConf's message, shortened to what a user can act on."""
-    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    lines = [line.strip() for line in (str(error) or str(cause)).splitlines() if line.strip()]
-    if isinstance(cause, OmegaConfBaseException) and cause is not error:
-        lines += [line.strip() for line in str(cause).splitlines() if line.strip()][:1]
-    return Problem("; ".join(dict.fromkeys(lines[:3])) or type(cause).__name__, config_path)

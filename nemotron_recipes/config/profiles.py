@@ -40,13 +40,13 @@ class Environment:
     @property
     def output(self) -> Path:
         """Folder that holds `runs/`."""
-        return (self.base / Path(self.artifacts.get("output", DEFAULT_OUTPUT)).expanduser()).absolute()
+        return (self.base / os.path.expanduser(self.artifacts.get("output", DEFAULT_OUTPUT))).absolute()
 
     @property
     def store(self) -> Path:
         """Folder of the artifact store."""
         named = self.artifacts.get("store")
-        return (self.base / Path(named).expanduser()).absolute() if named else self.output / "store"
+        return (self.base / os.path.expanduser(named)).absolute() if named else self.output / "store"
 
     def profile(self, name: str) -> Tree:
         """A profile's fields. UserError with the nearest name when there is none."""
@@ -61,7 +61,7 @@ def find_env_file(cwd: Path, environ: Mapping[str, str] = os.environ) -> Path | 
     """$NEMOTRON_ENV, else the first env.toml upwards from `cwd`."""
     named = environ.get("NEMOTRON_ENV")
     if named:
-        path = (cwd / Path(named).expanduser()).absolute()
+        path = (cwd / os.path.expanduser(named)).absolute()
         if not path.is_file():
             raise UserError(Problem(f"$NEMOTRON_ENV names {named!r}, which is not a file", fix="unset it or mend it"))
         return path
@@ -124,7 +124,7 @@ def _extended(name: str, raw: Mapping[str, Tree], path: Path, problems: list[Pro
     while True:
         if current in chain:
             circle = " -> ".join([*chain[chain.index(current) :], current])
-            if current == name:  # said once, by the first of the circle
+            if current == name and name == min(chain):  # said once, by the first of the circle
                 problems.append(Problem(f"profiles extend each other in a circle: {circle}", str(path)))
             return None
         chain.append(current)

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.artifacts.store import Store, name_problems
 from nemotron_recipes.backends import get_backend
 from nemotron_recipes.config.catalog import Catalog
 from nemotron_recipes.config.compose import Composed, base_tree, compose
@@ -179,10 +179,8 @@ class _StagePlanner:
         if config["code"]["require_clean"] and self.code.uncommitted:
             what = f"uncommitted changes: {', '.join(self.code.uncommitted[:SHOWN])}"
             problems.append(Problem(what, "code.require_clean=true", "commit them, or set code.require_clean=false"))
-        outputs = tuple(Output(slot, name, slot) for slot, name in config["outputs"].items() if name)
-        if not outputs:
-            slot = "data" if config["kind"] == "data_prep" else "model"
-            problems.append(Problem(f"'outputs.{slot}' must name what the stage makes", fix=f"outputs.{slot}=NAME"))
+        outputs, found = _outputs(config, composed)
+        problems += found
         if problems:
             raise UserError(*problems)
 
@@ -227,6 +225,23 @@ class _StagePlanner:
         if "default" not in self.catalog.configs(self.request.family, *step.words):
             return {}
         return base_tree(self.catalog, "/".join(("recipe", self.request.family, *step.words, "default")))
+
+
+def _outputs(config: Tree, composed: Composed) -> tuple[tuple[Output, ...], list[Problem]]:
+    """What the stage makes; names that the store refuses and outputs that no such stage makes are problems."""
+    made = "data" if config["kind"] == "data_prep" else "model"
+    outputs: list[Output] = []
+    problems: list[Problem] = []
+    for slot, name in config["outputs"].items():
+        where = str(composed.origin(f"outputs.{slot}") or "")
+        if slot == made and not name:
+            problems.append(Problem(f"'outputs.{slot}' must name what the stage makes", where, f"outputs.{slot}=NAME"))
+        elif slot == made:
+            problems += [Problem(f"outputs.{slot}: {p.what}", where, p.fix) for p in name_problems(name)]
+            outputs.append(Output(slot, name, slot))
+        elif name is not None:
+            problems.append(Problem(f"this stage makes no {slot}", where, f"name its {made}: outputs.{made}=NAME"))
+    return tuple(outputs), problems
 
 
 def _changed(config: Tree, composed: Composed, base: Tree) -> dict[str, Origin]:

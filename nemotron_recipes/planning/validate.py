@@ -19,6 +19,7 @@ from nemotron_recipes.executors import get_executor
 from nemotron_recipes.spec import Tree
 
 DEFAULT_EXECUTOR = "local"
+PACKAGE_HINT = "the first line of a recipe's config must be '# @package _global_'"
 
 
 def validate(composed: Composed, config_path: str, kinds: Iterable[str] = tuple(KINDS)) -> tuple[Tree, list[Problem]]:
@@ -29,8 +30,9 @@ def validate(composed: Composed, config_path: str, kinds: Iterable[str] = tuple(
     tree = composed.tree
     kind = str(tree.get("kind"))
     if kind not in kinds:
-        stray = set(tree) - {name for model in KINDS.values() for name in model.model_fields}
-        hint = "its first line must be '# @package _global_'" if "recipe" in stray else f"set kind: {', '.join(kinds)}"
+        hint = PACKAGE_HINT if "recipe" in tree else f"set kind: {', '.join(kinds)}"
+        if kind == "pipe":
+            hint = "a pipe is no stage of a pipe, and its folder is named pipe: recipe/FAMILY/pipe/NAME.yaml"
         problem = Problem(f"config sets no valid kind ({kind})", config_path, hint)
         return {}, [*composed.problems, problem]
     model = KINDS[kind]
@@ -115,14 +117,18 @@ def _problems(
     for item in error.errors(include_url=False):
         key = prefix + ".".join(str(part) for part in item["loc"])
         where = origin(key)
+        if where.startswith("profile"):
+            key = key.removeprefix("run.")  # as env.toml has it
         kind, value = item["type"], item.get("input")
         fix = ""
         if kind == "extra_forbidden":
-            what, fix = f"unknown key '{key}'", _suggest(key, tuple(item["loc"]), model, prefix)
+            fix = _suggest(tuple(item["loc"]), model, key.removesuffix(".".join(str(part) for part in item["loc"])))
+            what = f"unknown key '{key}'"
         elif kind == "missing":
-            what, fix, where = f"'{key}' has no default and must be set", f"add '{key}=...'", ""
+            what = f"'{key}' has no default and must be set"
+            fix = f"add '{key}=...'" if not _in_list(item["loc"]) else f"add '{item['loc'][-1]}: ...' to that element"
         elif kind in ("model_type", "dict_type", "model_attributes_type"):
-            what, fix = f"'{key}' is a section, not {value!r}", "set a key below it"
+            what, fix = f"'{key}' is a section, not {value!r}", _as_section(tuple(item["loc"]), model, value)
         else:
             message = item["msg"].removeprefix("Input ").removeprefix("Value error, ")
             what = f"'{key}' {message}, not {value!r}"
@@ -130,14 +136,11 @@ def _problems(
     return found
 
 
-def _suggest(key: str, loc: tuple[Any, ...], model: type[BaseModel], prefix: str) -> str:
+def _suggest(loc: tuple[Any, ...], model: type[BaseModel], prefix: str) -> str:
     """The nearest key in the same section, else the same name in another section, else what the section has."""
-    section: type[BaseModel] | None = model
-    for part in loc[:-1]:
-        if section is None or isinstance(part, int):
-            continue
-        field = section.model_fields.get(str(part))
-        section = _section(field.annotation) if field else None
+    if loc == ("recipe",):
+        return PACKAGE_HINT
+    section = _section_at(loc[:-1], model)
     valid = list(section.model_fields) if section else []
     close = nearest(str(loc[-1]), valid)
     if close.startswith("did"):
@@ -146,7 +149,29 @@ def _suggest(key: str, loc: tuple[Any, ...], model: type[BaseModel], prefix: str
     elsewhere = [name for name in _names(model) if name.split(".")[-1] == loc[-1]]
     if elsewhere:
         return f"did you mean '{prefix}{elsewhere[0]}'?"
-    return nearest(key, _names(model)) if len(loc) == 1 else close
+    anywhere = nearest(str(loc[-1]), _names(model)) if len(loc) == 1 else ""
+    return anywhere if anywhere.startswith("did") else close
+
+
+def _as_section(loc: tuple[Any, ...], model: type[BaseModel], value: Any) -> str:
+    section = _section_at(loc, model)
+    needed = [name for name, field in section.model_fields.items() if field.is_required()] if section else []
+    return f"write {{{needed[0]}: {value}}}" if _in_list(loc) and len(needed) == 1 else "set a key below it"
+
+
+def _in_list(loc: Iterable[Any]) -> bool:
+    return any(isinstance(part, int) for part in loc)
+
+
+def _section_at(loc: tuple[Any, ...], model: type[BaseModel]) -> type[BaseModel] | None:
+    """The model of the section at a path; numbers stand for elements of a list."""
+    section: type[BaseModel] | None = model
+    for part in loc:
+        if section is None or isinstance(part, int):
+            continue
+        field = section.model_fields.get(str(part))
+        section = _section(field.annotation) if field else None
+    return section
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -46,14 +46,18 @@ def problems_of(*overrides: str, path: str = SFT, profile: tuple[str, dict] | No
         ("backend.native.max_step=1", "unknown key 'backend.native.max_step' of trl", "did you mean"),
         ("backend.native.learning_rate=1", "'backend.native.learning_rate' and 'optimizer.lr' are one thing", "set"),
         ("run.nproc_per_nod=2", "unknown key 'run.nproc_per_nod'", "did you mean 'run.nproc_per_node'?"),
-        ("run.executor=slrm", "unknown executor 'slrm'", "valid: local"),
+        ("run.executor=slrm", "unknown executor 'slrm'", "did you mean 'slurm'?"),
         ("run.executor=local", "the executor is chosen by a profile", "use --run or --batch PROFILE"),
         ("x=${nope}", "'x' = '${nope}' can't be resolved: Interpolation key 'nope' not found", ""),
         ("train.seed=1,2", "override 'train.seed=1,2' sweeps over several values", "[a,b]"),
         ("tiny", "can't read override 'tiny'", "a config is chosen with -c NAME"),
         ("model.path=a$(b)", "can't read override 'model.path=a$(b)'", "quote"),
         ("hydra.run.dir=/x", "'hydra.run.dir' can't be set", ""),
-        ("~train.nope", "Could not delete from config. 'train.nope' does not exist.", ""),
+        ("~train.nope", "there is no 'train.nope' to remove", ""),
+        ("~model", "'model' has no default and must be set", ""),
+        ("~optimizer.lr", "'optimizer.lr' has no default and must be set", ""),
+        ("+model=nano3", "'model' is chosen twice", "model=CHOICE"),
+        ("+a.b=1", "unknown key 'a'", "valid: backend, checkpoint"),
         ("model.path=\udcff", "override 'model.path=\\udcff' is not valid UTF-8", ""),
     ],
 )
@@ -70,7 +74,68 @@ def test_all_problems_come_at_once() -> None:
 
 def test_a_mistake_in_a_profile_names_the_profile() -> None:
     found = problems_of(profile=("DESK", {"executor": "local", "nproc_per_nod": 2}))
-    assert [(p.what, p.where) for p in found] == [("unknown key 'run.nproc_per_nod'", "profile DESK")]
+    assert [(p.what, p.where) for p in found] == [("unknown key 'nproc_per_nod'", "profile DESK")]
+    assert found[0].fix == "did you mean 'nproc_per_node'?", "as env.toml has it"
+
+
+ROWS = "recipe/nano3/data/prep/sft/tiny"
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "fix"),
+    [
+        ("data.sources=[{pth: x}]", "unknown key 'data.sources.0.pth'", "did you mean 'data.sources.0.path'?"),
+        ("data.sources=[{pth: x}]", "'data.sources.0.path' has no default", "add 'path: ...' to that element"),
+        ("data.sources=[my.jsonl]", "'data.sources.0' is a section, not 'my.jsonl'", "write {path: my.jsonl}"),
+        ("data.sources=[{path: x, rows: '3'}]", "'data.sources.0.rows' should be a valid integer, not '3'", ""),
+        ("model=tiny", "this config chooses no 'model'", "+model=CHOICE"),
+    ],
+)
+def test_a_mistake_inside_a_list_or_a_missing_group(override: str, what: str, fix: str) -> None:
+    found = [p for p in problems_of(override, path=ROWS) if p.what.startswith(what)]
+    assert [(p.where, p.fix) for p in found if fix in p.fix] == [(f"command line {override}", found[0].fix)]
+
+
+HEAD = b"# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        (HEAD + b"defaults: [mine, _self_]\n", "configs include each other in a circle", "defaults"),
+        (HEAD + b"defaults: [defalt, _self_]\n", "no config 'recipe/nano3/sft/defalt'", "did you mean 'default'?"),
+        (HEAD + b"defaults: [default, override /model: tinny, _self_]\n", "no config 'model/tinny'", "'tiny'"),
+        (HEAD + b"defaults: [default, _self_]\ntrain: {\n", "a config file is not YAML", "mine.yaml, line"),
+        (HEAD + b"train: {seed: 1}\ntrain: {seed: 2}\n", "a config file is not YAML: found duplicate key", "line 3"),
+        (HEAD + b"# \xff\n", "a config file is not UTF-8", "mine.yaml"),
+        (HEAD + b"- a\n", "a config holds a list", "write keys and values"),
+        (b"defaults: [default, _self_]\ntrain: {seed: 1}\n", "unknown key 'recipe'", "# @package _global_"),
+        (b"", "config sets no valid kind", "# @package _global_"),
+        (HEAD + b"defaults: [default, _self_]\nx: ${oc.env:NOT_SET_ANYWHERE}\n", "'x' = ", ""),
+    ],
+)
+def test_a_broken_config_of_the_user_is_one_clear_problem(tmp_path: Path, text: bytes, what: str, hint: str) -> None:
+    file = tmp_path / "recipe/nano3/sft/mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(text)
+    catalog, path = Catalog((tmp_path, package_root())), "recipe/nano3/sft/mine"
+    try:
+        found = validate(compose(catalog, path), path)[1]
+    except UserError as error:
+        found = list(error.problems)
+    (problem,) = found
+    assert problem.what.startswith(what)
+    assert hint in str(problem)
+    assert "recipe/nano3/sft" in problem.where
+
+
+def test_a_broken_config_disturbs_only_those_that_use_it(tmp_path: Path) -> None:
+    for name, text in (("latin", b"# \xff"), ("bad", b"a: {")):
+        (tmp_path / "recipe/nano3/sft").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"recipe/nano3/sft/{name}.yaml").write_bytes(text)
+    catalog = Catalog((tmp_path, package_root()))
+    assert compose(catalog, SFT).tree["method"] == "sft"
+    assert "nemotron nano3 sft -c tiny" in catalog.makers("nano3-tiny-sft")
 
 
 def test_missing_values_are_all_named() -> None:
@@ -231,6 +296,21 @@ def test_a_broken_env_toml_is_a_clear_error(tmp_path: Path, text: str, messages:
     for message in messages:
         assert message in str(caught.value)
     assert str(tmp_path / "env.toml") in str(caught.value)
+
+
+def test_a_circle_of_profiles_is_told_once(tmp_path: Path) -> None:
+    links = {"b": "c", "c": "a", "a": "b", "d": "a"}
+    (tmp_path / "env.toml").write_text("".join(f'[{name}]\nextends = "{other}"\n' for name, other in links.items()))
+    with pytest.raises(UserError) as caught:
+        read_environment(tmp_path, {})
+    assert [p.what for p in caught.value.problems] == ["profiles extend each other in a circle: a -> b -> c -> a"]
+
+
+def test_an_unknown_home_is_text_as_in_a_shell(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="which is not a file"):
+        read_environment(tmp_path, {"NEMOTRON_ENV": "~no-such-user-here/env.toml"})
+    (tmp_path / "env.toml").write_text('[artifacts]\noutput = "~no-such-user-here/out"\n')
+    assert read_environment(tmp_path, {}).output == tmp_path / "~no-such-user-here/out"
 
 
 def test_unknown_profile_and_missing_file(tmp_path: Path) -> None:

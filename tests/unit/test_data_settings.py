@@ -110,14 +110,10 @@ def test_the_backend_refuses_the_same_while_planning(method: str, data: dict[str
         raise UserError(*problems)
 
 
-def test_the_backend_wants_one_process_and_a_name() -> None:
+def test_the_backend_wants_one_process() -> None:
     backend = get_backend("data_prep")
     assert backend.check(config("sft"), 1) == []
-    unnamed = {**config("sft"), "outputs": {"data": None, "model": None}}
-    assert [problem.what for problem in backend.check(unnamed, 2)] == [
-        "data prep is one process, not 2",
-        "outputs.data: the prepared data need a name",
-    ]
+    assert [problem.what for problem in backend.check(config("sft"), 2)] == ["data prep is one process, not 2"]
 
 
 def launch(tmp_path: Path, method: str, inputs: dict[str, Artifact], **data: Any) -> Path:

@@ -144,6 +144,23 @@ def test_a_missing_artifact_names_the_command_that_makes_it(tmp_path: Path) -> N
     assert "make it first: nemotron nano3 data prep sft -c tiny" in problems_of(tmp_path, "sft")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("outputs.data='a b'", "'a b' can't be an artifact name"),
+        ("outputs.data='../x'", "'../x' can't be an artifact name"),
+        ("outputs.data=null", "'outputs.data' must name what the stage makes"),
+        ("outputs.model=x", "this stage makes no model"),
+    ],
+)
+def test_outputs_that_no_stage_could_register_are_refused_before_anything_runs(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    told = problems_of(tmp_path, "data", "prep", "sft", overrides=(override,))
+    assert told.startswith(("outputs.data: " if "artifact name" in message else "") + message)
+    assert f"from: command line {override}" in told
+
+
 def test_overrides_of_a_pipe_reach_their_stage(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path, "pipe", overrides=("sft.train.train_iters=7", "run.nproc_per_node=1", "~rl.optimizer.weight_decay")
