@@ -31,8 +31,15 @@ test-long: ## the tests marked long as well
 	@$(SETUP) --extra test
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
 
-test-system: ## the system packages that tests need (none so far)
-	@echo "make test-system: no system package is needed beyond python3 with venv, and make."
+SYSTEM_PACKAGES = slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core
+test-system: ## the Debian packages that the tests on a real Slurm need (as root, by apt-get)
+	@missing=$$(for package in $(SYSTEM_PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || echo $$package; done); \
+	if [ -z "$$missing" ]; then echo "make test-system: all there"; exit 0; fi; \
+	command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || { \
+		echo "error: not installed:" $$missing >&2; \
+		echo "    fix:  run it as root on Debian or Ubuntu, or install them your way" >&2; exit 2; }; \
+	apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
 
 lint: ## ruff, the import rules, the type checker
 	@$(SETUP) --extra test

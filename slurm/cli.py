@@ -48,6 +48,7 @@ def _up(arguments: argparse.Namespace, folder: Path) -> None:
         gpus=arguments.gpus_per_node,
         accounting=not arguments.no_accounting,
         accounts=tuple(arguments.account),
+        namespaces=not arguments.no_namespaces,
         settings=dict(arguments.set),
     )
     began = time.monotonic()
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--gpus-per-node", type=_whole(0, 64), default=0, help="that Slurm allots; none exists (default 0)")
     up.add_argument("--no-accounting", action="store_true", help="no slurmdbd and no database: sacct fails")
     up.add_argument("--account", action="append", default=[], help="make this account and refuse others; repeatable")
+    up.add_argument("--no-namespaces", action="store_true", help="nodes share this machine's host name and address")
     up.add_argument("--set", action="append", default=[], type=_setting, metavar="KEY=VALUE", help="in slurm.conf")
     up.add_argument("--while", dest="while_pid", type=int, metavar="PID", help="down by itself when that process ends")
     command("down", _down, "end every process of the cluster and delete its folder")

@@ -43,6 +43,7 @@ def plan(
     gpus: int = 0,
     accounting: bool = True,
     accounts: tuple[str, ...] = (),
+    namespaces: bool = True,
     settings: dict[str, str] | None = None,
 ) -> Spec:
     """A cluster that can be made here; UserError with every reason why not. Writes nothing."""
@@ -68,7 +69,7 @@ def plan(
         gpus=gpus,
         accounting=accounting,
         accounts=accounts,
-        isolated=True,
+        isolated=namespaces,
         subnet=f"127.{random.randint(1, 254)}.{random.randint(1, 254)}",
         ports=free_ports(nodes + 2),
         settings=settings or {},
@@ -175,7 +176,7 @@ def _claim(spec: Spec) -> None:
 def _write(spec: Spec) -> Spec:
     files = spec.files
     files.hosts.write_text(conf.hosts(spec))
-    if refused := isolation.refusal(files.hosts):
+    if spec.isolated and (refused := isolation.refusal(files.hosts)):
         spec = replace(spec, isolated=False)
         print(f"note: nodes share this machine's host name: namespaces are refused here ({refused})", file=sys.stderr)
     files.slurm_conf.write_text(conf.slurm_conf(spec))

@@ -20,8 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[slurm.Cluster]:
     """A real Slurm: four nodes of two GPUs, accounting, the one account `lab`. It is for all tests: leave it idle."""
-    if reason := slurm.unavailable():
-        pytest.skip(f"no Slurm here: {reason}: `make test-system` as root installs it")
+    slurm.require()
     with slurm.cluster("--nodes=4", "--gpus-per-node=2", "--account=lab") as found:
         yield found
 

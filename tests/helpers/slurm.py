@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from slurm.services import SEARCH, missing_packages
 
 PROGRAM = Path(__file__).parents[2] / "slurm" / "testcluster"
@@ -66,9 +68,10 @@ class Cluster:
         return wait_for(ended, f"sacct to know the end of job {job_id}", seconds)
 
 
-def unavailable() -> str:
-    """Why there can be no cluster here; "" when there can."""
-    return "; ".join(problem.what for problem in missing_packages(accounting=True))
+def require() -> None:
+    """Skip the test where there can be no cluster."""
+    for problem in missing_packages(accounting=True):
+        pytest.skip(f"no Slurm here: {problem.what}; {problem.fix}")
 
 
 @contextlib.contextmanager
