@@ -175,12 +175,12 @@ def _claim(spec: Spec) -> None:
 
 def _write(spec: Spec) -> Spec:
     files = spec.files
-    files.hosts.write_text(conf.hosts(spec))
+    _write_shared(files.hosts, conf.hosts(spec))
     if spec.isolated and (refused := isolation.refusal(files.hosts)):
         spec = replace(spec, isolated=False)
         print(f"note: nodes share this machine's host name: namespaces are refused here ({refused})", file=sys.stderr)
-    files.slurm_conf.write_text(conf.slurm_conf(spec))
-    files.gres_conf.write_text(conf.gres_conf(spec))
+    _write_shared(files.slurm_conf, conf.slurm_conf(spec))
+    _write_shared(files.gres_conf, conf.gres_conf(spec))
     if spec.accounting:
         files.slurmdbd_conf.touch(mode=0o600)  # slurmdbd refuses one that others can read
         files.slurmdbd_conf.write_text(conf.slurmdbd_conf(spec))
@@ -190,6 +190,11 @@ def _write(spec: Spec) -> Spec:
         (files.devices / f"gpu{number}").symlink_to("/dev/null")
     spec.save()
     return spec
+
+
+def _write_shared(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o644)  # whatever the umask: other users' jobs read it
 
 
 def _start_keeper(spec: Spec, while_pid: int | None) -> None:
@@ -251,8 +256,16 @@ def _ready(spec: Spec, name: str) -> Callable[[], bool]:
     if name == "slurmdbd":
         return lambda: clients.accepts(spec.ports[conf.SLURMDBD_PORT])
     if name == "slurmctld":
-        return lambda: clients.run(spec, "scontrol", "ping").returncode == 0
+        return lambda: _controls(spec)
     return lambda: clients.node_states(spec).get(name, "") in ("idle", "mixed", "allocated", "completing")
+
+
+def _controls(spec: Spec) -> bool:
+    """Whether slurmctld answers and, after its restart, has heard from every node that lives."""
+    if clients.run(spec, "scontrol", "ping").returncode:
+        return False
+    rows, states = _ask(spec, "list"), clients.node_states(spec)
+    return all(states.get(name, "unknown") != "unknown" for name in spec.node_names if rows[name]["pid"])
 
 
 def _wait(spec: Spec, name: str, ready: Callable[[], bool]) -> None:

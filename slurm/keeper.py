@@ -98,7 +98,7 @@ class Keeper:
         self._reap()
         return {}
 
-    def list(self) -> dict[str, Any]:
+    def rows(self) -> dict[str, Any]:
         """Per service the daemon's pid (0: none runs), the last one's exit code, how many processes there are."""
         return {
             name: {
@@ -136,7 +136,7 @@ class Keeper:
                 if name not in self.services:
                     return {"error": f"no daemon is called {name!r}; there are {', '.join(self.services)}"}
                 return self.start(name) if do == "start" else self.kill(name)
-            return {"list": self.list, "down": self.down}[do]()
+            return {"list": self.rows, "down": self.down}[do]()
         except (ValueError, KeyError, TypeError) as error:
             return {"error": f"not a request: {line!r} ({error!r})"}
         except OSError as error:
