@@ -16,9 +16,7 @@ from nemotron_recipes.executors import nemo_adapter
 
 # On bare metal NeMo-Run replaces this text anywhere in the finished script, in the user's own paths as well.
 _RUNDIR = "/nemo_run"
-_MASK = "/\x01nemo\x01run"
-
-CODE = "code"  # the folder below a job's, in which NeMo-Run starts the tasks
+_MASK = "/@nemo@run@"  # nothing in it makes shlex quote
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class BatchJob:
     """One sbatch script. Texts may hold anything but line breaks, unless the field says otherwise."""
 
     name: str
-    folder: str  # absolute; tasks start in its CODE folder
+    folder: str  # absolute; NeMo-Run starts tasks in its folder `code`
     output: str  # log of the batch script, as `--output` wants it (%j is the job's id)
     srun_output: str
     fields: dict[str, Any]  # of SlurmExecutor: nodes, time, ...; what is missing has no line

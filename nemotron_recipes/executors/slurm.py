@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
-from nemotron_recipes.executors import Liveness, checks, slurm_control, slurm_files, slurm_outcome
+from nemotron_recipes.executors import Liveness, checks, slurm_control, slurm_files, slurm_outcome, slurm_script
+from nemotron_recipes.executors.slurm_files import CODE, SNAPSHOT
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradictions
 from nemotron_recipes.executors.verdict import is_done
 from nemotron_recipes.fsio import write_atomic
@@ -30,8 +31,6 @@ class SlurmExecutor:
 
     def check(self, stage: StagePlan) -> list[Problem]:
         """Secrets, reserved names, text that can't travel, and settings that contradict each other."""
-        from nemotron_recipes.executors import slurm_script
-
         problems = [*checks.secret_problems(stage), *checks.env_problems(stage, slurm_script.RESERVED_ENV)]
         problems += checks.text_problems(stage, slurm_script.worker_argv(stage))
         for key, what, fix in contradictions(slurm_script.profile_of(stage)):
@@ -46,8 +45,6 @@ class SlurmExecutor:
 
     def render(self, plan: Plan) -> Rendered:
         """Per stage the sbatch script and what it reads; then the submitting commands. Needs no Slurm here."""
-        from nemotron_recipes.executors import slurm_script
-
         run = [stage for stage in plan.stages if stage.reused is None]
         stages = tuple(slurm_script.rendered_stage(plan, stage, first=stage is run[0]) for stage in run)
         return Rendered(stages, slurm_script.submit_commands(run))
@@ -65,13 +62,15 @@ class SlurmExecutor:
             write_atomic(slurm_files.secrets(run), to_json(values), mode=0o600)
         environ = slurm_control.submitting_environment(os.environ, values)
         attempts = {name: StageDir(run.stage(name).path).last_attempt() + 1 for name in stages}
-        write_atomic(slurm_files.submission(run), to_json({"attempts": attempts}).replace("\n", " ") + "\n")
+        slurm_files.write_attempts(run, attempts)
         append_event(run.events, "submitting", attempts=attempts)
+        names = {stage.name: slurm_script.job_name(plan, stage) for stage in plan.stages if stage.name in stages}
         jobs: dict[str, str] = {}
+        handle = JobHandle(self.name, plan.id, plan.run_dir, {"jobs": jobs, "names": names})
+        write_atomic(run.handle, to_json(handle))
         try:
             for name, command in stages.items():
-                for folder in ("logs", "code"):
-                    (run.stage(name).path / folder).mkdir(parents=True, exist_ok=True)
+                _make_folders(run, run.stage(name))
                 argv = _resolved(command, jobs)
                 try:
                     jobs[name] = slurm_control.sbatch(argv, plan.run_dir, environ)
@@ -79,10 +78,10 @@ class SlurmExecutor:
                     raise slurm_control.missing(error) from None
                 except slurm_control.Refused as error:
                     raise UserError(_refusal(plan, name, str(error))) from None
-                handle = self._handle(plan, jobs)
                 write_atomic(run.handle, to_json(handle))
+                _refuse_for_ever(plan, name, jobs[name])
         except BaseException:  # Ctrl-C, too
-            self._withdraw(plan, run, jobs)
+            self._withdraw(run, handle)
             raise
         for name, job in jobs.items():
             append_event(run.events, "job-accepted", stage=name, attempt=attempts[name], job=job)
@@ -126,7 +125,7 @@ class SlurmExecutor:
     def cancel(self, handle: JobHandle) -> None:
         """scancel every job, wait until they are gone, then record it; of a run that has ended nothing changes."""
         run = RunDir(Path(handle.run_dir))
-        jobs = handle.native["jobs"]
+        jobs = _jobs(handle)
         deadline = time.monotonic() + _STOP_SECONDS
         try:
             slurm_control.scancel(job for job, state in self._known(jobs.values()).items() if state.active)
@@ -154,16 +153,11 @@ class SlurmExecutor:
                 left[stage.name] = command
         return left
 
-    def _handle(self, plan: Plan, jobs: dict[str, str]) -> JobHandle:
-        return JobHandle(self.name, plan.id, plan.run_dir, {"jobs": dict(jobs)})
-
-    def _withdraw(self, plan: Plan, run: RunDir, jobs: dict[str, str]) -> None:
+    def _withdraw(self, run: RunDir, handle: JobHandle) -> None:
         """No job of a submission that failed stays, not even one whose acceptance sbatch could not tell any more."""
-        from nemotron_recipes.executors import slurm_script
-
-        known = [*jobs.values()]
-        for stage in plan.stages:
-            known += slurm_control.jobs_named(slurm_script.job_name(plan, stage))
+        known = [*handle.native["jobs"].values()]
+        for name in handle.native["names"].values():
+            known += slurm_control.jobs_named(name)
         try:
             slurm_control.scancel(dict.fromkeys(known))
         except (slurm_control.Refused, slurm_control.Unreachable) as error:
@@ -174,8 +168,9 @@ class SlurmExecutor:
 
     def _states(self, handle: JobHandle) -> dict[str, slurm_control.JobState]:
         """Stage -> state of its job, in order, for those that Slurm knows."""
-        known = self._known(handle.native["jobs"].values())
-        return {stage: known[job] for stage, job in handle.native["jobs"].items() if job in known}
+        jobs = _jobs(handle)
+        known = self._known(jobs.values())
+        return {stage: known[job] for stage, job in jobs.items() if job in known}
 
     def _known(self, jobs: Any) -> dict[str, slurm_control.JobState]:
         found = {job: slurm_control.job_state(job) for job in jobs}
@@ -188,6 +183,27 @@ class SlurmExecutor:
         return slurm_outcome.missing_events(run, dict(states), prints)
 
 
+def _jobs(handle: JobHandle) -> dict[str, str]:
+    """Stage -> job. One that was accepted while its submitter died is in no handle, but has its name."""
+    jobs = dict(handle.native["jobs"])
+    for stage, name in handle.native["names"].items():
+        if stage not in jobs:
+            found = slurm_control.jobs_named(name)
+            if found:
+                jobs[stage] = found[0]
+    return jobs
+
+
+def _make_folders(run: RunDir, stage: StageDir) -> None:
+    """Where Slurm writes, which it does not make itself; and where NeMo-Run starts tasks: in the run's own sources."""
+    (stage.path / "logs").mkdir(parents=True, exist_ok=True)
+    code = stage.path / CODE
+    if (run.path / SNAPSHOT).is_dir() and not code.is_symlink():
+        code.symlink_to(run.path / SNAPSHOT)
+    elif not code.exists():
+        code.mkdir()
+
+
 def _secret_values(plan: Plan) -> dict[str, str]:
     """Declared secrets, and variables that are taken for secrets by their names: neither goes through sbatch."""
     declared = {name for stage in plan.stages for name in stage.placement.secrets}
@@ -196,17 +212,26 @@ def _secret_values(plan: Plan) -> dict[str, str]:
 
 def _resolved(command: tuple[str, ...], jobs: Mapping[str, str]) -> list[str]:
     """The command with the ids of earlier jobs; without a dependency on a stage that needs no job any more."""
-    from nemotron_recipes.executors.slurm_script import DEPENDENCY, job_symbol
-
     argv = []
     for word in command:
-        if word.startswith(DEPENDENCY):
-            known = [job for stage, job in jobs.items() if word == DEPENDENCY + job_symbol(stage)]
-            if not known:
+        if word.startswith(slurm_script.DEPENDENCY):
+            found = [job for stage, job in jobs.items() if word.endswith(slurm_script.job_symbol(stage))]
+            if not found:
                 continue
-            word = DEPENDENCY + known[0]
+            word = slurm_script.DEPENDENCY + found[0]
         argv.append(word)
     return argv
+
+
+def _refuse_for_ever(plan: Plan, name: str, job: str) -> None:
+    """UserError for a job that sbatch took although the partition can't ever start it (EnforcePartLimits=NO)."""
+    try:
+        state = slurm_control.job_state(job)
+    except slurm_control.Unreachable:
+        return  # it was accepted; whatever becomes of it is seen later
+    if state is not None and state.impossible:
+        words = f"Requested time or node configuration is more than the partition allows ({state.reason})"
+        raise UserError(_refusal(plan, name, words))
 
 
 def _refusal(plan: Plan, name: str, words: str) -> Problem:
@@ -222,4 +247,4 @@ def _refusal(plan: Plan, name: str, words: str) -> Problem:
         fix = 'name the flag under remove = ["FLAG"] in the profile: this Slurm does not know it'
     elif "node configuration" in lower:
         fix = "ask for what the partition's nodes have: nodes, gpus_per_node, cpus_per_task, mem"
-    return Problem(f"sbatch refused stage {name}: {said}", checks.where(stage), fix)
+    return Problem(f"Slurm refuses stage {name}: {said}", checks.where(stage), fix)

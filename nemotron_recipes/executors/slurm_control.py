@@ -43,6 +43,15 @@ class JobState:
         return self.state in _ACTIVE and self.reason != "DependencyNeverSatisfied"
 
     @property
+    def impossible(self) -> bool:
+        """Whether it asks for more than its partition has, and would wait until somebody changes one of them."""
+        return self.state == "PENDING" and self.reason in (
+            "PartitionConfig",
+            "PartitionTimeLimit",
+            "PartitionNodeLimit",
+        )
+
+    @property
     def waiting(self) -> bool:
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 

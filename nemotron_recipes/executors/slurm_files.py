@@ -12,15 +12,17 @@ secrets.json                                   mode 0600; gone once the run has 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import RunDir, StageDir, read_json
-from nemotron_recipes.spec import Tree
 
 LAUNCH = "launch.json"
 SCRIPT = "sbatch.sh"
+CODE = "code"  # below a stage: where NeMo-Run starts tasks; a link to the run's SNAPSHOT
+SNAPSHOT = "code"  # below the run: the sources that travel with it
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def first_failure(reports: list[NodeReport]) -> NodeReport | None:
     return min(failed, key=lambda report: report.time, default=None)
 
 
-def attempts(run: RunDir) -> Tree:
+def write_attempts(run: RunDir, attempts: Mapping[str, int]) -> None:
+    """What is about to be submitted: the stages in order, each with its attempt."""
+    write_atomic(submission(run), json.dumps({"stages": [*attempts.items()]}) + "\n")
+
+
+def attempts(run: RunDir) -> dict[str, int]:
     """Stage -> attempt of the newest submission, in the order of the stages."""
-    return (read_json(submission(run)) or {}).get("attempts", {})
+    return dict((read_json(submission(run)) or {}).get("stages", []))

@@ -1,0 +1,201 @@
+"""What a Slurm profile becomes: whole scripts as golden files, and what is refused. No Slurm is needed here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm_launch import FIRST_PORT, PORTS, port_of
+from nemotron_recipes.executors.slurm_profile import SlurmProfile
+from nemotron_recipes.spec import Placement, Plan, Rendered, Request
+from tests.helpers.plans import plan_of, probe_stage
+
+EXECUTOR = SlurmExecutor()
+GOLDEN = Path(__file__).parents[1] / "golden"
+RUN_DIR = Path("/lustre/me/runs/nano3-sft-default-1d1d1d1d")
+
+# As it is published; it must work as it stands.
+PUBLISHED = {
+    "executor": "slurm",
+    "account": "YOUR-ACCOUNT",
+    "partition": "batch",
+    "nodes": 2,
+    "ntasks_per_node": 8,
+    "gpus_per_node": 8,
+    "mounts": ["/lustre:/lustre"],
+}
+BARE_METAL = {
+    "account": "lab",
+    "run_partition": "interactive",
+    "batch_partition": "long",
+    "time": "04:00:00",
+    "nodes": 4,
+    "nproc_per_node": 8,
+    "gres": "gpu:h100:8",
+    "mem": "0",
+    "exclusive": True,
+    "constraint": "h100&nvlink",
+    "signal": "TERM@300",
+    "cpus_per_task": 96,
+    "dependency": "afterany:1234",
+    "additional_parameters": {"reservation": "maintenance week", "hold": True, "nice": 100},
+    "srun_args": ["--mpi=pmix", "--cpu-bind=none"],
+    "remove": ["kill-on-bad-exit", "kill_on_invalid_dep"],
+    "setup": ["module load cuda/12.8", 'source "$HOME/venv/bin/activate"'],
+    "env": {"NCCL_DEBUG": "INFO", "GREETING": "it's $(whoami)\nand more"},
+    "secrets": ["WANDB_API_KEY"],
+    "container": False,
+    "container_image": "not-used",
+    "python": "/opt/venv/bin/python",
+}
+CONTAINER = {
+    "account": "lab",
+    "nodes": 2,
+    "nproc_per_node": 4,
+    "gpus_per_node": 4,
+    "segment": 2,
+    "container_image": "/lustre/images/it's nemo.sqsh",
+    "mounts": ["/lustre:/lustre:ro", "/a b:/c d"],
+    "container_env": ["HF_HOME"],
+}
+
+
+def placement_of(**fields: Any) -> Placement:
+    options = SlurmProfile(**fields).model_dump()
+    names = tuple(options.pop("secrets"))
+    return Placement("slurm", "site", options.pop("nodes"), options.pop("nproc_per_node"), options, names)
+
+
+def pipe_of(fields: dict[str, Any], mode: str = "batch") -> Plan:
+    """A stage of one process, then one that trains, as planning places them."""
+    training = placement_of(**fields)
+    first = probe_stage("data-prep-sft", placement=replace(training, nodes=1, nproc_per_node=1))
+    second = probe_stage("sft", ("--config", "it's"), placement=training, launcher="torchrun")
+    plan = plan_of(RUN_DIR, first, second)
+    return replace(plan, id=RUN_DIR.name, request=Request("nano3", ("pipe",), mode=mode))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("published", PUBLISHED), ("bare-metal", BARE_METAL), ("container", CONTAINER)]
+)
+def test_golden_script(
+    name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-value")
+    plan = pipe_of(fields)
+    assert [problem for stage in plan.stages for problem in EXECUTOR.check(stage)] == []
+    rendered = EXECUTOR.render(plan)
+    assert EXECUTOR.render(plan) == rendered
+    text = as_text(rendered)
+    assert "s3cr3t" not in text
+    file = GOLDEN / f"slurm-{name}.txt"
+    if pytestconfig.getoption("--update-golden"):
+        file.write_text(text)
+    assert file.exists(), f"{file} is missing: make it with pytest --update-golden"
+    assert text == file.read_text(), "the job changed; if that is meant: pytest --update-golden, and read the diff"
+
+
+def test_a_followed_run_goes_to_its_own_partition() -> None:
+    for mode, partition in (("run", "interactive"), ("batch", "long")):
+        assert f"#SBATCH --partition={partition}\n" in script_of(pipe_of(BARE_METAL, mode))
+    assert "--partition" not in script_of(pipe_of({"account": "lab"}))
+
+
+def test_what_is_not_set_has_no_line() -> None:
+    lines = [line for line in script_of(pipe_of({})).splitlines() if line.startswith("#SBATCH")]
+    assert [line.partition("=")[0].removeprefix("#SBATCH --") for line in lines] == [
+        "job-name",
+        "nodes",
+        "ntasks-per-node",
+        "output",
+    ]
+
+
+def test_paths_that_nemo_run_would_rewrite_stay() -> None:
+    plan = pipe_of({"setup": ["cd /nemo_run/code && ls '/a/nemo_run'"], "python": "/nemo_run/bin/python"})
+    assert "cd /nemo_run/code && ls '/a/nemo_run'\n" in script_of(plan)
+    assert " /nemo_run/bin/python -m nemotron_recipes.executors.slurm_launch " in script_of(plan)
+
+
+def test_a_setup_line_is_not_traced_and_must_succeed() -> None:
+    lines = script_of(pipe_of({"setup": ["module load x"]})).splitlines()
+    place = lines.index("module load x")
+    assert lines[place - 2 : place + 2] == ["set +vx", "set -e", "module load x", "set +e"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"nproc_per_node": 4, "ntasks_per_node": 8},
+        {"mounts": ["/a:/a"], "container_mounts": ["/b:/b"]},
+        {"ntasks_per_node": "8"},
+        {"nodes": 0},
+        {"gpus": 8},
+        {"time": 10},
+        {"env": {"A": 1}},
+    ],
+)
+def test_a_profile_is_closed_and_strict(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SlurmProfile(**fields)
+
+
+def test_two_names_of_one_field() -> None:
+    assert SlurmProfile(ntasks_per_node=8) == SlurmProfile(nproc_per_node=8)
+    assert SlurmProfile(ntasks_per_node=8, nproc_per_node=8).nproc_per_node == 8
+    assert SlurmProfile(setup_lines="a\nb").setup == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"additional_parameters": {"time": "10"}}, "field of its own"),
+        ({"additional_parameters": {"ntasks_per_node": 8}}, "decided by the executor"),
+        ({"additional_parameters": {"array": "0-3"}}, "decided by the executor"),
+        ({"additional_parameters": {"--hold": True}}, "no flag"),
+        ({"comment": "a\nb"}, "no #SBATCH line"),
+        ({"srun_args": ["a\nb"]}, "line break"),
+        ({"container": True}, "no image"),
+        ({"env": {"PET_MASTER_ADDR": "x"}}, "set by the executor"),
+        ({"secrets": ["NO_SUCH_TOKEN"]}, "not set"),
+    ],
+)
+def test_check_refuses(fields: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
+    (problem,) = EXECUTOR.check(replace(probe_stage("sft", placement=placement_of(**fields)), directory="/run/sft"))
+    assert told in problem.what
+    assert problem.where
+    assert problem.fix
+
+
+def test_one_process_on_two_nodes_is_refused() -> None:
+    (problem,) = EXECUTOR.check(replace(probe_stage("sft", placement=placement_of(nodes=2)), directory="/run/sft"))
+    assert "2 nodes" in problem.what
+
+
+def test_jobs_side_by_side_meet_on_ports_of_their_own() -> None:
+    ports = {port_of({"SLURM_JOB_ID": str(job)}) for job in range(1000, 1000 + PORTS)}
+    assert len(ports) == PORTS
+    assert min(ports) == FIRST_PORT
+    assert max(ports) < 65536
+
+
+def script_of(plan: Plan) -> str:
+    files = EXECUTOR.render(plan).stages[-1].files
+    return next(text for path, text in files.items() if path.endswith("/sbatch.sh"))
+
+
+def as_text(rendered: Rendered) -> str:
+    lines = []
+    for stage in rendered.stages:
+        for path, text in stage.files.items():
+            if not path.endswith("probe.json"):
+                lines += [f"==> {path}", text]
+    lines += ["==> submitted with", *(" ".join(command) for command in rendered.submit), ""]
+    return "\n".join(lines).replace(sys.executable, "python")
