@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemotron_recipes.artifacts.records import RunView, list_runs, load_run
 from nemotron_recipes.config.catalog import Catalog, config_roots
@@ -19,7 +18,7 @@ from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import Liveness, get_executor
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import RunDir, append_event
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, Request, StagePlan, Tree, to_json
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, Request, Tree, to_json
 
 POLL_SECONDS = 0.2
 
@@ -63,6 +62,10 @@ def submit(prepared: Prepared) -> JobHandle:
     _refuse_rerun(run)
     try:
         _write_run(run, prepared)
+    except KeyboardInterrupt:
+        if run.plan.exists():
+            append_event(run.events, "cancelled", stage=None, attempt=None)
+        raise
     except OSError as error:
         problem = Problem(f"the run folder {run.path} can't be written: {error.strerror}", fix="see [artifacts] output")
         raise UserError(problem) from None
@@ -95,11 +98,12 @@ def load_plan(path: Path) -> Plan:
 
 def reprepare(saved: Plan) -> Prepared:
     """Check that a saved plan still holds, and render it. UserError names everything that has moved since."""
-    now = prepare(saved.request).plan
-    moved = _moved(saved, now)
-    if moved:
+    from nemotron_recipes.planning.moved import moved
+
+    found = moved(saved, prepare(saved.request).plan)
+    if found:
         fix = "look at what changed, then make the plan again with --plan-out"
-        raise UserError(*(Problem(f"the plan no longer holds: {what}", fix=fix) for what in moved))
+        raise UserError(*(Problem(f"the plan no longer holds: {what}", fix=fix) for what in found))
     return Prepared(saved, get_executor(saved.stages[0].placement.executor).render(saved))
 
 
@@ -174,45 +178,6 @@ def _write_run(run: RunDir, prepared: Prepared) -> None:
         Path(stage.cwd).mkdir(parents=True, exist_ok=True)
         for path, text in stage.files.items():
             write_atomic(Path(path), text)
-
-
-def _moved(saved: Plan, now: Plan) -> list[str]:
-    """What differs between a saved plan and the same request planned now, in words."""
-    moved = []
-    if saved.code.digest != now.code.digest:
-        moved.append(f"the code changed ({_short(saved.code.digest)} -> {_short(now.code.digest)})")
-    if [s.name for s in saved.stages] != [s.name for s in now.stages]:
-        return [*moved, "the recipe has other stages now"]
-    for before, after in zip(saved.stages, now.stages, strict=True):
-        moved += _moved_stage(before, after)
-    return moved
-
-
-def _moved_stage(before: StagePlan, after: StagePlan) -> list[str]:
-    from nemotron_recipes.config.tree import flatten
-
-    moved = []
-    old, new = flatten(before.config), flatten(after.config)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            moved.append(f"{before.name}: {key} was {old.get(key)!r}, is {new.get(key)!r}")
-    for key in sorted(before.inputs.keys() | after.inputs.keys()):
-        was, is_ = before.inputs.get(key), after.inputs.get(key)
-        if was is None or is_ is None or was.identity != is_.identity or (was.digest and is_.digest != was.digest):
-            moved.append(f"{before.name}: input {key} was {_pin(was)}, is {_pin(is_)}")
-    if before.placement != after.placement:
-        moved.append(f"{before.name}: where it runs changed (profile {before.placement.profile})")
-    return moved
-
-
-def _pin(artifact: Any) -> str:
-    if artifact is None:
-        return "absent"
-    return f"{artifact.label} {_short(artifact.digest)}".strip()
-
-
-def _short(digest: str) -> str:
-    return digest.removeprefix("sha256:")[:12]
 
 
 def rendered_json(prepared: Prepared) -> str:

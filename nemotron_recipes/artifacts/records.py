@@ -250,7 +250,8 @@ def _explain(folder: StageDir, attempt: int, failure: Tree | None, note: str) ->
     if failure is not None:
         log = folder.log(attempt, failure["rank"])
         lines.append(f"rank {failure['rank']} on {failure['host']} failed first: {failure['message']}")
-        lines += [f"  | {line}" for line in failure["lines"][-TAIL_LINES:] if line != failure["message"]]
+        told = failure["message"].splitlines()
+        lines += [f"  | {line}" for line in failure["lines"][-TAIL_LINES:] if line not in told]
     else:
         silent = _silent_rank(folder, attempt)
         log = folder.launcher_log(attempt) if silent is None else folder.log(attempt, silent)

@@ -75,7 +75,7 @@ class Store:
 
     def describe(self, artifact: Artifact) -> Tree:
         """The manifest of a registered version."""
-        manifest = read_json(self._manifest_path(artifact.name, artifact.version or 0))
+        manifest = self._manifest(artifact.name, artifact.version or 0)
         if manifest is None:
             raise UserError(Problem(f"{artifact.label} isn't in the store", str(self.root), "make it again"))
         return manifest
@@ -216,7 +216,7 @@ class Store:
         return sorted(found, key=lambda artifact: artifact.version or 0, reverse=True)
 
     def _artifact(self, name: str, version: int) -> Artifact:
-        manifest = read_json(self._manifest_path(name, version))
+        manifest = self._manifest(name, version)
         assert manifest is not None, "callers have seen the manifest"
         made = manifest["producer"]
         return Artifact(
@@ -228,6 +228,19 @@ class Store:
             digest=manifest["digest"],
             producer=Producer(made["fingerprint"], made["run"], made["stage"], made["slot"]) if made else None,
         )
+
+    def _manifest(self, name: str, version: int) -> Tree | None:
+        path = self._manifest_path(name, version)
+        try:
+            manifest = read_json(path)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            if manifest is None or {"digest", "kind", "producer"} <= manifest.keys():
+                return manifest
+            reason = "it says neither what it is nor who made it"
+        fix = f"restore the file, or remove the folder {path.parent}"
+        raise UserError(Problem(f"the manifest of {name}:v{version} is damaged: {reason}", str(path), fix))
 
     def _numbers(self, name: str) -> list[int]:
         return sorted(int(found[1]) for entry in _listdir(self.root / name) if (found := _VERSION.fullmatch(entry)))

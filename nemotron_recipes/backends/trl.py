@@ -210,7 +210,7 @@ def _model_problems(config: Tree) -> Iterator[Problem]:
     if model["arch"] and model["path"] != BUILTIN_MODEL:
         yield Problem(
             f"model.arch shapes the model that the project makes, but model.path is '{model['path']}'",
-            fix=f"model.path={BUILTIN_MODEL}, or model.arch={{}}",
+            fix=f"model.path={BUILTIN_MODEL}, or leave its shape out: ~model.arch",
         )
     for key, value in model["arch"].items():
         yield from _type_problems(f"model.arch.{key}", key, value, _fields()["arch"])

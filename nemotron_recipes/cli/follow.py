@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.records import RunView
 from nemotron_recipes.cli import summary
 from nemotron_recipes.cli.text import duration
-from nemotron_recipes.errors import NemotronError, printable
+from nemotron_recipes.errors import UserError, printable
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import JobHandle
 
@@ -110,9 +110,12 @@ def attached(prepared: lifecycle.Prepared, handle: JobHandle, as_json: bool) -> 
     with _stop_signals():
         try:
             lifecycle.watch(handle, (lambda: None) if as_json else follower.poll)
-        except KeyboardInterrupt:
-            click.echo("\nstopping the run ...", err=True)
+        except (KeyboardInterrupt, BrokenPipeError) as reason:  # nobody watches any more: as with a closed terminal
+            with suppress(OSError):
+                click.echo("\nstopping the run ...", err=True)
             lifecycle.cancel(handle)
+            if isinstance(reason, BrokenPipeError):
+                raise
     if not as_json:
         follower.poll(last=True)
     return finish(run, as_json)
@@ -137,7 +140,7 @@ def show_logs(run: RunDir, stage: str, rank: int, show: Callable[[str], None]) -
     log = folder.log(attempt, rank)
     if not log.exists():
         known = sorted(int(p.stem.removeprefix("rank-")) for p in folder.logs(attempt).glob("rank-*.log"))
-        raise NemotronError(f"{stage} has no log of rank {rank}" + (f"; there are ranks {known}" if known else " yet"))
+        raise UserError(f"{stage} has no log of rank {rank}" + (f"; there are ranks {known}" if known else " yet"))
     for line in Tail(log).lines(whole=False):
         show(printable(line))
 

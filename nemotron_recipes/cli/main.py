@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from nemotron_recipes.cli.stage import WordGroup
+from nemotron_recipes import __version__
+from nemotron_recipes.cli.stage import WordGroup, profile_names
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.errors import NemotronError, Problem, UserError, nearest, printable
 
@@ -40,6 +41,10 @@ HELP = {
 }
 
 
+class ReaderGone(Exception):
+    """Whoever read the output (head, less) has gone."""
+
+
 class Root(click.Group):
     """Fixed commands, and one per family that the config roots hold."""
 
@@ -47,7 +52,7 @@ class Root(click.Group):
         super().__init__("nemotron", help="Fine-tune NVIDIA's Nemotron models: data prep, SFT, DPO/RL, with lineage.")
         self.catalog = catalog
         self.config_dirs = config_dirs
-        self.params.append(_config_dir_option())
+        self.params += [_config_dir_option(), _version_option()]
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self.catalog.families, *FIXED]
@@ -69,6 +74,12 @@ class Root(click.Group):
             raise UserError(Problem(f"unknown {kind} '{args[0]}'", fix=nearest(args[0], self.list_commands(ctx))))
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would end with 1, as if a job had failed
+            raise ReaderGone from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Families (conf/recipe)"):
             formatter.write_dl(
@@ -78,6 +89,8 @@ class Root(click.Group):
             formatter.write_dl(list(HELP.items()))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Profiles (env.toml)"):
+            formatter.write_text(profile_names())
         formatter.write_paragraph()
         formatter.write(EXAMPLES.replace("\b\n", ""))
 
@@ -86,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command line; exits 0 done, 1 the job failed, 2 the request is wrong, 130 cancelled."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        _check_current_folder()
         arguments, config_dirs = take_config_dirs(arguments)
         root = Root(Catalog(config_roots(config_dirs)), config_dirs)
         code = root.main(arguments, prog_name="nemotron", standalone_mode=False)
@@ -107,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader (head, less) has gone
+    except ReaderGone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
@@ -127,6 +141,24 @@ def take_config_dirs(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
     if any(not folder or folder.startswith("-") for folder in taken):
         raise UserError(Problem("--config-dir needs a folder", "command line", "--config-dir DIR"))
     return left, tuple(taken)
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError(Problem("the current folder does not exist any more", fix="cd to another one")) from None
+
+
+def _version_option() -> click.Option:
+    def show(ctx: click.Context, option: click.Parameter, given: bool) -> None:
+        if given:
+            click.echo(f"nemotron-recipes {__version__}")
+            ctx.exit()
+
+    return click.Option(
+        ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=show, help="Show the version and exit."
+    )
 
 
 def _config_dir_option() -> click.Option:

@@ -13,7 +13,7 @@ from nemotron_recipes.artifacts import records
 from nemotron_recipes.cli import follow, summary
 from nemotron_recipes.cli.text import age, table
 from nemotron_recipes.config.profiles import read_environment
-from nemotron_recipes.errors import NemotronError, Problem, UserError, printable
+from nemotron_recipes.errors import Problem, UserError, printable
 from nemotron_recipes.rundir import RunDir
 
 
@@ -60,11 +60,11 @@ def logs(run: str, wait: bool, stage: str | None, rank: int) -> int:
     if not wait:
         started = [s.name for s in view.stages if s.attempt]
         if not started:
-            raise NemotronError(f"no stage of {view.id} has started; its launcher's log: {folder.driver_log}")
+            raise UserError(f"no stage of {view.id} has started; its launcher's log: {folder.driver_log}")
         follow.show_logs(folder, stage or started[-1], rank, click.echo)
         return 0
     if view.handle is None:
-        raise NemotronError(f"{view.id} was never submitted")
+        raise UserError(f"{view.id} was never submitted")
     follower = follow.Follower(folder, stage, rank, bar=sys.stdout.isatty())
     lifecycle.watch(view.handle, follower.poll)
     follower.poll(last=True)

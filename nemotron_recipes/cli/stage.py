@@ -34,6 +34,9 @@ class WordGroup(click.Group):
             valid = self.list_commands(ctx)
             what = "option" if args[0].startswith("-") else f"stage of {' '.join(self.path)}"
             raise UserError(Problem(f"unknown {what} '{args[0]}'", fix=nearest(args[0], valid)))
+        path = (*self.path, *args[:1])
+        if args[1:] and args[1] in self.catalog.words(*path):  # a stage's folder may hold further stages
+            return args[0], WordGroup(self.catalog, self.config_dirs, path), args[1:]
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -44,6 +47,11 @@ class WordGroup(click.Group):
                 rows.append((" ".join(words[len(self.path) - 1 :]), f"configs: {', '.join(configs)}"))
         with formatter.section("Stages"):
             formatter.write_dl(rows)
+        with formatter.section("Profiles (env.toml)"):
+            formatter.write_text(profile_names())
+        with formatter.section("Examples"):
+            formatter.write_text(f"nemotron {' '.join(self.path)} {rows[-1][0]} --help")
+            formatter.write_text(f"nemotron {' '.join(self.path)} {rows[-1][0]} -c {configs[-1]} --dry-run")
 
 
 class StageCommand(click.Command):
@@ -53,33 +61,40 @@ class StageCommand(click.Command):
     path: tuple[str, ...]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from nemotron_recipes.config.profiles import read_environment
-
-        profiles = read_environment().profiles
-        rows = [("configs (-c)", ", ".join(self.catalog.configs(*self.path)))]
-        rows.append(("profiles (-r, -b)", ", ".join(profiles) or "none: add one to env.toml"))
-        rows += [(f"{group}=", ", ".join(choices)) for group, choices in self.catalog.groups.items()]
+        configs = self.catalog.configs(*self.path)
+        prepares, is_pipe = self.path[1] == "data", self.path[-1] == "pipe"
+        rows = [("configs (-c)", ", ".join(configs)), ("profiles (-r, -b)", profile_names())]
+        if not prepares and not is_pipe:
+            rows += [(f"{group}=", ", ".join(choices)) for group, choices in self.catalog.groups.items()]
         with formatter.section("Choices"):
             formatter.write_dl(rows)
-        command = f"nemotron {' '.join(self.path)}"
-        example = self.catalog.configs(*self.path)[-1]
-        is_pipe = self.path[-1] == "pipe"
         override = "sft.train.train_iters=100" if is_pipe else "'outputs.model=my-model'"
-        if "prep" in self.path:
+        if prepares:
             override = "'data.sources=[{path: my-chats.jsonl}]'"
+        command = f"nemotron {' '.join(self.path)} -c {'tiny' if 'tiny' in configs else configs[-1]}"
         with formatter.section("Examples"):
-            formatter.write_text(f"{command} -c {example} --dry-run")
-            formatter.write_text(f"{command} -c {example} {override}")
-            profile = next(iter(profiles), "PROFILE")
-            formatter.write_text(f"{command} -c {example} --batch {profile}")
+            for rest in ("--dry-run", override, "--batch PROFILE"):
+                formatter.write_text(f"{command} {rest}")
+
+
+def profile_names() -> str:
+    """The profiles of env.toml for a help page, which must show even where that file has mistakes."""
+    from nemotron_recipes.config.profiles import read_environment
+
+    try:
+        return ", ".join(read_environment().profiles) or "none: add one to env.toml"
+    except UserError:
+        return "env.toml has mistakes: nemotron env list names them"
 
 
 def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[str, ...]) -> StageCommand:
     """The command of `recipe/<path>`; `--sample` where data is prepared, `--force` where results are reused."""
     prepares = path[1:2] == ("data",)
+    has_default = "default" in catalog.configs(*path)
+    config_help = "Config to use  " + ("[default: default]" if has_default else "[required]")
     params: list[click.Parameter] = [
         click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."),
-        click.Option(["-c", "--config"], default="default", metavar="NAME", help="Config to use  [default: default]"),
+        click.Option(["-c", "--config"], default="default", metavar="NAME", help=config_help),
         click.Option(["-r", "--run"], metavar="PROFILE", help="Run where a profile says, and follow it."),
         click.Option(["-b", "--batch"], metavar="PROFILE", help="Submit where a profile says, and detach."),
         click.Option(["-d", "--dry-run"], is_flag=True, help="Show exactly what would run; write and start nothing."),
@@ -112,9 +127,10 @@ def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[
             ("--run", "PROFILE", run),
             ("--batch", "PROFILE", batch),
             ("--config", "NAME", options["config"]),
+            ("--plan-out", "FILE", options["plan_out"]),
         )
-        # an empty one comes from a shell variable that isn't set: it must never mean "here"
-        if value is not None and (not value or value.startswith("-") or "=" in value)
+        # an empty one comes from a shell variable that isn't set: it must never mean "here" or "now"
+        if value is not None and (not value or value.startswith("-") or ("=" in value and what != "FILE"))
     ]
     if run is not None and batch is not None:
         problems.append(Problem("--run and --batch exclude each other", "command line", "follow it, or detach"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from nemotron_recipes.artifacts.records import RunView, StageView
 from nemotron_recipes.cli.text import duration
 from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import printable
-from nemotron_recipes.rundir import RunDir
+from nemotron_recipes.rundir import RunDir, latest_checkpoint
 
 # result name of a stage's measurement -> how it is told; each has a value before and after training
 MEASURES = {"exact_match": "held-out exact match", "preference_accuracy": "held-out preference accuracy"}
@@ -22,8 +23,7 @@ def closing(view: RunView) -> str:
     if view.state != "succeeded":
         lines += [view.explanation] if view.explanation else []
         lines += ["", f"look closer  nemotron runs show {view.id}", f"logs         nemotron runs logs {view.id}"]
-        if len(view.stages) > 1:
-            lines.append("continue     run the same command again: what is done is not done twice")
+        lines += _continue(view)
         return printable("\n".join(lines))
     lines += ["", "what was made"]
     for stage in view.stages:
@@ -41,7 +41,9 @@ def closing(view: RunView) -> str:
 
 def describe(view: RunView) -> str:
     """A run in full: its stages, inputs, outputs, results and, where it failed, why."""
-    lines = [f"{view.id}  {view.state}", f"  command  nemotron {view.title}", f"  created  {view.created}"]
+    given = shlex.join(view.plan.get("request", {}).get("overrides", ()))
+    lines = [f"{view.id}  {view.state}", f"  command  nemotron {view.title} {given}".rstrip()]
+    lines.append(f"  created  {view.created}")
     lines.append(f"  folder   {view.path}")
     if view.explanation and not view.stages:
         lines.append(f"  {view.explanation}")
@@ -110,6 +112,19 @@ def _stage(view: RunView, stage: StageView) -> list[str]:
     return lines
 
 
+def _continue(view: RunView) -> list[str]:
+    """How to go on after a failure or a stop, where there is something to go on from."""
+    lines = []
+    if len(view.stages) > 1:
+        lines.append("continue     run the same command again: what is done is not done twice")
+    for stage in view.stages:
+        checkpoint = latest_checkpoint(RunDir(Path(view.path)).stage(stage.name).checkpoints)
+        if checkpoint and stage.state in ("failed", "cancelled", "lost"):
+            prefix = f"{stage.name}." if len(view.stages) > 1 else ""
+            lines.append(f"resume       add {prefix}train.resume=true: from step {int(checkpoint.name[5:])} on")
+    return lines
+
+
 def _learned(stage: StageView) -> list[str]:
     lines = []
     for name, words in MEASURES.items():
@@ -129,7 +144,8 @@ def _next(view: RunView) -> list[str]:
     if models:
         family = view.plan["family"]
         lines += ["", "what to try next"]
-        lines += [f"  nemotron {view.title} --dry-run                 exactly what ran, and what is reused now"]
+        if len(view.stages) > 1:
+            lines += [f"  nemotron {view.title} --dry-run                 what is reused now"]
         lines += [f"  nemotron {family} sft -c tiny train.train_iters=100      any value overridden"]
         lines += [
             f"  nemotron {family} data prep sft -c default 'data.sources=[{{path: my.jsonl}}]' data.tokenizer=tiny"

@@ -45,9 +45,11 @@ class Resolver:
         return inputs, problems
 
     def resolve(self, reference: str, kind: str) -> Artifact:
-        """One reference (docs/contracts.md). UserError: it names nothing that exists."""
+        """One reference (docs/contracts.md). UserError: it names nothing that exists, or something of another kind."""
+        if not reference:
+            raise UserError(Problem("the reference is empty", fix="give a path, hf://ORG/NAME or artifact:NAME"))
         if reference.startswith("artifact:"):
-            return self._stored(reference.removeprefix("artifact:"))
+            return _of_kind(self._stored(reference.removeprefix("artifact:")), kind)
         if reference == "tiny" and kind in ("model", "tokenizer"):
             return Artifact("builtin", kind, "tiny")
         if reference.startswith("sample:") and kind == "data":
@@ -133,6 +135,13 @@ def _values(node: Any, parts: list[str], prefix: str) -> Iterator[tuple[str, Any
             yield from _values(element, rest, f"{prefix}{name}.{index}.")
     else:
         yield from _values(node[name], rest, f"{prefix}{name}.")
+
+
+def _of_kind(artifact: Artifact, kind: str) -> Artifact:
+    """The artifact, when a config key that wants `kind` can use it: a model folder holds its tokenizer, too."""
+    if artifact.kind in (("model", "tokenizer") if kind == "tokenizer" else (kind,)):
+        return artifact
+    raise UserError(Problem(f"{artifact.label} is of kind '{artifact.kind}', not '{kind}'", artifact.uri))
 
 
 def _near(path: Path) -> str:

@@ -50,6 +50,8 @@ PREP = ("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "20")
         (("nano3", "sft", "--run", "optimizer.lr=1"), "--run needs a profile"),
         (("nano3", "data", "prep", "sft", "-c", "tiny", "--run="), "--run needs a profile, not ''"),
         (("nano3", "data", "prep", "sft", "-c", "tiny", "--batch", ""), "--batch needs a profile, not ''"),
+        (("nano3", "data", "prep", "sft", "-c", "tiny", "--plan-out="), "--plan-out needs a file, not ''"),
+        (("--config-dir=", "nano3", "sft"), "--config-dir needs a folder"),
         (("nano3", "sft", "--run", "a", "--batch", "b"), "exclude each other"),
         (("nano3", "sft", "--run", "nowhere", "-c", "tiny"), "unknown profile 'nowhere'"),
         (("nano3", "sft", "-c", "tinny"), "unknown config 'tinny'"),

@@ -293,6 +293,49 @@ def test_apply_refuses_what_has_moved(tmp_path: Path, monkeypatch: pytest.Monkey
         lifecycle.reprepare(saved)
 
 
+def test_apply_refuses_a_plan_file_that_was_edited(tmp_path: Path) -> None:
+    chats(tmp_path)
+    saved = own_data(tmp_path)
+    (stage,) = saved.stages
+    files = {name: text.replace("pack_size: 4096", "pack_size: 64") for name, text in stage.launch.files.items()}
+    for edited, told in (
+        (replace(stage, launch=replace(stage.launch, files=files)), "launch.files.prep.yaml is not what"),
+        (replace(stage, launch=replace(stage.launch, module="os")), "launch.module is not what"),
+        (replace(stage, fingerprint="sha256:" + "2" * 64), "fingerprint is not what"),
+        (replace(stage, config={**stage.config, "method": "dpo"}), "method was 'dpo', is 'sft'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            lifecycle.reprepare(replace(saved, stages=(edited,)))
+    with pytest.raises(UserError, match="run_dir was /elsewhere"):
+        lifecycle.reprepare(replace(saved, run_dir="/elsewhere"))
+
+
+def test_apply_of_a_pipe_holds_when_its_first_stage_has_been_made_since(tmp_path: Path) -> None:
+    saved = plan_of(tmp_path, "pipe")
+    prep = saved.stages[0]
+    store = Store(tmp_path / "nemotron-output/store")
+    registered(store, prep.outputs[0].name, Producer(prep.fingerprint, "another-run", prep.name, "data"))
+    assert lifecycle.reprepare(saved).plan == saved
+
+
+def test_an_interrupted_submission_is_recorded_as_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(run_dir: Path, digest: Code) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(code, "snapshot", interrupted)
+    prepared = lifecycle.prepare(request_of(tmp_path, "data", "prep", "sft"))
+    with pytest.raises(KeyboardInterrupt):
+        lifecycle.submit(prepared)
+    assert lifecycle.load(Path(prepared.plan.run_dir)).state == "cancelled"
+
+
+def test_an_artifact_of_another_kind_or_an_empty_reference_is_refused(tmp_path: Path) -> None:
+    registered(Store(tmp_path / "nemotron-output/store"), "rows")
+    told = problems_of(tmp_path, "sft", overrides=("model.path=artifact:rows", "data.path="))
+    assert "model.path: rows:v1 is of kind 'data', not 'model'" in told
+    assert "data.path: the reference is empty" in told
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"id": 5}'])
 def test_a_file_that_is_no_plan(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)

@@ -224,3 +224,16 @@ def test_reading_never_writes(tmp_path: Path) -> None:
     store = Store(tmp_path / "nothing")
     assert store.names() == [] and store.versions("a") == [] and store.find("f", "s", "a") is None
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ['{"a', "{}", "\x00"])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    store = Store(tmp_path)
+    made = register(store, "rows")
+    manifest = Path(made.uri).parent / "artifact.json"
+    manifest.chmod(0o644)
+    manifest.write_text(text)
+    for look in (lambda: store.resolve("rows"), lambda: store.describe(made)):
+        with pytest.raises(UserError, match="the manifest of rows:v1 is damaged") as caught:
+            look()
+        assert caught.value.problems[0].where == str(manifest)
