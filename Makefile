@@ -11,7 +11,7 @@ SETUP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	$(PYTHON) tools/venv.py --venv "$(VENV)"
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-system test-long lint bench lock clean
+.PHONY: help quickstart slurm-demo test test-system test-long lint bench lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -19,6 +19,10 @@ help: ## this list
 quickstart: ## install into .venv, then data prep, SFT and RL of a tiny Nemotron here
 	@$(SETUP) --extra trl
 	@"$(BIN)/nemotron" nano3 pipe -c tiny
+
+slurm-demo: ## the same, shorter, on a real Slurm of two nodes on this machine (needs `make test-system` once)
+	@$(SETUP) --extra trl
+	@"$(BIN)/python" slurm/demo.py
 
 # CI machines are ours to change; nobody else's gets a system package from a test.
 ifeq ($(CI),true)

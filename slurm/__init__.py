@@ -6,9 +6,11 @@
     proctree    a process and everything that it started, found and ended as one
     isolation   host name and /etc/hosts of a node's own
     keeper      the process that holds a cluster: starts and ends daemons, leaves nothing behind
+    epilog      ends what a job leaves on a node
     clients     Slurm's own commands, asked from outside
     cluster     up, down, kill, start, status
     cli         the command line
+    demo        `make slurm-demo`: the tiny pipeline on such a cluster
 
-Standard library only. Nothing here knows of recipes, plans or jobs.
+Standard library only. Nothing here knows of recipes, plans or jobs, but the demo, which types a command.
 """

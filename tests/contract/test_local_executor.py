@@ -20,6 +20,7 @@ from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import JobFailed, UserError
 from nemotron_recipes.executors import process_tree
 from nemotron_recipes.executors.local import LocalExecutor, LocalProfile
+from nemotron_recipes.executors.slurm_profile import SlurmProfile
 from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event
 from nemotron_recipes.spec import JobHandle, StagePlan
 from tests.helpers.executor_harness import events, placement, wait_for, wait_until_over
@@ -256,5 +257,6 @@ def test_the_example_profiles_are_valid(tmp_path: Path) -> None:
     (tmp_path / "env.toml").write_text(example)
     environment = read_environment(tmp_path, {})
     assert LocalProfile(**environment.profiles["two"]).grace_seconds == 60.0
+    assert SlurmProfile(**environment.profiles["YOUR-CLUSTER"]).nproc_per_node == 8
     assert environment.store == Path("/shared/team/nemotron-store")
     assert dict(environment.wandb) == {"entity": "my-team", "project": "nemotron"}
