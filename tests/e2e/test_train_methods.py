@@ -129,19 +129,23 @@ def test_no_conversation_of_a_pack_sees_another(sft, data):
         assert not torch.allclose(changed[1 - kept], original[1 - kept], rtol=0, atol=1e-2)
 
 
-def test_padding_on_the_left_changes_no_completion(sft, data):
-    """Alone or in a batch with longer prompts: the same text, and the same log-probabilities."""
+def test_padding_on_the_left_changes_no_completion(tmp_path, sft, data):
+    """Alone or in a batch with longer prompts: the same text, and the same logits. The weights are large, so that what
+    the model says depends on all that it sees."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from nemotron_recipes.tiny.model import write_model
     from nemotron_recipes.worker.trl.evaluate import complete
 
-    model = AutoModelForCausalLM.from_pretrained(sft[1])
+    write_model(tmp_path, {**ARCH, "initializer_range": 0.4}, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(sft[1])
     prompts = [row["prompt_ids"] for row in read_jsonl(data["sft"] / "test" / "rows.jsonl")][:6]
     prompts = [ids[:4] + ids[4:8] * extra + ids[4:] for extra, ids in enumerate(prompts)]  # six lengths
     assert len({len(ids) for ids in prompts}) == 6
     together = complete(model, tokenizer, prompts, 8)
     assert together == [complete(model, tokenizer, [ids], 8)[0] for ids in prompts]
+    assert len(set(together)) == 6
 
     import torch
 
