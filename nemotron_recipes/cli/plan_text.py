@@ -35,7 +35,9 @@ def submitted(handle: JobHandle, as_json: bool) -> str:
     """What a detached submission prints."""
     if as_json:
         return json.dumps({"run": handle.run, "run_dir": handle.run_dir, "native": handle.native}, sort_keys=True)
-    lines = [f"submitted {handle.run}", f"  follow   nemotron runs logs -f {handle.run}"]
+    jobs = [f"{stage} {job}" for stage, job in handle.native.get("jobs", {}).items()]
+    lines = [f"submitted {handle.run}", *([f"  jobs     {', '.join(jobs)}"] if jobs else [])]
+    lines += [f"  follow   nemotron runs logs -f {handle.run}"]
     lines += [f"  state    nemotron runs show {handle.run}", f"  stop     nemotron runs cancel {handle.run}"]
     return printable("\n".join(lines))
 
@@ -100,7 +102,10 @@ def _pinned(artifact: Artifact) -> str:
 def _rendered(stage: RenderedStage) -> list[str]:
     lines = []
     for path, text in stage.files.items():
-        lines += [f"  file {path}", *(f"    | {line}" for line in text.splitlines())]
+        if text.startswith("#!"):  # a script stands there as it is, to be copied out
+            lines += [f"  file {path}, until the line of dashes:", *text.splitlines(), "-" * 72]
+        else:
+            lines += [f"  file {path}", *(f"    | {line}" for line in text.splitlines())]
     lines.append("  environment added")
     lines += [f"    {name}={shlex.quote(value)}" for name, value in sorted(stage.env.items())]
     lines += [f"  runs in {stage.cwd}", f"    {shlex.join(stage.argv)}"]

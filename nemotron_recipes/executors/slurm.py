@@ -156,6 +156,7 @@ class SlurmExecutor:
     def _withdraw(self, run: RunDir, handle: JobHandle) -> None:
         """No job of a submission that failed stays, not even one whose acceptance sbatch could not tell any more."""
         known = [*handle.native["jobs"].values()]
+        slurm_files.write_attempts(run, {})
         for name in handle.native["names"].values():
             known += slurm_control.jobs_named(name)
         try:

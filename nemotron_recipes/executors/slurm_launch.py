@@ -32,6 +32,7 @@ HOSTS_ENV = "NEMOTRON_HOSTS"  # the job's nodes, in order, as the batch script r
 # Above the range from which Linux takes the ports of outgoing connections (net.ipv4.ip_local_port_range).
 FIRST_PORT, PORTS = 61000, 4500
 OTHERS_SECONDS = 50.0  # for the other nodes to report; srun kills a step 60 s after its first task has ended
+CLAIM_SECONDS = 30.0
 NEWS_SECONDS = 3.0  # the same after a failure, when srun is about to stop everything
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -56,6 +57,10 @@ class Node:
         """Check, run, report; the exit code of this task of the step."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
+        stray = self._unclaimed()
+        if stray:  # the folder belongs to somebody else: nothing is written there
+            print(f"{self.host}: {stray}", file=sys.stderr, flush=True)
+            return 1
         self.stage.logs(self.attempt).mkdir(parents=True, exist_ok=True)
         self.hosts = self.environ.get(HOSTS_ENV, "").split()
         problem = self._misplaced() or self._changed_file() or self._taken_port()
@@ -72,6 +77,23 @@ class Node:
         report = NodeReport(self.number, self.host, time.time(), code, self.stopping, "", rank, rank_code)
         slurm_files.write_report(self.stage, self.attempt, report)
         return self._conclude(report, time.monotonic() - began) if self.number == 0 else code
+
+    def _unclaimed(self) -> str:
+        """A job whose submitter was told that sbatch failed, or died before it could note the id, must not train.
+
+        The note follows sbatch's answer within milliseconds; a shared file system may show it later.
+        """
+        own, deadline = self.environ["SLURM_JOB_ID"], time.monotonic() + CLAIM_SECONDS
+        while True:
+            handle = read_json(self.run.handle) or {"native": {"jobs": {}}}
+            known = handle["native"]["jobs"].get(self.launch["stage"])
+            if known == own:
+                return ""
+            if known is not None:
+                return f"job {own} is left over from an interrupted submission: the stage's job is {known}"
+            if time.monotonic() > deadline:
+                return f"job {own} is left over from a submission that was interrupted or taken back"
+            time.sleep(0.1)
 
     def _misplaced(self) -> str:
         """Why this node is not one that the Plan speaks of; "" when it is."""
@@ -218,7 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     launch = json.loads(Path(path).read_text(encoding="utf-8"))
     run = RunDir(Path(launch["run_dir"]))
     environ = dict(os.environ)
-    attempt = slurm_files.attempts(run)[launch["stage"]]
+    attempt = slurm_files.attempts(run).get(launch["stage"])
+    if attempt is None:
+        print(f"the submission of {launch['stage']} in {run.path} was taken back", file=sys.stderr)
+        return 1
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
     number = int(environ.get("SLURM_NODEID", "0"))
     return Node(launch, environ, run, StageDir(Path(launch["cwd"])), attempt, number, host).work()

@@ -11,7 +11,7 @@ from pathlib import Path
 from nemotron_recipes.executors import slurm_files, verdict
 from nemotron_recipes.executors.slurm_control import JobState
 from nemotron_recipes.executors.torchrun import RankFailure
-from nemotron_recipes.rundir import RunDir, StageDir, read_jsonl
+from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
 from nemotron_recipes.spec import Tree
 
 # What Slurm's words for an end mean. Reason and time limit are filled in from what it says of the job.
@@ -56,9 +56,12 @@ def missing_events(run: RunDir, states: dict[str, JobState], fingerprints: dict[
     ended = {event["stage"]: event for event in told if event["event"] == "stage-exited"}
     missing: list[Tree] = []
     for name, attempt in slurm_files.attempts(run).items():
-        if name not in states:
+        stage = StageDir(run.stage(name).path)
+        if name not in states:  # forgotten: without accounting that takes minutes, and later stages take hours
+            if verdict.is_done(read_json(stage.record), fingerprints[name]):
+                continue
             return []
-        state, stage = states[name], StageDir(run.stage(name).path)
+        state = states[name]
         if state.state == "CANCELLED":
             started = name in begun
             end: Tree = {"event": "cancelled", "stage": name if started else None}
@@ -93,7 +96,7 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
         code = 0
     elif not code:
         return f"{what}{f' ({state.reason})' if state.reason else ''}"
-    if began is None and first is None:
+    if state.state != "COMPLETED" and began is None and first is None:
         log = slurm_files.batch_log(stage, state.job)
         return f"{what} with exit code {verdict.named(code)} before anything was started:{_tail(log)}"
     failure = None

@@ -104,6 +104,9 @@ class SlurmProfile(BaseModel):
             if name in given and given[name] != value:
                 raise ValueError(f"{other} and {name} are one thing and differ: {value!r} and {given[name]!r}")
             given[name] = value
+        for name in ("time", "mem", "mem_per_cpu", "mem_per_gpu"):  # `run.time=30` on a command line is a number
+            if type(given.get(name)) is int:
+                given[name] = str(given[name])
         return given
 
     @property

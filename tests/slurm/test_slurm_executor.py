@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -207,6 +208,55 @@ def test_without_sbatch_the_plan_can_still_be_seen(tmp_path: Path, monkeypatch: 
     write_run(plan, rendered)
     with pytest.raises(UserError, match="sbatch is not on the PATH"):
         EXECUTOR.submit(plan, rendered)
+
+
+def test_a_job_of_an_interrupted_submission_does_nothing(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    """sbatch took it, but its submitter never heard so, and submitted once more."""
+    place = placement(EXECUTOR, additional_parameters={"hold": True})
+    plan = plan_of(tmp_path / "run", probe_stage("first", placement=place))
+    stray, rendered = submit(EXECUTOR, plan)
+    handle = EXECUTOR.submit(plan, rendered)
+    cluster.run("scontrol", "release", stray.native["jobs"]["first"])
+    assert cluster.wait(stray.native["jobs"]["first"])["JobState"] == "FAILED"
+    assert not _received(tmp_path, "first")
+    assert EXECUTOR.liveness(handle) == "queued"
+    (log,) = (tmp_path / "run" / "first" / "logs").glob("nodes-*.out")
+    assert "left over from an interrupted submission" in log.read_text()
+    cluster.run("scontrol", "release", handle.native["jobs"]["first"])
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
+
+
+def test_a_submitter_that_dies_after_sbatch_leaves_a_job_that_can_be_found(
+    cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, _ = submit(
+        EXECUTOR,
+        plan_of(
+            tmp_path / "run",
+            probe_stage("first", placement=placement(EXECUTOR, additional_parameters={"hold": True})),
+        ),
+    )
+    before = JobHandle(handle.executor, handle.run, handle.run_dir, {**handle.native, "jobs": {}})
+    assert EXECUTOR.liveness(before) == "queued"
+    EXECUTOR.cancel(before)
+    assert cluster.job(handle.native["jobs"]["first"])["JobState"] == "CANCELLED"
+
+
+def test_ctrl_c_on_a_followed_run(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    (tmp_path / "env.toml").write_text('[lab]\nexecutor = "slurm"\naccount = "lab"\ntime = 5\n')
+    words = ("nano3", "data", "prep", "sft", "-c", "tiny", "--run", "lab", "data.sources=[{path: env.toml}]")
+    setup = "run.setup=['sleep 100']"
+    argv = [sys.executable, "-m", "nemotron_recipes", *words, setup]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        runs = tmp_path / "nemotron-output" / "runs"
+        wait_for(lambda: cluster.run("squeue", "--noheader", "--states=R", "--format=%j").stdout.strip())
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "cancelled" in said
+    (run,) = runs.iterdir()
+    assert cluster.run("squeue", "--noheader", f"--name={run.name}.data-prep-sft").stdout == ""
 
 
 def test_scancel_by_somebody_else(cluster: slurm.Cluster, tmp_path: Path) -> None:

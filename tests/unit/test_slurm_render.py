@@ -137,7 +137,7 @@ def test_a_setup_line_is_not_traced_and_must_succeed() -> None:
         {"ntasks_per_node": "8"},
         {"nodes": 0},
         {"gpus": 8},
-        {"time": 10},
+        {"time": 1.5},
         {"env": {"A": 1}},
     ],
 )
@@ -149,6 +149,7 @@ def test_a_profile_is_closed_and_strict(fields: dict[str, Any]) -> None:
 def test_two_names_of_one_field() -> None:
     assert SlurmProfile(ntasks_per_node=8) == SlurmProfile(nproc_per_node=8)
     assert SlurmProfile(ntasks_per_node=8, nproc_per_node=8).nproc_per_node == 8
+    assert SlurmProfile(time=30, mem=0) == SlurmProfile(time="30", mem="0")
     assert SlurmProfile(setup_lines="a\nb").setup == ["a", "b"]
 
 
