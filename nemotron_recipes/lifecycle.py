@@ -44,6 +44,7 @@ def prepare(request: Request, environment: Environment | None = None) -> Prepare
     """Compose, resolve, plan, validate and render. UserError carries every problem; nothing is written."""
     from nemotron_recipes.planning.plan import make_plan
 
+    _refuse_other_encodings(request)
     cwd = Path(request.cwd)
     environment = environment or read_environment(cwd)
     catalog = Catalog(config_roots(request.config_dirs, cwd))
@@ -138,6 +139,18 @@ def newest_runs(root: Path, number: int) -> list[RunView]:
 
 def _settle(handle: JobHandle) -> list[Tree]:
     return get_executor(handle.executor).settle(handle)
+
+
+def _refuse_other_encodings(request: Request) -> None:
+    """A plan is UTF-8 text; a folder whose name is not could not be written down in it."""
+    problems = [
+        Problem(f"the {what} {name!r} is not valid UTF-8", "command line", "rename it in UTF-8")
+        for what, names in (("current folder", (request.cwd,)), ("--config-dir", request.config_dirs))
+        for name in names
+        if any("\ud800" <= letter <= "\udfff" for letter in name)
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def _refuse_unpinned(plan: Plan) -> None:

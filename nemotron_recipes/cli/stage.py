@@ -40,18 +40,19 @@ class WordGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = []
+        rows, example = [], ""
         for words in self.catalog.stages(self.path[0]):
             if words[: len(self.path) - 1] == self.path[1:]:
                 configs = self.catalog.configs(self.path[0], *words)
                 rows.append((" ".join(words[len(self.path) - 1 :]), f"configs: {', '.join(configs)}"))
+                example = f"nemotron {' '.join((self.path[0], *words))}"
         with formatter.section("Stages"):
             formatter.write_dl(rows)
         with formatter.section("Profiles (env.toml)"):
             formatter.write_text(profile_names())
         with formatter.section("Examples"):
-            formatter.write_text(f"nemotron {' '.join(self.path)} {rows[-1][0]} --help")
-            formatter.write_text(f"nemotron {' '.join(self.path)} {rows[-1][0]} -c {configs[-1]} --dry-run")
+            formatter.write_text(f"{example} --help")
+            formatter.write_text(f"{example} -c {_example(configs)} --dry-run")
 
 
 class StageCommand(click.Command):
@@ -71,20 +72,32 @@ class StageCommand(click.Command):
         override = "sft.train.train_iters=100" if is_pipe else "'outputs.model=my-model'"
         if prepares:
             override = "'data.sources=[{path: my-chats.jsonl}]'"
-        command = f"nemotron {' '.join(self.path)} -c {'tiny' if 'tiny' in configs else configs[-1]}"
+        command = f"nemotron {' '.join(self.path)} -c {_example(configs)}"
         with formatter.section("Examples"):
-            for rest in ("--dry-run", override, "--batch PROFILE"):
+            for rest in ("--dry-run", override, f"--batch {next(iter(_profiles() or ()), 'PROFILE')}"):
                 formatter.write_text(f"{command} {rest}")
+
+
+def _example(configs: tuple[str, ...]) -> str:
+    return "tiny" if "tiny" in configs else configs[-1]
 
 
 def profile_names() -> str:
     """The profiles of env.toml for a help page, which must show even where that file has mistakes."""
+    names = _profiles()
+    if names is None:
+        return "env.toml has mistakes: nemotron env list names them"
+    return ", ".join(names) or "none: add one to env.toml"
+
+
+def _profiles() -> tuple[str, ...] | None:
+    """Names of the profiles; None where env.toml has mistakes."""
     from nemotron_recipes.config.profiles import read_environment
 
     try:
-        return ", ".join(read_environment().profiles) or "none: add one to env.toml"
+        return tuple(read_environment().profiles)
     except UserError:
-        return "env.toml has mistakes: nemotron env list names them"
+        return None
 
 
 def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[str, ...]) -> StageCommand:

@@ -10,6 +10,9 @@ from nemotron_recipes.errors import Problem
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV
 from nemotron_recipes.spec import StagePlan
 
+_LIKE_A_SECRET = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|(?:ACCESS|PRIVATE|SECRET)_KEY)$", re.IGNORECASE
+)
 _LONGEST_ARGUMENT = 128 * 1024  # bytes; MAX_ARG_STRLEN of Linux, which counts the terminating NUL
 
 
@@ -40,6 +43,9 @@ def env_problems(stage: StagePlan, reserved: Sequence[str] = ()) -> Iterator[Pro
             yield Problem(
                 f"{name} is a secret, but set in plain text", where(stage, "env"), "keep it under secrets only"
             )
+        elif _LIKE_A_SECRET.search(name):
+            fix = f"export {name}=... where you start the run, and list the name under secrets"
+            yield Problem(f"{name} reads like a secret, and env is kept in plain text", where(stage, "env"), fix)
         elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield Problem(
                 f"{name!r} is no name for an environment variable", where(stage, "env"), "use letters, digits and _"

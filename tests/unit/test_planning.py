@@ -363,6 +363,18 @@ def test_secrets_are_names_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert os.environ["PLANTED_TOKEN"] == "s3cr3t-value"
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "db_password", "AWS_SECRET_ACCESS_KEY"])
+def test_what_reads_like_a_secret_is_not_kept_in_plain_text(tmp_path: Path, name: str) -> None:
+    overrides = (f"run.env={{{name}: abc, TOKENIZERS_PARALLELISM: x}}",)
+    told = problems_of(tmp_path, "data", "prep", "sft", overrides=overrides)
+    assert told.count("reads like a secret") == 1 and name in told
+
+
+def test_a_folder_that_no_plan_could_name_is_refused(tmp_path: Path) -> None:
+    told = problems_of(tmp_path / "bad\udcff", "data", "prep", "sft", config_dirs=("mine\udcff",))
+    assert "the current folder" in told and "the --config-dir 'mine\\udcff' is not valid UTF-8" in told
+
+
 def test_the_code_travels_as_it_lies_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "nemotron_recipes"
     (package / "worker").mkdir(parents=True)
