@@ -6,7 +6,7 @@
     proctree    a process and everything that it started, found and ended as one
     isolation   host name and /etc/hosts of a node's own
     keeper      the process that holds a cluster: starts and ends daemons, leaves nothing behind
-    epilog      ends what a job leaves on a node
+    orphans     what a job step leaves on a node
     clients     Slurm's own commands, asked from outside
     cluster     up, down, kill, start, status
     cli         the command line

@@ -23,11 +23,12 @@ import subprocess
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slurm import isolation, proctree
+from slurm import isolation, orphans, proctree
 from slurm.services import Service, services
 from slurm.spec import Spec
 
 REQUEST_SECONDS = 30.0
+ORPHAN_SECONDS = 0.5  # between two looks at what has lost its parent
 
 
 def keep(spec: Spec, while_pid: int | None = None) -> None:
@@ -171,7 +172,7 @@ def _start_guard(service: Service, spec: Spec) -> tuple[int, int]:
 
 
 def _guard(service: Service, spec: Spec, keeper: int, writer: int) -> NoReturn:
-    """Run the daemon, adopt and reap whatever it leaves, end with the last of them as the daemon ended."""
+    """Run the daemon, adopt and reap whatever it leaves, end with the last of them, by the daemon's exit code."""
     status = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -186,11 +187,16 @@ def _guard(service: Service, spec: Spec, keeper: int, writer: int) -> NoReturn:
         os.write(writer, str(daemon.pid).encode())
         os.close(writer)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the keeper's sockets: its ports are free again when it ends
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # after the daemon's start, which would inherit it
         with contextlib.suppress(ChildProcessError):
             while True:
-                pid, ended = os.wait()
+                pid, ended = os.waitpid(-1, os.WNOHANG)
                 if pid == daemon.pid:
                     status = os.waitstatus_to_exitcode(ended) & 0xFF
+                elif pid == 0:
+                    signal.sigtimedwait({signal.SIGCHLD}, ORPHAN_SECONDS if service.node else 3600)
+                    if service.node:
+                        orphans.end_orphans(os.getpid())
     except OSError as error:
         with contextlib.suppress(OSError):
             os.write(writer, str(error).encode())

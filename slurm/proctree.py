@@ -78,6 +78,15 @@ def is_child(pid: int, parent: int) -> bool:
     return bool(fields) and fields[0] not in GONE and int(fields[1]) == parent
 
 
+def children(parent: int) -> list[int]:
+    """Children of `parent`, a process of one thread or more, that are alive; [] when there is no such process."""
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path("/proc", str(parent), "task").iterdir():
+            found += map(int, (thread / "children").read_text().split())
+    return [pid for pid in found if state(pid) not in GONE]
+
+
 def naming(text: str) -> dict[int, str]:
     """Processes other than this one whose command line holds `text`, with that line."""
     found = {}

@@ -116,14 +116,26 @@ def test_an_account_that_is_not_there_is_refused(slurm_cluster: Cluster) -> None
 
 def test_scancel_ends_every_task_on_every_node(slurm_cluster: Cluster, tmp_path: Path) -> None:
     mark = _mark()
-    # A task that ignores SIGTERM and one in a session of its own: neither may survive.
-    script = f"srun bash -c 'trap \"\" TERM; setsid sleep {mark} & sleep {mark}'"
+    # One that ignores SIGTERM, one in a session of its own, one whose parent ended: none may survive.
+    script = f"srun bash -c '(setsid sleep {mark} &); trap \"\" TERM; setsid sleep {mark} & sleep {mark}'"
     job = slurm_cluster.sbatch(script, "--nodes=2", cwd=tmp_path)
-    wait_for(lambda: len(_sleepers(mark)) == 4, "two sleeping processes on each node")
+    wait_for(lambda: len(_sleepers(mark)) == 6, "three sleeping processes on each node")
     slurm_cluster.run("scancel", job)
     assert slurm_cluster.wait(job)["JobState"] == "CANCELLED"
     wait_for(lambda: not _sleepers(mark), "all tasks to be gone")
     assert slurm_cluster.sacct(job, "State")[0].startswith("CANCELLED by")
+
+
+def test_what_a_step_leaves_behind_ends_with_its_last_task(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    mark = _mark()
+    task = f"[ $SLURM_PROCID = 1 ] || (setsid sleep {mark} &); until [ -e go ]; do sleep 0.1; done"
+    job = slurm_cluster.sbatch(f"srun bash -c '{task}'", "--ntasks=2", cwd=tmp_path)
+    (orphan,) = wait_for(lambda: _sleepers(mark), "the process to lose its parent")
+    time.sleep(1)  # two looks of the node's guard
+    assert _sleepers(mark) == [orphan], "it died while its step had tasks"
+    (tmp_path / "go").touch()
+    assert slurm_cluster.wait(job)["JobState"] == "COMPLETED"
+    assert not _sleepers(mark)
 
 
 def test_a_dead_node_fails_its_jobs_or_has_them_requeued(plain: Cluster, tmp_path: Path) -> None:
@@ -184,7 +196,7 @@ def test_down_leaves_nothing(folder: Path, tmp_path: Path) -> None:
 def test_a_killed_keeper_takes_the_cluster_along(folder: Path, tmp_path: Path) -> None:
     manage("up", "--nodes=2", "--no-accounting", folder=folder)
     spec, mark, one = load(folder), _mark(), Cluster(folder)
-    one.sbatch(f"srun setsid sleep {mark}", "--nodes=2", cwd=tmp_path)
+    one.sbatch(f"srun bash -c 'setsid sleep {mark} & wait'", "--nodes=2", cwd=tmp_path)
     wait_for(lambda: len(_sleepers(mark)) == 2, "the job to run")
     keeper = int((spec.files.run / "keeper.pid").read_text())
     os.kill(keeper, signal.SIGKILL)
