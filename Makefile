@@ -19,6 +19,7 @@ help: ## this list
 quickstart: ## install into .venv, then data prep, SFT and RL of a tiny Nemotron here
 	@$(SETUP) --extra trl
 	@"$(BIN)/nemotron" nano3 pipe -c tiny
+	@echo; echo "nemotron is in $(BIN); put it on your PATH with: . $(BIN)/activate"
 
 slurm-demo: ## the same, shorter, on a real Slurm of two nodes on this machine (needs `make test-system` once)
 	@$(SETUP) --extra trl
