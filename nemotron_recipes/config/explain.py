@@ -18,6 +18,7 @@ from nemotron_recipes.errors import Problem, UserError, nearest
 _NO_GROUP = re.compile(r"Could not (?:override|delete) '([^']+)'\.")
 _NO_KEY = re.compile(r"Could not delete from config\. '([^']+)' does not exist")
 _NO_FILE = re.compile(r"In '([^']+)': Could not (?:load|find) '([^']+)'")
+_THERE = re.compile(r"Could not append to config\. An item is already at '([^']+)'")
 _TWICE = re.compile(r"Multiple values for ([^ ]+)\. ")
 
 
@@ -56,6 +57,9 @@ def _composition(error: Exception, catalog: Catalog, config_path: str, overrides
         return Problem(f"this config chooses no '{match[1]}'", _said(overrides, match[1]) or config_path, fix)
     if match := _NO_KEY.match(text):
         return Problem(f"there is no '{match[1]}' to remove", _said(overrides, match[1]) or config_path)
+    if match := _THERE.match(text):
+        what, fix = f"'{match[1]}' is set already", f"leave the + out: {match[1]}=..."
+        return Problem(what, _said(overrides, match[1]) or config_path, fix)
     if match := _TWICE.match(text):
         said = _said(overrides, match[1])
         fix = f"choose with {match[1]}=CHOICE, without the +" if said else f"write 'override /{match[1]}: CHOICE'"

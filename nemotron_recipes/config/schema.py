@@ -229,11 +229,13 @@ class PipeStage(Section):
 
 
 class PipeConfig(Section):
-    """Stages in order. A stage's input that names an earlier stage's output waits for it."""
+    """Stages in order. A stage's input that names an earlier stage's output waits for it.
+
+    Where they run is said by their own configs, the profile and `run.*` on the command line.
+    """
 
     kind: Literal["pipe"]
     stages: Annotated[list[PipeStage], Field(min_length=1)]
-    run: dict[str, Any] = {}
 
 
 KINDS: dict[str, type[Section]] = {"data_prep": DataPrepConfig, "train": TrainConfig, "pipe": PipeConfig}

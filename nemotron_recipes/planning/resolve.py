@@ -81,6 +81,8 @@ class Resolver:
     def _local(self, path: Path, kind: str) -> Artifact:
         if kind in ("model", "tokenizer") and path.exists() and not path.is_dir():
             raise UserError(Problem(f"{path} is not a folder", fix=f"a {kind} is a Hugging Face folder"))
+        if kind == "model" and path.is_dir() and not (path / "config.json").is_file():
+            raise UserError(Problem(f"{path} holds no config.json", fix="a model is a Hugging Face folder"))
         try:
             return Artifact("path", kind, uri=str(path), digest=path_digest(str(path)))
         except FileNotFoundError:

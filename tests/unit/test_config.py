@@ -56,6 +56,7 @@ def problems_of(*overrides: str, path: str = SFT, profile: tuple[str, dict] | No
         ("~train.nope", "there is no 'train.nope' to remove", ""),
         ("~model", "'model' has no default and must be set", ""),
         ("~optimizer.lr", "'optimizer.lr' has no default and must be set", ""),
+        ("+optimizer.lr=1", "'optimizer.lr' is set already", "leave the + out"),
         ("+model=nano3", "'model' is chosen twice", "model=CHOICE"),
         ("+a.b=1", "unknown key 'a'", "valid: backend, checkpoint"),
         ("model.path=\udcff", "override 'model.path=\\udcff' is not valid UTF-8", ""),

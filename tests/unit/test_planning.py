@@ -161,6 +161,13 @@ def test_outputs_that_no_stage_could_register_are_refused_before_anything_runs(
     assert f"from: command line {override}" in told
 
 
+def test_a_pipe_has_no_placement_that_would_be_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "conf/recipe/nano3/pipe/mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\nkind: pipe\nrun: {nproc_per_node: 2}\nstages: [{stage: sft, config: tiny}]\n")
+    assert "unknown key 'run'" in problems_of(tmp_path, "pipe", config="mine")
+
+
 def test_overrides_of_a_pipe_reach_their_stage(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path, "pipe", overrides=("sft.train.train_iters=7", "run.nproc_per_node=1", "~rl.optimizer.weight_decay")
@@ -334,6 +341,9 @@ def test_an_artifact_of_another_kind_or_an_empty_reference_is_refused(tmp_path: 
     told = problems_of(tmp_path, "sft", overrides=("model.path=artifact:rows", "data.path="))
     assert "model.path: rows:v1 is of kind 'data', not 'model'" in told
     assert "data.path: the reference is empty" in told
+    (tmp_path / "no-model").mkdir()
+    told = problems_of(tmp_path, "sft", overrides=("model.path=no-model", "~model.arch"))
+    assert "no-model holds no config.json" in told
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"id": 5}'])
