@@ -71,6 +71,8 @@ class Follower:
             self._line(f"── {stage}" + (f" (attempt {attempt})" if attempt > 1 else ""))
             self.logs = [(stage, Tail(folder.log(attempt, self.rank)))]
             self.metrics = Tail(folder.metrics)
+        elif event["event"] == "job-accepted":
+            self._line(f"   {stage} is job {event['job']}")
         elif event["event"] == "stage-exited":
             self._show_logs(last=True)
             self._line(f"── {stage}: exit {event['exit_code']}, {duration(event['seconds'])}")

@@ -82,8 +82,8 @@ def test_sbatch_receives_the_bytes_of_the_dry_run(
 
 @pytest.mark.e2e
 def test_two_nodes_of_two_processes(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    stage = probe_stage("first", placement=placement(EXECUTOR, nodes=2, nproc_per_node=2), launcher="torchrun")
-    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage))
+    place = placement(EXECUTOR, nodes=2, nproc_per_node=2, gpus_per_node=2)
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", probe_stage("first", placement=place, launcher="torchrun")))
     assert wait_until_over(EXECUTOR, handle, 120) == "ended"
     assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
     (started,) = events(handle, "stage-started")
@@ -110,6 +110,33 @@ def test_a_rank_that_fails_on_another_node_is_named(cluster: slurm.Cluster, tmp_
     assert "rank 3 ended with exit code 7" in view.explanation or "rank 3" in str(events(handle, "finished"))
     (finished,) = events(handle, "finished")
     assert "rank 3 ended with exit code 7" in finished["cause"]
+
+
+@pytest.mark.e2e
+def test_two_runs_at_once_on_the_same_nodes(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    place = placement(EXECUTOR, nodes=2, srun_args=["--overlap"])
+    handles = []
+    for name in ("run", "other"):
+        stage = probe_stage("first", placement=place, launcher="torchrun", sleep=5)
+        handles.append(submit(EXECUTOR, plan_of(tmp_path / name, stage))[0])
+    assert [wait_until_over(EXECUTOR, handle, 120) for handle in handles] == ["ended", "ended"]
+    for handle in handles:
+        assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
+    starts = [events(handle, "stage-started")[0]["hosts"] for handle in handles]
+    assert starts[0] == starts[1], "they were to share their nodes"
+    ports = {
+        read_json(tmp_path / name / "first" / "received-0.json")["env"]["MASTER_PORT"]  # type: ignore[index]
+        for name in ("run", "other")
+    }
+    assert len(ports) == 2
+
+
+def test_gpus_that_were_not_given_are_named(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    place = placement(EXECUTOR, gpus_per_node=2, srun_args=["--gpus-per-node=1"])
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", probe_stage("first", placement=place)))
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    (finished,) = events(handle, "finished")
+    assert "the plan has 2 GPU(s) per node, but node" in finished["cause"]
 
 
 def test_a_step_on_other_nodes_than_planned_is_refused(cluster: slurm.Cluster, tmp_path: Path) -> None:
