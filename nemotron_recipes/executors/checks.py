@@ -43,7 +43,7 @@ def env_problems(stage: StagePlan, reserved: Sequence[str] = ()) -> Iterator[Pro
             yield Problem(
                 f"{name} is a secret, but set in plain text", where(stage, "env"), "keep it under secrets only"
             )
-        elif _LIKE_A_SECRET.search(name):
+        elif reads_like_a_secret(name):
             fix = f"export {name}=... where you start the run, and list the name under secrets"
             yield Problem(f"{name} reads like a secret, and env is kept in plain text", where(stage, "env"), fix)
         elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -69,6 +69,11 @@ def text_problems(stage: StagePlan, argv: Sequence[str]) -> Iterator[Problem]:
     for name, text in stage.launch.files.items():
         if not _is_utf8(text):
             yield Problem(f"the text of {name} is not valid UTF-8", where(stage), "write it in UTF-8")
+
+
+def reads_like_a_secret(name: str) -> bool:
+    """Whether a variable of that name is taken for a secret although nobody said so: WANDB_API_KEY, HF_TOKEN, ..."""
+    return _LIKE_A_SECRET.search(name) is not None
 
 
 def where(stage: StagePlan, key: str = "") -> str:

@@ -206,9 +206,12 @@ def _make_folders(run: RunDir, stage: StageDir) -> None:
 
 
 def _secret_values(plan: Plan) -> dict[str, str]:
-    """Declared secrets, and variables that are taken for secrets by their names: neither goes through sbatch."""
+    """Declared secrets, and variables that are taken for secrets by their names: neither goes through sbatch.
+
+    slurmctld keeps a job's environment in its files, and sacct may store it.
+    """
     declared = {name for stage in plan.stages for name in stage.placement.secrets}
-    return {name: value for name, value in os.environ.items() if name in declared or slurm_control.is_secret(name)}
+    return {name: value for name, value in os.environ.items() if name in declared or checks.reads_like_a_secret(name)}
 
 
 def _resolved(command: tuple[str, ...], jobs: Mapping[str, str]) -> list[str]:

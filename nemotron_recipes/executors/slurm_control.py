@@ -17,9 +17,6 @@ _SUBMIT_SECONDS = 120.0
 _ACTIVE = {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "RESIZING", "SIGNALING"}
 _ACTIVE |= {"STAGE_OUT", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STOPPED"}
 
-# Names whose values must not reach slurmctld's files, or the environments that sacct stores.
-_SECRET_NAME = re.compile(r"(?i).*(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIALS?)")
-
 # Slurm's commands take options from these; what a job gets is what the script and the command say, nothing unseen.
 _OPTIONS_IN_ENVIRONMENT = ("SBATCH_", "SRUN_", "SALLOC_", "SLURM_")
 
@@ -106,11 +103,6 @@ def scancel(jobs: Iterable[str]) -> None:
     jobs = [*jobs]
     if jobs:
         _run(["scancel", "--quiet", *jobs], _ASK_SECONDS)
-
-
-def is_secret(name: str) -> bool:
-    """Whether a variable of that name is taken for a secret although nobody said so: WANDB_API_KEY, HF_TOKEN, ..."""
-    return _SECRET_NAME.fullmatch(name) is not None
 
 
 def submitting_environment(environ: Mapping[str, str], secrets: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,8 @@ import pytest
 
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.executors import slurm_files
-from nemotron_recipes.executors.slurm_control import JobState, is_secret, submitting_environment
+from nemotron_recipes.executors.checks import reads_like_a_secret
+from nemotron_recipes.executors.slurm_control import JobState, submitting_environment
 from nemotron_recipes.executors.slurm_files import NodeReport
 from nemotron_recipes.executors.slurm_outcome import missing_events
 from nemotron_recipes.executors.slurm_script import profile_of
@@ -146,7 +147,7 @@ def test_what_sbatch_inherits() -> None:
     ],
 )
 def test_names_that_are_taken_for_secrets(name: str, secret: bool) -> None:
-    assert is_secret(name) is secret
+    assert reads_like_a_secret(name) is secret
 
 
 def test_a_placement_is_a_profile_again() -> None:
