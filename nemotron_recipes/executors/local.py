@@ -70,9 +70,11 @@ class LocalExecutor:
         _DRIVERS.append(driver)
         try:
             _wait_for_start(run, driver, earlier)
-        except BaseException:  # Ctrl-C, too: whoever doesn't get a handle leaves nothing running
+        except BaseException as reason:  # Ctrl-C, too: whoever doesn't get a handle leaves nothing running
             driver.terminate()
             driver.wait()
+            if isinstance(reason, KeyboardInterrupt):  # the driver may have been too young to say so
+                append_event(run.events, "cancelled", stage=None, attempt=None)
             raise
         handle = read_json(run.handle)
         assert handle is not None, "the driver writes it before it reports its start"
