@@ -10,9 +10,9 @@ plain overrides are handed to it as `++key=value`, and the schema, which knows e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -60,6 +60,14 @@ class Composed:
     tree: Tree
     layers: tuple[Layer, ...]
     problems: tuple[Problem, ...] = ()
+
+    def as_typed(self, typed: Mapping[str, str]) -> Composed:
+        """The same with each override named as it was typed (`sft.train.seed=1` in a pipe, `train.seed=1` here)."""
+        layers = (
+            replace(layer, origin=replace(layer.origin, source=typed.get(layer.origin.source, layer.origin.source)))
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
     def origin(self, key: str) -> Origin | None:
         """The last layer that set `key`, something below it, or a section around it; None: no layer did."""

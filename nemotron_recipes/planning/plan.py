@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Step:
     words: tuple[str, ...]
     config_name: str
     overrides: tuple[str, ...]
+    typed: Mapping[str, str] = field(default_factory=dict)  # override -> as the user typed it, where that differs
 
 
 def make_plan(request: Request, catalog: Catalog, environment: Environment) -> Plan:
@@ -78,7 +79,7 @@ def make_plan(request: Request, catalog: Catalog, environment: Environment) -> P
         stage: StagePlan | None = None
         try:
             path = catalog.require(request.family, step.words, step.config_name)
-            composed = compose(catalog, path, step.overrides, profile)
+            composed = compose(catalog, path, step.overrides, profile).as_typed(step.typed)
             outputs = composed.tree.get("outputs") or {}
             stage = planner.plan(step, composed, path, reuse=reuse and (len(steps) > 1 or step.words[0] == "data"))
             stages.append(stage)
@@ -137,23 +138,23 @@ def _steps(request: Request, catalog: Catalog, config_path: str) -> tuple[list[S
 def _shared_out(steps: list[Step], overrides: Sequence[str]) -> tuple[list[Step], list[Problem]]:
     """Give each override of a pipe to its stage (`sft.train.train_iters=5`); `run.*` goes to all of them."""
     names = [step.name for step in steps]
-    given: dict[str, list[str]] = {name: [] for name in names}
+    given: dict[str, dict[str, str]] = {name: {} for name in names}  # override -> as typed
     problems = []
     for text in overrides:
         mark = text[: len(text) - len(text.lstrip("+~"))]
         stage, dot, rest = text[len(mark) :].partition(".")
         if stage in given and dot:
-            given[stage].append(mark + rest)
+            given[stage][mark + rest] = text
         elif stage == "run" and dot:
             for name in names:
-                given[name].append(text)
+                given[name][text] = text
         elif "=" not in text and not mark:
             problems.append(Problem(f"can't read override {text!r}", "command line", "overrides are STAGE.key=value"))
         else:
             near = nearest(stage, names)
             fix = near if near.startswith("did") else f"name the stage: {names[-1]}.{text} (stages: {', '.join(names)})"
             problems.append(Problem(f"override {text!r} names no stage of this pipe", "command line", fix))
-    return [Step(s.name, s.words, s.config_name, tuple(given[s.name])) for s in steps], problems
+    return [Step(s.name, s.words, s.config_name, tuple(given[s.name]), given[s.name]) for s in steps], problems
 
 
 @dataclass(frozen=True)

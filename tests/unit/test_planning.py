@@ -356,7 +356,7 @@ def test_a_file_that_is_no_plan(tmp_path: Path, text: str) -> None:
 def test_changed_values_name_their_layer(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "pipe", overrides=("sft.optimizer.lr=0.125",))
     sft = next(stage for stage in plan.stages if stage.name == "sft")
-    assert str(sft.changed["optimizer.lr"]) == "command line optimizer.lr=0.125"
+    assert str(sft.changed["optimizer.lr"]) == "command line sft.optimizer.lr=0.125"
     assert str(sft.changed["model.path"]) == "group model/tiny"
     assert str(sft.changed["train.train_iters"]) == "config recipe/nano3/sft/tiny"
     assert "optimizer.adam_beta1" not in sft.changed, "the same as in the base"
