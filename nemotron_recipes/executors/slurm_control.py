@@ -53,6 +53,10 @@ class JobState:
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
 
+# How Slurm's commands say that nobody answers: no slurm.conf, no slurmctld, no reply within MessageTimeout.
+_NOBODY_ANSWERS = ("Could not establish a configuration source", "Unable to contact slurm controller", "timed out")
+
+
 class Unreachable(NemotronError):
     """Slurm can't be asked from here, or does not answer now."""
 
@@ -133,7 +137,10 @@ def _run(argv: list[str], seconds: float, environ: Mapping[str, str] | None = No
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{argv[0]} did not answer within {seconds:.0f} s") from None
     if done.returncode:
-        raise Refused(done.stderr.strip() or done.stdout.strip() or f"{argv[0]} ended with {done.returncode}")
+        said = done.stderr.strip() or done.stdout.strip() or f"{argv[0]} ended with {done.returncode}"
+        if any(words in said for words in _NOBODY_ANSWERS):
+            raise Unreachable(said.splitlines()[-1])
+        raise Refused(said)
     return done.stdout
 
 

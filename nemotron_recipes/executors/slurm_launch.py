@@ -8,6 +8,7 @@ leaves that to later readers, who ask Slurm (slurm_outcome.py). Standard library
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -34,6 +35,9 @@ FIRST_PORT, PORTS = 61000, 4500
 OTHERS_SECONDS = 50.0  # for the other nodes to report; srun kills a step 60 s after its first task has ended
 CLAIM_SECONDS = 30.0
 NEWS_SECONDS = 3.0  # the same after a failure, when srun is about to stop everything
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -153,6 +157,7 @@ class Node:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_stop_with_launcher,  # this process has no threads
             )
         self.child = child
         if self.number == 0:
@@ -226,6 +231,11 @@ class Node:
         self.stopping = True
         if self.child is not None and self.child.poll() is None:
             self.child.terminate()
+
+
+def _stop_with_launcher() -> None:
+    """In the child: hear SIGTERM when the launcher is killed; without cgroups nobody else would stop it."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def port_of(environ: dict[str, str]) -> int:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from nemotron_recipes.artifacts.records import RunView, load_run
@@ -312,6 +313,22 @@ def test_scancel_before_it_started(cluster: slurm.Cluster, tmp_path: Path) -> No
     cluster.run("scancel", handle.native["jobs"]["first"])
     assert wait_until_over(EXECUTOR, handle) == "ended"
     assert _settled(handle).state == "cancelled"
+
+
+@pytest.mark.e2e
+def test_a_launcher_that_is_killed(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    place = placement(EXECUTOR, nodes=2)
+    stage = probe_stage("first", placement=place, launcher="torchrun", sleep=120)
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage))
+    wait_for(lambda: _received(tmp_path, "first", 1) and _received(tmp_path, "first", 0))
+    (started,) = events(handle, "stage-started")
+    os.kill(psutil.Process(started["pid"]).ppid(), signal.SIGKILL)
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    view = _settled(handle)
+    assert view.state == "failed"
+    assert "137 (SIGKILL" in view.explanation
+    pids = [_received(tmp_path, "first", rank)["pid"] for rank in (0, 1)]
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in [*pids, started["pid"]]))
 
 
 def test_setup_that_fails_ends_the_run_with_its_words(cluster: slurm.Cluster, tmp_path: Path) -> None:
