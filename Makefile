@@ -23,7 +23,7 @@ quickstart: ## install into .venv, then data prep, SFT and RL of a tiny Nemotron
 
 slurm-demo: ## the same, shorter, on a real Slurm of two nodes on this machine (needs `make test-system` once)
 	@$(SETUP) --extra trl
-	@"$(BIN)/python" slurm/demo.py
+	@"$(BIN)/python" -m slurm.demo
 
 # CI machines are ours to change; nobody else's gets a system package from a test.
 ifeq ($(CI),true)
