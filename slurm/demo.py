@@ -39,7 +39,8 @@ SHORT = (
 
 def main(argv: list[str] | None = None) -> int:
     """Up, run, list, down; the exit code is the run's."""
-    parser = argparse.ArgumentParser(prog="python -m slurm.demo", description="The tiny pipeline on a Slurm of two nodes.")
+    what = "The tiny pipeline on a Slurm of two nodes."
+    parser = argparse.ArgumentParser(prog="python -m slurm.demo", description=what)
     parser.add_argument("--keep", metavar="DIR", type=Path, help="an empty folder for the runs; they stay there")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="instead of the demo's own short stages")
     options = parser.parse_args(argv)
