@@ -152,6 +152,8 @@ class Attempt:
         self.context.event("finished", seconds=round(time.time() - self.started, 3))
         if self.context.is_main:
             self._record("succeeded", 0)
+            made = "".join(f"\n  {slot}: {artifact.uri}" for slot, artifact in self.outputs.items())
+            self.log.say_outside(f"succeeded{made}\n  log: {self.log.path}")
         return 0
 
     def _end_badly(self, error: BaseException) -> int:
