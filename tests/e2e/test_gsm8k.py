@@ -80,11 +80,14 @@ def test_gsm8k_from_rows_to_a_trained_model(folder: Path) -> None:
     wanted = {r["question"]: r["answer"].split("#### ")[1] for r in reference}
     assert {r["prompt"][-1]["content"]: r["expected_answer"] for r in rows} == wanted
 
-    nemotron(
+    text = nemotron(
         folder, "nano3", "rl", "-c", "tiny", "data.path=artifact:nano3-rl-data", "model.path=artifact:gsm-sft",
         "outputs.model=gsm-rl", "train.train_iters=2", "train.global_batch_size=16", "train.micro_batch_size=16",
         "grpo.max_completion_length=12", "evaluation.rows=8", "evaluation.max_new_tokens=12",
     )  # fmt: skip
+    (metrics,) = (folder / "nemotron-output/runs").glob("*/rl/metrics.jsonl")
+    no_signal = all(row["frac_reward_zero_std"] == 1.0 for row in read_jsonl(metrics))
+    assert ("nothing was learned" in text) == no_signal
     tree = nemotron(folder, "lineage", "gsm-rl")
     for part in ("gsm-rl:v1", "gsm-sft:v1", "nano3-sft-data:v1", "nano3-rl-data:v1", f"{GSM8K}/train.jsonl"):
         assert part in tree

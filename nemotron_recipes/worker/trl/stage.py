@@ -9,6 +9,7 @@ from typing import Any
 from torch import distributed
 from transformers.utils import logging
 
+from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.trl.callbacks import Progress, SaveWhole, StopWhenAsked
 from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, clear_staging
@@ -50,6 +51,8 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         context.event("trained", step=trainer.state.global_step, seconds=round(time.monotonic() - began, 3))
+        if context.is_main and settings.method == "grpo":
+            _warn_without_signal(context)
         if not context.stop_seen:
             _measure("after", settings, context, trainer, data)
             if context.is_main:
@@ -59,6 +62,14 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+
+
+def _warn_without_signal(context: Context) -> None:
+    """GRPO learns from differences within a group: where there was none in any step, say that nothing was learned."""
+    equal = [row["frac_reward_zero_std"] for row in read_jsonl(context.dir.metrics) if "frac_reward_zero_std" in row]
+    if equal and min(equal) == 1.0:
+        print("warning: in no group did the rewards differ, so nothing was learned: are they all wrong, or all right?")
+        context.event("no-reward-signal", steps=len(equal))
 
 
 def _measure(when: str, settings: TrlSettings, context: Context, trainer: Any, data: DataFolder) -> None:
