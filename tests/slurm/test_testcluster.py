@@ -244,7 +244,7 @@ def test_a_normal_user_needs_no_root() -> None:
     user = pwd.getpwnam(OTHER_USER) if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     assert python, "no interpreter that other users may run"
-    with tempfile.TemporaryDirectory(prefix="slurm-") as home:
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir=_open_to_all()) as home:
         os.chmod(home, 0o755)
         package = Path(home, "nemotron_recipes")
         package.mkdir()
@@ -270,6 +270,14 @@ def test_a_normal_user_needs_no_root() -> None:
         finally:
             as_user(*program, "down", f"--dir={one.folder}")
         assert not proctree.naming(home)
+
+
+def _open_to_all() -> str:
+    """A temporary folder that another user may enter; $TMPDIR may lie in somebody's own."""
+    for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if all(part.stat().st_mode & 0o001 for part in (Path(folder), *Path(folder).parents)):
+            return folder
+    raise AssertionError("no temporary folder that other users may enter")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
