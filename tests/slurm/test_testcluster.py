@@ -258,7 +258,7 @@ def test_a_normal_user_needs_no_root() -> None:
 
         def as_user(*argv: str) -> str:
             change = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
-            return one.run(*argv, cwd=own, **change).stdout
+            return one.run(*argv, cwd=own, env={**one.env, "TMPDIR": str(own)}, **change).stdout
 
         program = [python, f"{home}/slurm/testcluster"]
         try:
