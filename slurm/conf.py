@@ -74,6 +74,8 @@ def _parameters(spec: Spec) -> dict[str, str]:
         "ClusterName": spec.name,
         "SlurmctldHost": f"{spec.host}(127.0.0.1)",
         "SlurmctldPort": str(spec.ports[SLURMCTLD_PORT]),
+        # Clusters of one machine share its loopback: jobs of different numbers don't ask for the same port.
+        "FirstJobId": str(spec.ports[SLURMCTLD_PORT] % 4000 + 1),
         "SlurmUser": spec.user,
         "SlurmdUser": spec.user,
         "AuthType": "auth/munge",
