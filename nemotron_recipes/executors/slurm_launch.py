@@ -189,7 +189,8 @@ class Node:
         if self.stopping:  # it came before there was anything to stop
             child.terminate()
         if self.deadline is not None:  # for workers that do not look at the clock
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, self.deadline - time.time()))
+            alarm = slurm_requeue.alarm_of(self.environ, self.deadline)
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, alarm - time.time()))
         code = child.wait()
         signal.setitimer(signal.ITIMER_REAL, 0)
         with suppress(ProcessLookupError, PermissionError):

@@ -24,6 +24,7 @@ WISH_ENV = "NEMOTRON_REQUEUE_FILE"
 ENDED_AS_ENV = "NEMOTRON_ENDED_AS"  # how Slurm's database calls the end of the attempt before; mostly empty
 
 DEFAULT_MARGIN = 60.0  # seconds; of short jobs a tenth of their time
+_ENDING_SECONDS = 10.0  # of a process that has saved, at most: Python with torch takes some
 _STOPPED_CODES = (Unfinished.exit_code, Cancelled.exit_code, 128 + 15)
 
 # Why, as the events say it.
@@ -43,6 +44,12 @@ def deadline_of(environ: Mapping[str, str], margin: float | None, now: float) ->
     if not text.isdecimal():  # N/A, NONE, UNLIMITED, or Slurm did not answer
         return None
     return int(text) - margin_seconds(margin, max(0.0, int(text) - now))
+
+
+def alarm_of(environ: Mapping[str, str], deadline: float) -> float:
+    """When the launchers tell workers to stop that are still there: those who heed the deadline need time to end."""
+    remaining = int(environ[JOB_END_ENV]) - deadline
+    return deadline + min(_ENDING_SECONDS, remaining / 4)
 
 
 def wish_of(reports: Sequence[NodeReport], nodes: int, deadline: float | None) -> str:

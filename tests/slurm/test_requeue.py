@@ -145,17 +145,17 @@ def test_training_in_several_short_limits_is_training_in_one(cluster: slurm.Clus
     assert wait_until_over(EXECUTOR, handle, 400) == "ended"
     assert _view(handle).state == "succeeded"
     told_of = events(handle, "requeued")
-    assert len(told_of) >= 2
     assert {event["cause"] for event in told_of} == {"time-limit"}
-    steps = [event["step"] for event in told_of]
-    assert steps == sorted(set(steps)), "each attempt came further"
+    steps = []
     for event in told_of:
-        said = worker_events(tmp_path / "run" / "sft", event["attempt"])
-        (stopped,) = [entry for entry in said if entry["event"] == "stopped"]
-        (deadline,) = {entry["deadline"] for entry in said if entry["event"] == "ready"}
-        (saved,) = [entry["time"] for entry in said if entry["event"] == "checkpoint-saved"]
-        assert (stopped["reason"], stopped["step"]) == ("time-limit", event["step"])
-        assert saved <= deadline
+        said = {entry["event"]: entry for entry in worker_events(tmp_path / "run" / "sft", event["attempt"])}
+        if "stopped" in said:  # else its time was up before the first step, or after the last one
+            assert (said["stopped"]["reason"], said["stopped"]["step"]) == ("time-limit", event["step"])
+            assert said["checkpoint-saved"]["time"] <= said["ready"]["deadline"] + 1, "of a busy machine's clock"
+            assert said["unfinished"]["exit_code"] == 75
+            steps.append(event["step"])
+    assert len(steps) >= 2
+    assert steps == sorted(set(steps)), "each attempt came further"
     assert losses(tmp_path / "run" / "sft") == pytest.approx(losses(tmp_path / "reference" / "sft"), rel=1e-6)
     assert len(losses(tmp_path / "run" / "sft")) == 60
 
@@ -172,6 +172,29 @@ def test_a_dead_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         slurm.manage("kill-node", "2", folder=cluster.folder)
         assert wait_until_over(EXECUTOR, handle, 180) == "ended"
         assert [(e["attempt"], e["cause"]) for e in events(handle, "requeued")] == [(1, "node-failure")]
+        view = _view(handle)
+        assert (view.state, view.stage("first").attempt) == ("succeeded", 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("grace", [0, 30])
+def test_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace: int) -> None:
+    """With time to save Slurm sends SIGTERM first; without, its database alone says why."""
+    slurm.require()
+    preempting = ("--set", "PreemptType=preempt/partition_prio", "--set", "PreemptMode=REQUEUE")
+    with slurm.cluster("--nodes=1", "--account=lab", *preempting) as cluster:
+        _use(cluster, monkeypatch)
+        cluster.run("scontrol", "update", "PartitionName=interactive", "PriorityTier=10")
+        cluster.run("scontrol", "update", "PartitionName=batch", f"GraceTime={grace}")
+        place = placement(EXECUTOR, max_requeues=1, partition="batch", exclusive=True)
+        stage = probe_stage("first", placement=place, sleep=300, attempts=1)
+        handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage))
+        wait_for(lambda: _received(tmp_path, "first"))
+        flags = ("--partition=interactive", "--exclusive", "--account=lab", "--time=1")
+        urgent = cluster.sbatch("sleep 3", *flags, cwd=tmp_path)
+        assert cluster.wait(urgent)["JobState"] == "COMPLETED"
+        assert wait_until_over(EXECUTOR, handle, 120) == "ended"
+        assert [(e["attempt"], e["cause"]) for e in events(handle, "requeued")] == [(1, "preempted")]
         view = _view(handle)
         assert (view.state, view.stage("first").attempt) == ("succeeded", 2)
 

@@ -18,6 +18,7 @@ from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradiction
 from nemotron_recipes.executors.slurm_requeue import (
     JOB_END_ENV,
     WISH_ENV,
+    alarm_of,
     deadline_of,
     ended_as,
     leave_wish,
@@ -66,6 +67,9 @@ def test_the_deadline() -> None:
     assert deadline_of({JOB_END_ENV: "10000"}, None, now=0.0) == 10000 - 60
     assert deadline_of({JOB_END_ENV: "300"}, None, now=0.0) == 300 - 30
     assert deadline_of({JOB_END_ENV: "300"}, 100.0, now=250.0) == 200
+    assert alarm_of({JOB_END_ENV: "300"}, 200.0) == 210
+    assert alarm_of({JOB_END_ENV: "300"}, 296.0) == 297
+    assert alarm_of({JOB_END_ENV: "300"}, 300.0) == 300
     for text in ("", "N/A", "NONE", "Unknown"):
         assert deadline_of({JOB_END_ENV: text}, 100.0, now=0.0) is None
 
