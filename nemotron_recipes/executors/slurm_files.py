@@ -80,6 +80,11 @@ def nodes_log(stage: StageDir, job: str) -> Path:
     return stage.path / "logs" / f"nodes-{job}.out"
 
 
+def requeue_wish(stage: StageDir, job: str) -> Path:
+    """The first launcher's wish to have the job put back: the events that say so. A later attempt removes it."""
+    return stage.path / "logs" / f"requeue-{job}"
+
+
 def write_report(stage: StageDir, attempt: int, report: NodeReport) -> None:
     write_atomic(stage.logs(attempt) / f"node-{report.node}.json", json.dumps(asdict(report), sort_keys=True))
 

@@ -74,7 +74,7 @@ class Node:
         self.hosts = self.environ.get(HOSTS_ENV, "").split()
         if self.number == 0 and self.restarts:
             self._tell_of_requeue()
-        problem = self._used_up() or self._misplaced() or self._changed_file() or self._taken_port()
+        problem = slurm_requeue.used_up(self.restarts, self.launch["max_requeues"]) or self._misplaced() or self._changed_file() or self._taken_port()
         if problem:
             return self._refuse(problem)
         log = slurm_files.launcher_log(self.stage, self.attempt, self.number)
@@ -113,12 +113,6 @@ class Node:
             cause = slurm_requeue.ended_as(self.environ.get(slurm_requeue.ENDED_AS_ENV, ""))
             event = slurm_requeue.requeued_event(self.stage, name, before, cause, self.restarts)
             append_event(self.run.events, event.pop("event"), **{k: v for k, v in event.items() if k != "time"})
-
-    def _used_up(self) -> str:
-        allowed = self.launch["max_requeues"]
-        if self.restarts <= allowed:
-            return ""
-        return f"the job was put back into the queue {self.restarts} times; max_requeues is {allowed}: raise it"
 
     def _misplaced(self) -> str:
         """Why this node is not one that the Plan speaks of; "" when it is."""
@@ -215,7 +209,7 @@ class Node:
         self._event("stage-exited", **told)
         if wish and wish != slurm_requeue.SIGNAL:
             how = {"scheduler": "TIMEOUT"} if wish == slurm_requeue.TIME_LIMIT else {}
-            cause = self._given_up(wish)
+            cause = slurm_requeue.given_up(wish, self.launch["max_requeues"])
             append_event(self.run.events, "finished", state="failed", stage=self.launch["stage"], cause=cause, **how)
         elif own.stopped and cause and not (first and first.time <= own.time):
             return code or 1
@@ -248,16 +242,6 @@ class Node:
             *(self.stage, self.launch["stage"], self.attempt, cause), requeues=self.restarts + 1
         )
         return slurm_requeue.leave_wish(self.environ, [exited, requeued])
-
-    def _given_up(self, wish: str) -> str:
-        """Why the run ends here although its workers would go on."""
-        what = "the worker ended with exit code 75: it wants to be started again"
-        if wish == slurm_requeue.TIME_LIMIT:
-            what = "the time limit is reached but for the time to save"
-        allowed = self.launch["max_requeues"]
-        used = f"all {allowed} requeues are used" if allowed else "max_requeues is 0"
-        advice = "raise max_requeues or `time`, and go on from the last checkpoint with train.resume=true"
-        return f"{what}, and {used}; {advice}"
 
     def _refuse(self, problem: str) -> int:
         print(f"{self.host}: {problem}", file=sys.stderr, flush=True)

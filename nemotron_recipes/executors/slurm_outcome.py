@@ -91,6 +91,9 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
     if state.state in _WORDS:
         words = _WORDS[state.state].format(limit=state.limit or "the job", nodes=state.nodes or "its nodes")
         return f"{words} ({what}){_ADVICE.get(state.state, '')}"
+    log = slurm_files.batch_log(stage, state.job)
+    if state.state == "FAILED" and slurm_files.requeue_wish(stage, state.job).exists():
+        return f"{what}: it was to go back into the queue, but Slurm did not take it:{_tail(log)}"
     first = slurm_files.first_failure(slurm_files.read_reports(stage, attempt))
     if first and first.problem:
         return f"{first.host}: {first.problem}"
@@ -100,7 +103,6 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
     elif not code:
         return f"{what}{f' ({state.reason})' if state.reason else ''}"
     if state.state != "COMPLETED" and began is None and first is None:
-        log = slurm_files.batch_log(stage, state.job)
         return f"{what} with exit code {verdict.named(code)} before anything was started:{_tail(log)}"
     failure = None
     if first and first.rank is not None and first.rank_exit_code is not None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemotron_recipes.errors import Cancelled, Unfinished
-from nemotron_recipes.executors.slurm_files import NodeReport, first_failure
+from nemotron_recipes.executors.slurm_files import NodeReport, first_failure, requeue_wish
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import RunDir, StageDir, latest_checkpoint, read_jsonl
 from nemotron_recipes.spec import Tree
@@ -68,6 +68,21 @@ def wish_of(reports: Sequence[NodeReport], nodes: int, deadline: float | None) -
     return SIGNAL if all_told else ""
 
 
+def used_up(restarts: int, allowed: int) -> str:
+    """Why an attempt must not start; "" when it may. Somebody else has put the job back once more than it should be."""
+    return "" if restarts <= allowed else f"the job was put back {restarts} times; max_requeues is {allowed}: raise it"
+
+
+def given_up(wish: str, allowed: int) -> str:
+    """Why a run ends here although its workers would go on."""
+    what = "the worker ended with exit code 75: it wants to be started again"
+    if wish == TIME_LIMIT:
+        what = "the time limit is reached but for the time to save"
+    used = f"all {allowed} requeues are used" if allowed else "max_requeues is 0"
+    advice = "raise max_requeues or `time`, and go on from the last checkpoint with train.resume=true"
+    return f"{what}, and {used}; {advice}"
+
+
 def ended_as(state: str) -> str:
     """The cause that Slurm's word for the end of the attempt before stands for."""
     words = {"NODE_FAIL": NODE_FAILURE, "PREEMPTED": PREEMPTED, "TIMEOUT": TIME_LIMIT}
@@ -105,7 +120,7 @@ def setup_lines(run: RunDir, stage: StageDir, max_requeues: int) -> tuple[str, .
     if not max_requeues:
         return lines
     sacct = 'sacct --duplicates --allocations --noheader --parsable2 --jobs="$SLURM_JOB_ID" --format=State'
-    wish = f"{shlex.quote(str(stage.path / 'logs' / 'requeue-'))}$SLURM_JOB_ID"
+    wish = f"{shlex.quote(str(requeue_wish(stage, '')))}$SLURM_JOB_ID"
     return (
         *lines,
         f"export {WISH_ENV}={wish}",

@@ -151,7 +151,8 @@ def test_training_in_several_short_limits_is_training_in_one(cluster: slurm.Clus
         said = {entry["event"]: entry for entry in worker_events(tmp_path / "run" / "sft", event["attempt"])}
         if "stopped" in said:  # else its time was up before the first step, or after the last one
             assert (said["stopped"]["reason"], said["stopped"]["step"]) == ("time-limit", event["step"])
-            assert said["checkpoint-saved"]["time"] <= said["ready"]["deadline"] + 1, "of a busy machine's clock"
+            in_time = said["ready"]["time"] < said["ready"]["deadline"] - 2  # else it took the one step all the same
+            assert not in_time or said["checkpoint-saved"]["time"] <= said["ready"]["deadline"] + 1
             assert said["unfinished"]["exit_code"] == 75
             steps.append(event["step"])
     assert len(steps) >= 2

@@ -182,6 +182,18 @@ def test_what_was_put_back_and_never_started_again(run: RunDir) -> None:
     assert view.state == "failed"
 
 
+def test_a_requeue_that_slurm_refused(run: RunDir) -> None:
+    stage = run.stage("first")
+    append_event(run.events, "stage-exited", stage="first", attempt=1, exit_code=75, seconds=1.0)
+    append_event(run.events, "requeued", stage="first", attempt=1, cause="time-limit", step=4, requeues=1)
+    (stage.path / "logs" / "requeue-11").write_text("{}\n")
+    (stage.path / "logs" / "slurm-11.out").write_text("Requested operation is presently disabled for job 11\n")
+    view = view_of(run, JobState("11", "FAILED", exit_code=75))
+    assert (view.state, view.stage("first").state) == ("failed", "failed")
+    (finished,) = missing_events(run, {"first": JobState("11", "FAILED", exit_code=75)}, PRINTS)
+    assert "presently disabled" in finished["cause"]
+
+
 def test_told_to_stop_is_not_cancelled_while_the_launcher_is_there() -> None:
     record = {"state": "cancelled", "attempt": 1}
     assert judge(Evidence(started=True, record=record, liveness="running"))[0] == "running"
