@@ -74,7 +74,8 @@ class Node:
         self.hosts = self.environ.get(HOSTS_ENV, "").split()
         if self.number == 0 and self.restarts:
             self._tell_of_requeue()
-        problem = slurm_requeue.used_up(self.restarts, self.launch["max_requeues"]) or self._misplaced() or self._changed_file() or self._taken_port()
+        problem = slurm_requeue.used_up(self.restarts, self.launch["max_requeues"])
+        problem = problem or self._misplaced() or self._changed_file() or self._taken_port()
         if problem:
             return self._refuse(problem)
         log = slurm_files.launcher_log(self.stage, self.attempt, self.number)
