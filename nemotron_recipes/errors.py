@@ -1,6 +1,6 @@
 """The one error tree. Everything a user can cause ends here, with an exit code and without a traceback.
 
-Exit codes: 0 done; 1 the job failed; 2 the request is wrong.
+Exit codes: 0 done; 1 the job failed; 2 the request is wrong; 75 saved, but not done; 130 stopped.
 """
 
 from __future__ import annotations
@@ -55,6 +55,15 @@ class Cancelled(NemotronError):
     """The user or somebody else stopped the run; 130 is the shell's convention for Ctrl-C."""
 
     exit_code = 130
+
+
+class Unfinished(NemotronError):
+    """The time is nearly up: what was reached is saved, and another attempt can go on from there.
+
+    75 is EX_TEMPFAIL of sysexits.h; executors take it as the wish to be started again.
+    """
+
+    exit_code = 75
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ from nemotron_recipes.fsio import write_atomic
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ATTEMPT_ENV = "NEMOTRON_ATTEMPT"
+DEADLINE_ENV = "NEMOTRON_DEADLINE"  # seconds since the epoch: by then a worker must have saved and ended
 RUN_ID_ENV = "NEMOTRON_RUN_ID"  # in the environment of every process that an executor starts for a run
 
 

@@ -25,6 +25,7 @@ class Evidence:
     worker            of rank 0's own process; None: it never wrote that it started
     launched          the launcher wrote that it started this attempt (otherwise it was started by hand)
     retrying          a newer launcher is at work and hasn't come to this stage yet
+    requeued          why this attempt's job went back into the queue; "" when it did not
     stopped_by        why the scheduler ended it (time limit, dead node); its processes could not know
     """
 
@@ -39,6 +40,7 @@ class Evidence:
     launched: bool = True
     retrying: bool = False
     stopped_by: str = ""
+    requeued: str = ""
 
 
 def judge(evidence: Evidence) -> tuple[State, str]:
@@ -56,6 +58,8 @@ def judge(evidence: Evidence) -> tuple[State, str]:
         state, note = _after_exit_0(evidence)
     else:
         state, note = _after_bad_exit(evidence)
+    if evidence.requeued and evidence.liveness in ("queued", "running"):
+        return "pending", f"back in the queue ({evidence.requeued})"
     if evidence.retrying and state in ("failed", "cancelled", "lost"):
         return "pending", f"to be tried again; the last attempt: {state}"
     return state, note
@@ -96,6 +100,8 @@ def _after_bad_exit(evidence: Evidence) -> tuple[State, str]:
 def _without_exit_code(evidence: Evidence) -> tuple[State, str]:
     if evidence.record is not None:
         said: State = evidence.record["state"]
+        if said == "cancelled" and evidence.launched and evidence.liveness in ("queued", "running"):
+            return "running", "it was told to stop"  # what its launcher makes of that is still to come
         if said == "succeeded" and evidence.failure is not None:
             return "failed", f"its record says succeeded, but rank {evidence.failure['rank']} failed"
         return said, ""

@@ -171,6 +171,7 @@ def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Alive 
             worker=fate(worker) if worker else None,
             launched=launched is not None,
             retrying=retrying and alive in ("queued", "running"),
+            requeued=_requeued(events, name, attempt),
             stopped_by=_stopped_by_scheduler(events, name, attempt),
         )
     )
@@ -235,6 +236,17 @@ def _stopped_by_scheduler(events: list[Tree], name: str, attempt: int) -> str:
             cause = ""
         elif event["event"] == "finished" and event.get("scheduler"):
             cause = str(event["cause"])
+    return cause
+
+
+def _requeued(events: list[Tree], name: str, attempt: int) -> str:
+    """Why this attempt's job went back into the queue; "" when it did not, or somebody has submitted anew since."""
+    cause = ""
+    for event in events:
+        if event["event"] == "requeued" and (event["stage"], event["attempt"]) == (name, attempt):
+            cause = event["cause"]
+        elif event["event"] in BEGINS:
+            cause = ""
     return cause
 
 

@@ -73,6 +73,8 @@ class Follower:
             self.metrics = Tail(folder.metrics)
         elif event["event"] == "job-accepted":
             self._line(f"   {stage} is job {event['job']}")
+        elif event["event"] == "requeued":
+            self._line(f"── {stage}: back in the queue ({event['cause']}), from step {event['step'] or 0}")
         elif event["event"] == "stage-exited":
             self._show_logs(last=True)
             self._line(f"── {stage}: exit {event['exit_code']}, {duration(event['seconds'])}")

@@ -92,7 +92,8 @@ class SlurmExecutor:
         run = RunDir(Path(handle.run_dir))
         if slurm_outcome.has_ended(run):
             return "ended"
-        begun = any(event["event"] == "stage-started" for event in slurm_outcome.since_submission(run))
+        told = [e["event"] for e in slurm_outcome.since_submission(run) if e["event"] in ("stage-started", "requeued")]
+        begun = told[-1:] == ["stage-started"]  # what went back into the queue waits once more
         try:
             states = self._states(handle)
         except slurm_control.Unreachable:

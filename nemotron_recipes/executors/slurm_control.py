@@ -33,6 +33,7 @@ class JobState:
     nodes: str = ""
     limit: str = ""
     by: str = ""
+    restarts: int = 0  # how often it was put back into the queue, where slurmctld still knows
 
     @property
     def active(self) -> bool:
@@ -145,12 +146,13 @@ def _run(argv: list[str], seconds: float, environ: Mapping[str, str] | None = No
 
 
 def _of_scontrol(job: str, text: str) -> JobState:
-    words = dict(re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|NodeList|TimeLimit)=(\S*)", text))
+    words = dict(re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|NodeList|TimeLimit|Restarts)=(\S*)", text))
     code, _, number = words.get("ExitCode", "0:0").partition(":")
     reason = words.get("Reason", "").replace("None", "")
     nodes = words.get("NodeList", "").replace("(null)", "")
     return JobState(
-        job, words.get("JobState", ""), int(code), int(number or 0), reason, nodes, words.get("TimeLimit", "")
+        *(job, words.get("JobState", ""), int(code), int(number or 0), reason, nodes, words.get("TimeLimit", "")),
+        restarts=int(words.get("Restarts", "0")),
     )
 
 

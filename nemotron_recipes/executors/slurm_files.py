@@ -1,5 +1,6 @@
 """The files in a run folder through which a submission, its jobs and later readers speak. Standard library only.
 
+<stage>/logs/requeue-JOB                       the first launcher's wish to have the job put back into the queue
 submission.json                                what was handed to Slurm: the stages in order, the attempt of each
 secrets.json                                   mode 0600; gone once the run has ended
 <stage>/files/launch.json, sbatch.sh           what each node's launcher reads, and the script that starts it
@@ -30,6 +31,7 @@ class NodeReport:
     """How one node's part of an attempt ended; written by its launcher, last of all.
 
     time            seconds since the epoch
+    overdue         its launcher asked it to stop, since the time was nearly up
     stopped         it was asked to stop before its processes ended: what follows is no cause of anything
     problem         why it started nothing; "" when it did
     rank            the worker that failed first there, as torchrun says, with its exit code
@@ -43,6 +45,12 @@ class NodeReport:
     problem: str = ""
     rank: int | None = None
     rank_exit_code: int | None = None
+    overdue: bool = False
+
+    @property
+    def code(self) -> int:
+        """The worker's own exit code, where torchrun named it."""
+        return self.exit_code if self.rank_exit_code is None else self.rank_exit_code
 
 
 def submission(run: RunDir) -> Path:
@@ -72,6 +80,11 @@ def nodes_log(stage: StageDir, job: str) -> Path:
     return stage.path / "logs" / f"nodes-{job}.out"
 
 
+def requeue_wish(stage: StageDir, job: str) -> Path:
+    """The first launcher's wish to have the job put back: the events that say so. A later attempt removes it."""
+    return stage.path / "logs" / f"requeue-{job}"
+
+
 def write_report(stage: StageDir, attempt: int, report: NodeReport) -> None:
     write_atomic(stage.logs(attempt) / f"node-{report.node}.json", json.dumps(asdict(report), sort_keys=True))
 
@@ -94,5 +107,5 @@ def write_attempts(run: RunDir, attempts: Mapping[str, int]) -> None:
 
 
 def attempts(run: RunDir) -> dict[str, int]:
-    """Stage -> attempt of the newest submission, in the order of the stages."""
+    """Stage -> first attempt of the newest submission, in the order of the stages; each requeue of a job adds one."""
     return dict((read_json(submission(run)) or {}).get("stages", []))

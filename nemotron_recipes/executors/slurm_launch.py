@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from nemotron_recipes.executors import slurm_files, torchrun
+from nemotron_recipes.errors import Unfinished
+from nemotron_recipes.executors import slurm_files, slurm_requeue, torchrun
 from nemotron_recipes.executors.slurm_files import NodeReport
 from nemotron_recipes.executors.verdict import failure_cause
-from nemotron_recipes.rundir import ATTEMPT_ENV, RunDir, StageDir, append_event, read_json
+from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RunDir, StageDir, append_event, read_json
 from nemotron_recipes.spec import Tree
 
 HOSTS_ENV = "NEMOTRON_HOSTS"  # the job's nodes, in order, as the batch script resolved them outside any container
@@ -54,20 +55,27 @@ class Node:
     number: int
     host: str
     child: subprocess.Popen[bytes] | None = None
+    restarts: int = 0  # how often the job was put back into the queue before this attempt
+    deadline: float | None = None
     stopping: bool = False
+    overdue: bool = False
     hosts: list[str] = field(default_factory=list)
 
     def work(self) -> int:
         """Check, run, report; the exit code of this task of the step."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
+        signal.signal(signal.SIGALRM, self._time_is_up)
         stray = self._unclaimed()
         if stray:  # the folder belongs to somebody else: nothing is written there
             print(f"{self.host}: {stray}", file=sys.stderr, flush=True)
             return 1
         self.stage.logs(self.attempt).mkdir(parents=True, exist_ok=True)
         self.hosts = self.environ.get(HOSTS_ENV, "").split()
-        problem = self._misplaced() or self._changed_file() or self._taken_port()
+        if self.number == 0 and self.restarts:
+            self._tell_of_requeue()
+        problem = slurm_requeue.used_up(self.restarts, self.launch["max_requeues"])
+        problem = problem or self._misplaced() or self._changed_file() or self._taken_port()
         if problem:
             return self._refuse(problem)
         log = slurm_files.launcher_log(self.stage, self.attempt, self.number)
@@ -78,7 +86,7 @@ class Node:
             return self._refuse(f"{self.launch['argv'][0]} can't be started: {error.strerror}")
         failure = torchrun.first_failure(log) if code else None
         rank, rank_code = failure or (None, None)
-        report = NodeReport(self.number, self.host, time.time(), code, self.stopping, "", rank, rank_code)
+        report = NodeReport(self.number, self.host, time.time(), code, self.stopping, "", rank, rank_code, self.overdue)
         slurm_files.write_report(self.stage, self.attempt, report)
         return self._conclude(report, time.monotonic() - began) if self.number == 0 else code
 
@@ -98,6 +106,14 @@ class Node:
             if time.monotonic() > deadline:
                 return f"job {own} is left over from a submission that was interrupted or taken back"
             time.sleep(0.1)
+
+    def _tell_of_requeue(self) -> None:
+        """Of one that Slurm made by itself, or somebody else: nobody in the job could say it then."""
+        before, name = self.attempt - 1, self.launch["stage"]
+        if not slurm_requeue.is_told(self.run, name, before):
+            cause = slurm_requeue.ended_as(self.environ.get(slurm_requeue.ENDED_AS_ENV, ""))
+            event = slurm_requeue.requeued_event(self.stage, name, before, cause, self.restarts)
+            append_event(self.run.events, event.pop("event"), **{k: v for k, v in event.items() if k != "time"})
 
     def _misplaced(self) -> str:
         """Why this node is not one that the Plan speaks of; "" when it is."""
@@ -144,6 +160,9 @@ class Node:
     def _run(self, log: Path) -> int:
         environ = {**self.environ, **(read_json(slurm_files.secrets(self.run)) or {}), **self.launch["env"]}
         environ[ATTEMPT_ENV] = str(self.attempt)
+        self.deadline = slurm_requeue.deadline_of(self.environ, self.launch["save_margin"], time.time())
+        if self.deadline is not None:
+            environ[DEADLINE_ENV] = f"{self.deadline:.3f}"
         if self.launch["launcher"] == "torchrun" and self.launch["nodes"] > 1:
             environ |= {"PET_NODE_RANK": str(self.number), "PET_MASTER_ADDR": self.hosts[0]}
             environ["PET_MASTER_PORT"] = str(port_of(self.environ))
@@ -164,14 +183,19 @@ class Node:
             self._event("stage-started", pid=child.pid, job=self.environ["SLURM_JOB_ID"], hosts=self.hosts)
         if self.stopping:  # it came before there was anything to stop
             child.terminate()
+        if self.deadline is not None:  # for workers that do not look at the clock
+            alarm = slurm_requeue.alarm_of(self.environ, self.deadline)
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, alarm - time.time()))
         code = child.wait()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)  # what the process left behind
         return code if code >= 0 else 128 - code
 
     def _conclude(self, own: NodeReport, seconds: float) -> int:
         """The first node's: events, once every node has reported or can't be waited for any longer."""
-        self._wait_for_others(NEWS_SECONDS if own.exit_code or self.stopping else OTHERS_SECONDS)
+        in_time = self.overdue or own.code in (0, Unfinished.exit_code)
+        self._wait_for_others(OTHERS_SECONDS if in_time and (self.overdue or not self.stopping) else NEWS_SECONDS)
         reports = slurm_files.read_reports(self.stage, self.attempt)
         silent = [host for number, host in enumerate(self.hosts) if number not in {r.node for r in reports}]
         first = slurm_files.first_failure(reports)
@@ -179,11 +203,18 @@ class Node:
         told: Tree = {"exit_code": code, "seconds": round(seconds, 3)}
         if first and first.rank is not None:
             told |= {"rank": first.rank, "rank_exit_code": first.rank_exit_code}
-        self._event("stage-exited", **told)
-        if own.stopped and not (first and first.time <= own.time):
-            return code or 1
         cause = self._cause(code, first, silent)
-        if cause:
+        wish = slurm_requeue.wish_of(reports, self.launch["nodes"], self.deadline) if cause else ""
+        if wish and self.restarts < self.launch["max_requeues"] and self._ask_for_requeue(wish, told):
+            return Unfinished.exit_code
+        self._event("stage-exited", **told)
+        if wish and wish != slurm_requeue.SIGNAL:
+            how = {"scheduler": "TIMEOUT"} if wish == slurm_requeue.TIME_LIMIT else {}
+            cause = slurm_requeue.given_up(wish, self.launch["max_requeues"])
+            append_event(self.run.events, "finished", state="failed", stage=self.launch["stage"], cause=cause, **how)
+        elif own.stopped and cause and not (first and first.time <= own.time):
+            return code or 1
+        elif cause:
             append_event(self.run.events, "finished", state="failed", stage=self.launch["stage"], cause=cause)
         elif self.launch["stage"] == [*slurm_files.attempts(self.run)][-1]:
             append_event(self.run.events, "finished", state="succeeded")
@@ -204,6 +235,14 @@ class Node:
             cause = f"{cause}; " if cause else ""
             cause += f"no word from {', '.join(silent)}: it may be down"
         return cause
+
+    def _ask_for_requeue(self, cause: str, told: Tree) -> bool:
+        fields = {"stage": self.launch["stage"], "attempt": self.attempt, **told}
+        exited = {"time": round(time.time(), 3), "event": "stage-exited", **fields}
+        requeued = slurm_requeue.requeued_event(
+            *(self.stage, self.launch["stage"], self.attempt, cause), requeues=self.restarts + 1
+        )
+        return slurm_requeue.leave_wish(self.environ, [exited, requeued])
 
     def _refuse(self, problem: str) -> int:
         print(f"{self.host}: {problem}", file=sys.stderr, flush=True)
@@ -232,6 +271,10 @@ class Node:
         if self.child is not None and self.child.poll() is None:
             self.child.terminate()
 
+    def _time_is_up(self, number: int, frame: FrameType | None) -> None:
+        self.overdue = not self.stopping
+        self._stop(number, frame)
+
 
 def _stop_with_launcher() -> None:
     """In the child: hear SIGTERM when the launcher is killed; without cgroups nobody else would stop it."""
@@ -254,9 +297,11 @@ def main(argv: list[str] | None = None) -> int:
     if attempt is None:
         print(f"the submission of {launch['stage']} in {run.path} was taken back", file=sys.stderr)
         return 1
+    restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+    attempt += restarts
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
     number = int(environ.get("SLURM_NODEID", "0"))
-    return Node(launch, environ, run, StageDir(Path(launch["cwd"])), attempt, number, host).work()
+    return Node(launch, environ, run, StageDir(Path(launch["cwd"])), attempt, number, host, restarts=restarts).work()
 
 
 if __name__ == "__main__":

@@ -53,10 +53,13 @@ def missing_events(run: RunDir, states: dict[str, JobState], fingerprints: dict[
     if any(event["event"] in ("finished", "cancelled") for event in told):
         return []
     begun = {event["stage"]: event for event in told if event["event"] == "stage-started"}
-    ended = {event["stage"]: event for event in told if event["event"] == "stage-exited"}
+    ended = {(event["stage"], event["attempt"]) for event in told if event["event"] == "stage-exited"}
     missing: list[Tree] = []
-    for name, attempt in slurm_files.attempts(run).items():
+    for name, first in slurm_files.attempts(run).items():
         stage = StageDir(run.stage(name).path)
+        attempt = max(first + (states[name].restarts if name in states else 0), begun.get(name, {}).get("attempt", 0))
+        if begun.get(name, {}).get("attempt") != attempt:  # it went back into the queue, and did not come to work again
+            begun.pop(name, None)
         if name not in states:  # forgotten: without accounting that takes minutes, and later stages take hours
             if verdict.is_done(read_json(stage.record), fingerprints[name]):
                 continue
@@ -67,7 +70,7 @@ def missing_events(run: RunDir, states: dict[str, JobState], fingerprints: dict[
             end: Tree = {"event": "cancelled", "stage": name if started else None}
             missing.append({**end, "attempt": attempt if started else None, "by": state.by})
             break
-        if name in begun and name not in ended and state.state in ("COMPLETED", "FAILED"):
+        if name in begun and (name, attempt) not in ended and state.state in ("COMPLETED", "FAILED"):
             code = state.exit_code or (128 + state.signal if state.signal else 0)
             seconds = round(max(0.0, time.time() - begun[name]["time"]), 3)  # at most: nobody saw it end
             exited = {"event": "stage-exited", "stage": name, "attempt": attempt, "exit_code": code}
@@ -88,6 +91,9 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
     if state.state in _WORDS:
         words = _WORDS[state.state].format(limit=state.limit or "the job", nodes=state.nodes or "its nodes")
         return f"{words} ({what}){_ADVICE.get(state.state, '')}"
+    log = slurm_files.batch_log(stage, state.job)
+    if state.state == "FAILED" and slurm_files.requeue_wish(stage, state.job).exists():
+        return f"{what}: it was to go back into the queue, but Slurm did not take it:{_tail(log)}"
     first = slurm_files.first_failure(slurm_files.read_reports(stage, attempt))
     if first and first.problem:
         return f"{first.host}: {first.problem}"
@@ -97,7 +103,6 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
     elif not code:
         return f"{what}{f' ({state.reason})' if state.reason else ''}"
     if state.state != "COMPLETED" and began is None and first is None:
-        log = slurm_files.batch_log(stage, state.job)
         return f"{what} with exit code {verdict.named(code)} before anything was started:{_tail(log)}"
     failure = None
     if first and first.rank is not None and first.rank_exit_code is not None:

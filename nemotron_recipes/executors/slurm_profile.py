@@ -33,7 +33,8 @@ OWN_FLAGS = {
     "wrap": "nothing: the script is the one that is shown",
     "parsable": "nothing",
     "wait": "--run instead of --batch",
-    "requeue": "nothing: a job that died is not put back into the queue",
+    "requeue": "max_requeues",
+    "no-requeue": "max_requeues",
 }
 
 Positive = Annotated[int, Field(ge=1)]
@@ -68,6 +69,9 @@ class SlurmProfile(BaseModel):
     segment: Positive | None = None  # nodes per NVLink block
     network: str | None = None
     signal: str | None = None  # e.g. "TERM@300": ask to stop that many seconds before the limit
+    max_requeues: Annotated[int, Field(ge=0)] = 0  # how often a job may go back into the queue before its work is done
+    # Seconds before the limit by which all must be saved; unset: 60, and of short jobs a tenth of their time.
+    save_margin: Annotated[float, Field(ge=0)] | None = None
     dependency: str | None = None  # of the first stage's job, e.g. "afterok:1234"
     comment: str | None = None
     open_mode: Literal["append", "truncate"] | None = None
@@ -130,6 +134,9 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
             yield f"additional_parameters.{key}", f"--{flag} has a field of its own", f"set {flag.replace('-', '_')}"
         elif not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
             yield f"additional_parameters.{key}", f"{key!r} is no flag of sbatch", "give its long name without dashes"
+    limit = limit_seconds(profile.time)
+    if limit is not None and profile.save_margin is not None and profile.save_margin >= limit:
+        yield "save_margin", f"{profile.save_margin:g} s before the end of {limit} s leaves no time to work", "lower it"
     if profile.container and not profile.container_image:
         yield "container", "container = true, but no image is named", "set container_image"
     for field in ("setup", "srun_args"):
@@ -139,6 +146,22 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
     for name, value in _one_liners(profile):
         if any(character in value for character in "\n\r\\"):
             yield name, f"{value!r} holds a character that no #SBATCH line can carry", "take it out"
+
+
+def limit_seconds(time: str | None) -> int | None:
+    """A time limit in seconds; None where there is none, or it is for sbatch to say what is wrong with it.
+
+    https://slurm.schedmd.com/sbatch.html#OPT_time
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time or "")
+    if not found:
+        return None
+    days, first, second, third = (int(text) if text else None for text in found.groups())
+    if days is not None:
+        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+    if third is not None:
+        return ((first or 0) * 60 + (second or 0)) * 60 + third
+    return (first or 0) * 60 + (second or 0)
 
 
 def _one_liners(profile: SlurmProfile) -> Iterator[tuple[str, str]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nemotron_recipes.executors import slurm_files, torchrun
+from nemotron_recipes.executors import slurm_files, slurm_requeue, torchrun
 from nemotron_recipes.executors.slurm_launch import HOSTS_ENV
 from nemotron_recipes.executors.slurm_profile import SBATCH_FIELDS, SlurmProfile
-from nemotron_recipes.rundir import RUN_ID_ENV, StageDir
+from nemotron_recipes.rundir import DEADLINE_ENV, RUN_ID_ENV, RunDir, StageDir
 from nemotron_recipes.spec import Plan, RenderedStage, StagePlan, Tree, to_json
 
 LAUNCHER = "nemotron_recipes.executors.slurm_launch"
 DEPENDENCY = "--dependency=afterok:"
-RESERVED_ENV = (HOSTS_ENV, "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+_OURS = (HOSTS_ENV, DEADLINE_ENV, slurm_requeue.JOB_END_ENV, slurm_requeue.WISH_ENV, slurm_requeue.ENDED_AS_ENV)
+RESERVED_ENV = (*_OURS, "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 
 
 def profile_of(stage: StagePlan) -> SlurmProfile:
@@ -41,9 +42,9 @@ def submit_commands(stages: list[StagePlan]) -> tuple[tuple[str, ...], ...]:
     commands = []
     before: StagePlan | None = None
     for stage in stages:
-        removed = {flag.lstrip("-").replace("_", "-") for flag in profile_of(stage).remove}
-        # A job that died is not put back into the queue: its folder holds one attempt.
-        flags = ["--parsable", "--no-requeue"]
+        profile = profile_of(stage)
+        removed = {flag.lstrip("-").replace("_", "-") for flag in profile.remove}
+        flags = ["--parsable", "--requeue" if profile.max_requeues else "--no-requeue"]
         if before is not None:
             flags += [DEPENDENCY + job_symbol(before.name), "--kill-on-invalid-dep=yes"]
         flags = [flag for flag in flags if flag[2:].partition("=")[0] not in removed]
@@ -93,6 +94,8 @@ def _launch(plan: Plan, stage: StagePlan, argv: tuple[str, ...], env: dict[str, 
         "nodes": stage.placement.nodes,
         "gpus_per_node": stage.placement.options.get("gpus_per_node"),
         "launcher": stage.launch.launcher,
+        "max_requeues": profile_of(stage).max_requeues,
+        "save_margin": profile_of(stage).save_margin,
         "argv": list(argv),
         "env": env,
         "cwd": stage.directory,
@@ -104,6 +107,8 @@ def _script(plan: Plan, stage: StagePlan, first: bool) -> str:
 
     profile, folder = profile_of(stage), StageDir(Path(stage.directory))
     fields = {name: getattr(profile, name) for name in SBATCH_FIELDS if name != "dependency"}
+    if profile.max_requeues and profile.open_mode is None:
+        fields["open_mode"] = "append"  # else each attempt would wipe out what the one before said
     fields["partition"] = profile.partition_for(plan.request.mode)
     fields = {name: value for name, value in fields.items() if value is not None and value is not False}
     parameters = {key: value for key, value in profile.additional_parameters.items() if value is not False}
@@ -117,7 +122,7 @@ def _script(plan: Plan, stage: StagePlan, first: bool) -> str:
         srun_output=str(slurm_files.nodes_log(folder, "%j")),
         fields=fields,
         parameters=parameters,
-        setup=_setup(profile),
+        setup=_setup(profile, RunDir(Path(plan.run_dir)), folder),
         srun_args=_srun_args(profile),
         command=(python, "-m", LAUNCHER, str(folder.files / slurm_files.LAUNCH)),
         image=profile.image,
@@ -128,12 +133,13 @@ def _script(plan: Plan, stage: StagePlan, first: bool) -> str:
     return batch_script(job)
 
 
-def _setup(profile: SlurmProfile) -> tuple[str, ...]:
+def _setup(profile: SlurmProfile, run: RunDir, folder: StageDir) -> tuple[str, ...]:
     """Not traced: the lines may read keys. A line that fails ends the job; what is exported reaches every node."""
     lines = ["set +vx"]
     if profile.setup:
         lines += ["set -e", *profile.setup, "set +e"]
-    return (*lines, f'export {HOSTS_ENV}="${{nodes[*]}}"')
+    requeue = slurm_requeue.setup_lines(run, folder, profile.max_requeues)
+    return (*lines, f'export {HOSTS_ENV}="${{nodes[*]}}"', *requeue)
 
 
 def _srun_args(profile: SlurmProfile) -> tuple[str, ...]:
@@ -142,6 +148,8 @@ def _srun_args(profile: SlurmProfile) -> tuple[str, ...]:
         args.append(f"--cpus-per-task={profile.cpus_per_task}")
     if profile.image and not profile.container_mount_home:
         args.append("--no-container-mount-home")
+    if profile.max_requeues:
+        args.append("--open-mode=append")
     return (*args, *profile.srun_args)
 
 

@@ -39,6 +39,7 @@ class Context:
     stop_signal: bool = False  # a signal asked this rank to stop
     stop_watched: bool = False  # the module asks from time to time, so it stops by itself
     stop_seen: bool = False  # the module was told to stop
+    time_is_up: bool = False  # the module stopped by itself: the deadline is near
 
     @property
     def is_main(self) -> bool:

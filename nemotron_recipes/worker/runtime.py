@@ -25,7 +25,7 @@ from types import FrameType
 
 from nemotron_recipes.artifacts.owner import this_process
 from nemotron_recipes.artifacts.store import Store
-from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, UserError
+from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, Unfinished, UserError
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import write_record
 from nemotron_recipes.spec import Artifact, Producer
@@ -50,7 +50,7 @@ ECHO = 2.0  # seconds; torchrun and the launcher may both pass on one and the sa
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run this rank; returns the exit code: 0 done, 1 failed, 2 wrong request, 130 cancelled."""
+    """Run this rank; returns the exit code: 0 done, 1 failed, 2 wrong request, 75 saved but not done, 130 cancelled."""
     parser = argparse.ArgumentParser(prog="python -m nemotron_recipes.worker", description="Run one rank of a stage.")
     parser.add_argument("--config", required=True, metavar="FILE", type=Path, help="the stage's worker file")
     parser.add_argument("--foreground", action="store_true", help="show rank 0 here too, also without a terminal")
@@ -127,6 +127,8 @@ class Attempt:
                 raise
             fix = f"pip install 'nemotron-recipes[{extra}]', or use an image that has it"
             raise UserError(Problem(f"this stage needs the package '{error.name}'", sys.executable, fix)) from error
+        if context.time_is_up:
+            raise Unfinished("the time is nearly up: what was reached is saved")
         if context.stop_seen:
             raise Cancelled("stopped when asked to")
         self._ending = True  # from here on a first signal comes too late to undo anything
@@ -160,18 +162,20 @@ class Attempt:
         """Say what happened in the log, the events, a failure file and the record, as far as the disk allows."""
         self._ending = True
         context = self.context
-        cancelled = isinstance(error, Cancelled) or context.stop_signal  # an error after the signal follows from it
+        unfinished = isinstance(error, Unfinished)
+        # An error after the signal follows from it.
+        cancelled = not unfinished and (isinstance(error, Cancelled) or context.stop_signal)
         code = Cancelled.exit_code if cancelled else _exit_code(error)
+        word = "unfinished" if unfinished else "cancelled" if cancelled else "failed"
         text = str(error) if isinstance(error, NemotronError) else f"{type(error).__name__}: {error}"
         if isinstance(error, NemotronError):
             lines = text.splitlines()
-            print(f"{'cancelled' if cancelled else 'error'}: {text}", file=sys.stderr)
+            print(f"{'error' if word == 'failed' else word}: {text}", file=sys.stderr)
         else:
             lines = "".join(traceback.format_exception(error)).splitlines()
             print("\n".join(lines), file=sys.stderr)
-        self.log.say_outside(
-            f"rank {context.rank} {'stopped' if cancelled else 'failed'}: {text}\n  log: {self.log.path}"
-        )
+        how = "failed" if word == "failed" else "stopped"
+        self.log.say_outside(f"rank {context.rank} {how}: {text}\n  log: {self.log.path}")
         failure = {
             "time": time.time(),
             "rank": context.rank,
@@ -184,11 +188,11 @@ class Attempt:
         for staged in context.staged.values():
             context.store.discard(staged)
         try:
-            if not cancelled:
+            if word == "failed":
                 write_atomic(context.dir.failure(context.attempt, context.rank), json.dumps(failure, indent=2))
-            if context.is_main:
-                self._record("cancelled" if cancelled else "failed", code, text)
-            context.event("cancelled" if cancelled else "failed", error=text, exit_code=code)
+            if context.is_main and not unfinished:  # the record is the stage's last word, and it goes on
+                self._record(word, code, text)
+            context.event(word, error=text, exit_code=code)
         except OSError as disk:
             print(f"error: this end can't be recorded: {disk}", file=sys.stderr)
         return code

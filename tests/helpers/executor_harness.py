@@ -30,8 +30,9 @@ class Harness:
 def _around_slurm_jobs(name: str) -> bool:
     """Slurm's own, those of the shell that runs the batch script, NeMo-Run's, and the executor's."""
     shell = ("ENVIRONMENT", "HOSTNAME", "PS1", "PWD", "OLDPWD", "SHLVL", "_", "TMPDIR", "GPU_DEVICE_ORDINAL")
-    ours = ("TORCHX_MAX_RETRIES", "NEMOTRON_HOSTS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-    return name.startswith(("SLURM", "SBATCH_", "SRUN_", "PMI")) or name in (*shell, *ours)
+    ours = ("TORCHX_MAX_RETRIES", "NEMOTRON_HOSTS", "NEMOTRON_JOB_END", "NEMOTRON_DEADLINE")
+    gpus = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    return name.startswith(("SLURM", "SBATCH_", "SRUN_", "PMI")) or name in (*shell, *ours, *gpus)
 
 
 HARNESSES = {

@@ -39,7 +39,8 @@ def probe_stage(
     """A stage that runs probe.py.
 
     orders: exit, signal, failing_rank (which of them both apply to), sleep (s), record ("succeeded", ..., or None),
-    children (how many that ignore SIGTERM), deaf (it ignores SIGTERM itself).
+    children (how many that ignore SIGTERM), deaf (it ignores SIGTERM itself),
+    attempts (how many do all that; later ones succeed at once; 0: all).
     """
     fingerprint = f"fingerprint-of-{name}"
     told = {
@@ -50,6 +51,7 @@ def probe_stage(
         "record": "succeeded",
         "children": 0,
         "deaf": False,
+        "attempts": 0,
     }
     told |= orders
     told["fingerprint"] = fingerprint

@@ -16,12 +16,14 @@ import sys
 import time
 from pathlib import Path
 
-from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, StageDir, write_record
+from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RUN_ID_ENV, StageDir, write_record
 
 
 def main() -> int:
     orders = json.loads((Path.cwd() / "files" / "probe.json").read_text())
     attempt = int(os.environ[ATTEMPT_ENV])
+    if orders["attempts"] and attempt > orders["attempts"]:  # only the first ones are to go wrong
+        orders |= {"exit": 0, "signal": 0, "sleep": 0, "record": "succeeded"}
     rank = os.environ.get("RANK", "0")
     children = [
         subprocess.Popen([sys.executable, "-c", _CHILD], start_new_session=True) for _ in range(orders["children"])
@@ -34,6 +36,8 @@ def main() -> int:
         "env": {name: digest(value) for name, value in os.environ.items()},
         "files": {p.name: digest(p.read_bytes()) for p in (Path.cwd() / "files").iterdir()},
         "pid": os.getpid(),
+        "attempt": attempt,
+        "deadline": os.environ.get(DEADLINE_ENV),
         "children": [child.pid for child in children],
     }
     partial = Path(f"received-{rank}.tmp")

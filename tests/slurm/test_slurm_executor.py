@@ -395,7 +395,8 @@ def test_without_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.long
 def test_the_time_limit(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    stage = probe_stage("first", placement=placement(EXECUTOR, time="1"), sleep=300)
+    """Of a worker that does not heed its deadline."""
+    stage = probe_stage("first", placement=placement(EXECUTOR, time="1"), sleep=300, deaf=True)
     handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage))
     assert wait_until_over(EXECUTOR, handle, 180) == "ended"
     view = _settled(handle)

@@ -16,11 +16,13 @@ from transformers import TrainerCallback
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.deadline import Pace
 from nemotron_recipes.worker.trl.checkpoints import commit_checkpoint
 
 _BAR = 24  # characters
 # Trainer's words -> ours
 _NAMES = {"learning_rate": "lr", "eval_loss": "validation_loss"}
+_TIME_LIMIT, _SIGNAL = 1.0, 2.0  # why a rank wants to stop; the larger one wins among them
 _LEFT_OUT = ("epoch", "num_tokens", "total_flos", "step_time")
 
 
@@ -57,41 +59,53 @@ class Progress(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """Save and end after the step in which any rank was asked to stop."""
+    """Save and end after the step in which any rank was asked to stop, or after which no other one fits in the time."""
 
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, pace: Pace):
         self.context = context
+        self.pace = pace
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.began(time.time())
         self.context.stop_requested()  # from now on a signal waits for the end of the step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        asked = self.context.stop_requested()
+        now = time.time()
+        self.pace.step_done(now)
+        # After the last step only the end of the stage is left: there is nothing that another attempt could go on with.
+        time_is_up = state.global_step < state.max_steps and self.pace.must_stop(now)
+        wish = _SIGNAL if self.context.stop_requested() else _TIME_LIMIT if time_is_up else 0.0
         if self.context.world_size > 1:
-            flag = torch.tensor([float(asked)], device=args.device)
+            flag = torch.tensor([wish], device=args.device)
             distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-            asked = bool(flag.item())
-        if asked:
+            wish = flag.item()
+        if wish:
             self.context.stop_seen = True
+            self.context.time_is_up = wish == _TIME_LIMIT
             control.should_save = control.should_training_stop = True
-            self.context.event("stopped", step=state.global_step)
+            reason = "time-limit" if self.context.time_is_up else "signal"
+            self.context.event("stopped", step=state.global_step, reason=reason)
         return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.evaluated(time.time())
 
 
 class SaveWhole(TrainerCallback):
     """Turn what the trainer has staged into a checkpoint; nothing half-written ever carries a valid name."""
 
-    def __init__(self, context: Context, keep: int):
+    def __init__(self, context: Context, keep: int, pace: Pace):
         self.context = context
         self.keep = keep
+        self.pace = pace
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.context.world_size > 1:
             distributed.barrier()  # every rank has written its random state
         if self.context.is_main:
-            began = time.monotonic()
             folder = commit_checkpoint(self.context.dir.checkpoints, state.global_step, self.keep)
-            seconds = round(time.monotonic() - began, 3)
+        seconds = round(self.pace.saved(time.time()), 3)
+        if self.context.is_main:
             self.context.event("checkpoint-saved", step=state.global_step, checkpoint=str(folder), seconds=seconds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.deadline import Pace, deadline_from, last_save_seconds
 from nemotron_recipes.worker.trl.callbacks import Progress, SaveWhole, StopWhenAsked
 from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, clear_staging
 from nemotron_recipes.worker.trl.config import TrlSettings
@@ -38,10 +40,12 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
         tokenizer = load_tokenizer(base.tokenizer, data.template)
         trainer = build_trainer(settings, context, model, tokenizer, data)
         trainer.add_callback(Progress(context, start=_step_of(resume)))
-        trainer.add_callback(StopWhenAsked(context))
-        trainer.add_callback(SaveWhole(context, keep=settings.trainer.get("save_total_limit") or 1))
+        pace = Pace(deadline_from(os.environ), last_save_seconds(context.dir, context.attempt))
+        trainer.add_callback(StopWhenAsked(context, pace))
+        trainer.add_callback(SaveWhole(context, settings.trainer.get("save_total_limit") or 1, pace))
         sizes = [parameter.numel() for parameter in trainer.model.parameters()]
-        context.event("ready", parameters=sum(sizes), resume_from=str(resume) if resume else None)
+        origin = str(resume) if resume else None
+        context.event("ready", parameters=sum(sizes), resume_from=origin, deadline=pace.deadline)
 
         _measure("before", settings, context, trainer, data)
         if resume is not None and settings.peft is None:
