@@ -7,9 +7,6 @@ answers, the loss falls, reward parsing finds the reference answers, and the lin
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +15,8 @@ import pytest
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.data.packed import PackedSplit
 from nemotron_recipes.rundir import read_jsonl
+from tests.helpers.cli import ROOT, nemotron
 
-ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared/data/gsm8k"
 ROWS = 120  # of each file
 
@@ -31,19 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (GSM8K / "train.jsonl").exists():
         pytest.skip(f"no GSM8K at {GSM8K}: nothing of this file was proved")
     return tmp_path_factory.mktemp("gsm8k")
-
-
-def nemotron(cwd: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "nemotron_recipes", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_gsm8k_from_rows_to_a_trained_model(folder: Path) -> None:

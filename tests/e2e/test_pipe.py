@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,22 +12,9 @@ import pytest
 
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.rundir import read_jsonl
+from tests.helpers.cli import nemotron
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
-
-
-def nemotron(cwd: Path, *arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "nemotron_recipes", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
 
 
 def results(cwd: Path) -> dict[str, Any]:
