@@ -63,7 +63,7 @@ def submit(prepared: Prepared) -> JobHandle:
     _refuse_rerun(run)
     try:
         _write_run(run, prepared)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError):  # Ctrl-C, or the code is not what was planned any more
         if run.plan.exists():
             append_event(run.events, "cancelled", stage=None, attempt=None)
         raise

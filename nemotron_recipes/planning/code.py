@@ -52,8 +52,13 @@ def digest_of(package: Path) -> str:
 
 
 def snapshot(run_dir: Path, code: Code) -> None:
-    """Copy the sources into the run folder. UserError: they are not what `code` was planned with any more."""
+    """Copy the sources into the run folder. UserError: they are not what `code` was planned with any more.
+
+    A later attempt finds the copy of the first and leaves it alone: somebody may be running it.
+    """
     target = run_dir / SNAPSHOT / PACKAGE.name
+    if target.is_dir() and digest_of(target) == code.digest:
+        return
     shutil.rmtree(target.parent, ignore_errors=True)
     for path in _sorted_out(PACKAGE)[0]:
         copy = target / path.relative_to(PACKAGE)

@@ -325,13 +325,16 @@ def test_apply_of_a_pipe_holds_when_its_first_stage_has_been_made_since(tmp_path
     assert lifecycle.reprepare(saved).plan == saved
 
 
-def test_an_interrupted_submission_is_recorded_as_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, UserError])
+def test_an_interrupted_submission_is_recorded_as_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: type[BaseException]
+) -> None:
     def interrupted(run_dir: Path, digest: Code) -> None:
-        raise KeyboardInterrupt
+        raise reason
 
     monkeypatch.setattr(code, "snapshot", interrupted)
     prepared = lifecycle.prepare(request_of(tmp_path, "data", "prep", "sft"))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(reason):
         lifecycle.submit(prepared)
     assert lifecycle.load(Path(prepared.plan.run_dir)).state == "cancelled"
 
@@ -398,6 +401,9 @@ def test_the_code_travels_as_it_lies_on_disk(tmp_path: Path, monkeypatch: pytest
     (package / "worker/a.py").write_text("A = 2\n")
     assert (tmp_path / "run/code/nemotron_recipes/worker/a.py").read_text() == "A = 1\n", "later edits stay out"
     assert sorted(everything_below(tmp_path / "run/code/nemotron_recipes")) == ["worker", "worker/a.py"]
+    copied = (tmp_path / "run/code/nemotron_recipes/worker/a.py").stat().st_ino
+    code.snapshot(tmp_path / "run", described)
+    assert (tmp_path / "run/code/nemotron_recipes/worker/a.py").stat().st_ino == copied, "copied once"
     with pytest.raises(UserError, match="changed while"):
         code.snapshot(tmp_path / "other", described)
 
