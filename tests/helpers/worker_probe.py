@@ -3,7 +3,7 @@
     python -m tests.helpers.worker_probe --config FILE
 
 action: write | write-and-raise | nothing | watch | sleep | raise | user-error | import | kill
-only: the one rank that raises or is killed (default: all)
+only: the one rank that raises or is killed, once the others have begun to work (default: all)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from nemotron_recipes.errors import UserError
+from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker import runtime, workerfile
 from nemotron_recipes.worker.context import Context
 
@@ -26,6 +27,8 @@ def run(config: dict[str, Any], ctx: Context) -> None:
     subprocess.run(["echo", "hello from a child process"], check=True)
     action = config.get("action", "write")
     if ctx.rank == config.get("only", ctx.rank):
+        if "only" in config:
+            _wait_for_the_others(ctx)
         _misbehave(action)
     if action in ("raise", "kill", "sleep"):  # the ranks that behave
         ctx.event("sleeping")
@@ -45,6 +48,13 @@ def run(config: dict[str, Any], ctx: Context) -> None:
         ctx.metadata["rows"] = 3
     if action == "write-and-raise":
         raise ValueError("boom")
+
+
+def _wait_for_the_others(ctx: Context) -> None:
+    """torchrun stops the other ranks when one fails; a rank that is still starting then dies without a word."""
+    for rank in set(range(ctx.world_size)) - {ctx.rank}:
+        while not any(event["event"] == "sleeping" for event in read_jsonl(ctx.dir.events(ctx.attempt, rank))):
+            time.sleep(0.02)
 
 
 def _misbehave(action: str) -> None:
