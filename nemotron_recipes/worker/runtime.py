@@ -27,7 +27,7 @@ from nemotron_recipes.artifacts.owner import this_process
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, Unfinished, UserError
 from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import write_record
+from nemotron_recipes.rundir import read_jsonl, write_record
 from nemotron_recipes.spec import Artifact, Producer
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.inputs import resolve_inputs
@@ -46,6 +46,7 @@ LIBRARIES = (
     "numpy",
 )
 ERROR_LINES = 20  # last lines of a traceback that go into the failure file
+POLL = 0.05  # seconds between looks at what other ranks have written
 ECHO = 2.0  # seconds; torchrun and the launcher may both pass on one and the same wish to stop
 
 
@@ -127,6 +128,8 @@ class Attempt:
                 raise
             fix = f"pip install 'nemotron-recipes[{extra}]', or use an image that has it"
             raise UserError(Problem(f"this stage needs the package '{error.name}'", sys.executable, fix)) from error
+        if context.is_main:
+            self._wait_for_the_other_ranks()
         if context.time_is_up:
             raise Unfinished("the time is nearly up: what was reached is saved")
         if context.stop_seen:
@@ -157,6 +160,15 @@ class Attempt:
             made = "".join(f"\n  {slot}: {artifact.uri}" for slot, artifact in self.outputs.items())
             self.log.say_outside(f"succeeded{made}\n  log: {self.log.path}")
         return 0
+
+    def _wait_for_the_other_ranks(self) -> None:
+        """Until all have started: in a start by hand a rank counts its attempt on from the record, so it must not
+        find this one's. A rank that never starts is the launcher's to notice, which then stops this one."""
+        context = self.context
+        waiting = [context.dir.events(context.attempt, rank) for rank in range(1, context.world_size)]
+        while waiting and not context.stop_signal:
+            waiting = [path for path in waiting if next(read_jsonl(path), None) is None]
+            time.sleep(POLL if waiting else 0)
 
     def _end_badly(self, error: BaseException) -> int:
         """Say what happened in the log, the events, a failure file and the record, as far as the disk allows."""
