@@ -217,10 +217,10 @@ def test_batch_outlives_its_terminal_and_can_be_followed_and_cancelled(tmp_path:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    time.sleep(1)
+    assert follower.stdout and follower.stdout.read(1), "it follows"
     cancelled = nemotron(tmp_path, "runs", "cancel", run["id"])
     assert cancelled.returncode == 0 and "cancelled" in cancelled.stdout, cancelled.stderr
-    assert follower.wait(timeout=30) == 130
+    assert follower.wait(timeout=60) == 130
     assert processes_of(run["id"]) == []
     assert nemotron(tmp_path, "runs", "cancel", run["id"]).returncode == 2
 
@@ -237,9 +237,9 @@ def test_ctrl_c_on_a_follower_leaves_the_run_alone(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    time.sleep(1.5)
+    assert follower.stdout and follower.stdout.read(1), "it follows"
     follower.send_signal(signal.SIGINT)
-    assert follower.wait(timeout=20) == 130
+    assert follower.wait(timeout=60) == 130
     assert processes_of(run["id"]), "the run goes on"
     assert nemotron(tmp_path, "runs", "cancel", run["id"]).returncode == 0
 
