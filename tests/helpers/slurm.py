@@ -48,7 +48,7 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job_id: str, *states: str, seconds: float = 60) -> dict[str, str]:
+    def wait(self, job_id: str, *states: str, seconds: float = 120) -> dict[str, str]:
         """The job once its state is one of `states`; without any, once it is over."""
         wanted = states or OVER
         return wait_for(
@@ -57,7 +57,7 @@ class Cluster:
             seconds,
         )
 
-    def sacct(self, job_id: str, *fields: str, seconds: float = 30) -> list[str]:
+    def sacct(self, job_id: str, *fields: str, seconds: float = 120) -> list[str]:
         """The fields of the job itself (no step), once slurmctld has told slurmdbd of its end: that takes seconds."""
         argv = ("sacct", "-X", "--noheader", "--parsable2", "-j", job_id, f"--format=State,End,{','.join(fields)}")
 
@@ -101,7 +101,7 @@ def outside() -> dict[str, str]:
     return kept | {"PATH": SEARCH}
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
