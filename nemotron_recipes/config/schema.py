@@ -7,9 +7,14 @@ the chosen executor's and backend's own fields (planning/validate.py).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import types
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from nemotron_recipes.data.settings import Settings
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -21,55 +26,36 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Source(Section):
-    """One data source. `path`: a reference (docs/contracts.md); `split` pins all its rows to one split."""
-
-    path: str
-    name: str | None = None
-    split: Literal["train", "validation", "test"] | None = None  # where its rows go; null: by hash
-    weight: Annotated[float, Field(gt=0)] = 1.0  # share in the blend, relative to its size
-    subset: str | None = None  # hub data sets only: the configuration name
-    hub_split: str = "train"  # hub data sets only: the split that is read
-    rows: Positive | None = None  # sample: how many rows to generate; else: read at most this many
-    seed: int = 0  # sample: only
-
-
-class Columns(Section):
-    """Names of the fields in the rows, where they are not the usual ones. null: the usual names are looked for."""
-
-    messages: str | None = None
-    prompt: str | None = None
-    response: str | None = None
-    expected_answer: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    completion: str | None = None
-    label: str | None = None
+@cache
+def derived(declared: type) -> type[Section]:
+    """The closed section with a stdlib dataclass's fields, types, rules, defaults and docstring."""
+    hints = get_type_hints(declared, include_extras=True)
+    found: dict[str, Any] = {}
+    for field in fields(declared):
+        default: Any = ... if field.default is MISSING else field.default
+        if is_dataclass(default) and not isinstance(default, type):
+            default = derived(type(default)).model_validate(asdict(default))
+        found[field.name] = (_annotation(hints[field.name]), default)
+    return create_model(declared.__name__, __base__=Section, __doc__=declared.__doc__, **found)
 
 
-class Splits(Section):
-    """Shares of rows without a predefined split; a hash of the row's content decides, so that rows stay put."""
+def _annotation(hint: Any) -> Any:
+    """The same type for pydantic: nested dataclasses as sections, `Rule`s as its own constraints."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        plain, *rules = inner
+        limits: dict[str, Any] = {"allow_inf_nan": False} if plain is float else {}
+        for rule in rules:
+            limits |= {name: value for name, value in vars(rule).items() if value is not None}
+        return Annotated[_annotation(plain), Field(**limits)]
+    if origin in (Union, types.UnionType):
+        return Union[tuple(_annotation(option) for option in inner)]  # noqa: UP007  built at run time
+    if origin is list:
+        return list[_annotation(inner[0])]  # type: ignore[misc]
+    return derived(hint) if isinstance(hint, type) and is_dataclass(hint) else hint
 
-    train: Fraction = 0.98
-    validation: Fraction = 0.01
-    test: Fraction = 0.01
 
-
-class DataPrep(Section):
-    """How rows become training data."""
-
-    sources: Annotated[list[Source], Field(min_length=1)]
-    columns: Columns = Columns()
-    splits: Splits = Splits()
-    sample: Positive | None = None  # at most this many rows of each source
-    pack_size: Annotated[int, Field(ge=8)] = 4096  # tokens
-    overlong: Literal["drop", "truncate"] = "drop"  # rows longer than pack_size; counted either way
-    format: Literal["native", "megatron_npy"] = "native"
-    on_bad_row: Literal["count", "fail"] = "count"
-    tokenizer: str  # a reference
-    chat_template: str = "nemotron3"  # nemotron3, or a path to a .jinja file
-    thinking: bool = True  # the generation prompt opens a reasoning block
-    answer_pattern: str | None = None  # regex with one group that finds the final answer in a reference answer
+DataPrep = derived(Settings)
 
 
 class DataInput(Section):
@@ -193,7 +179,7 @@ class DataPrepConfig(Section):
 
     kind: Literal["data_prep"]
     method: Literal["sft", "dpo", "kto", "rl"]
-    data: DataPrep
+    data: DataPrep  # type: ignore[valid-type]
     outputs: Outputs
     code: CodePolicy = CodePolicy()
     run: dict[str, Any] = {}

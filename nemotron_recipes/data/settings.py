@@ -1,15 +1,16 @@
-"""What data prep is told, checked again by the worker: a hand-written prep.yaml deserves a clear message too.
+"""What data prep is told: the one declaration of the `data` section.
 
-Standard library only, because the planner's side asks for `cross_problems` as well. Field names and defaults equal
-`config/schema.py` (a test compares them); pydantic isn't needed where the worker runs.
+Standard library only, because a worker reads it where no pydantic is; `config/schema.py` derives the planner's model
+from these dataclasses. A hand-written prep.yaml is checked here and deserves a clear message too.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import types
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Tree
@@ -25,22 +26,49 @@ USED_COLUMNS = {
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What values of an annotated type are possible. Numbers are always finite. None: no bound."""
+
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+    min_length: int | None = None  # of a list
+
+    def broken(self, value: Any) -> str:
+        """What `value` must be, or an empty text when it is."""
+        if self.min_length is not None:
+            return "" if len(value) >= self.min_length else f"have at least {self.min_length} element(s)"
+        bad = not math.isfinite(value)
+        bad = bad or (self.gt is not None and value <= self.gt) or (self.ge is not None and value < self.ge)
+        bad = bad or (self.le is not None and value > self.le)
+        if not bad:
+            return ""
+        if self.le is not None:
+            return f"be between {self.ge:g} and {self.le:g}"
+        return f"be above {self.gt:g}" if self.gt is not None else f"be {self.ge:g} or more"
+
+
+Positive = Annotated[int, Rule(gt=0)]
+Fraction = Annotated[float, Rule(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
 class Source:
-    """One source of rows; `path` is what the config said, for people."""
+    """One data source. `path`: a reference (docs/contracts.md); `split` pins all its rows to one split."""
 
     path: str
     name: str | None = None
-    split: Literal["train", "validation", "test"] | None = None
-    weight: float = 1.0
-    subset: str | None = None
-    hub_split: str = "train"
-    rows: int | None = None
-    seed: int = 0
+    split: Literal["train", "validation", "test"] | None = None  # where its rows go; null: by hash
+    weight: Annotated[float, Rule(gt=0)] = 1.0  # share in the blend, relative to its size
+    subset: str | None = None  # hub data sets only: the configuration name
+    hub_split: str = "train"  # hub data sets only: the split that is read
+    rows: Positive | None = None  # sample: how many rows to generate; else: read at most this many
+    seed: int = 0  # sample: only
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Field names in the rows; None: the usual names."""
+    """Names of the fields in the rows, where they are not the usual ones. null: the usual names are looked for."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -54,29 +82,29 @@ class Columns:
 
 @dataclass(frozen=True)
 class Splits:
-    """Shares that the hash of a row is held against."""
+    """Shares of rows without a predefined split; a hash of the row's content decides, so that rows stay put."""
 
-    train: float = 0.98
-    validation: float = 0.01
-    test: float = 0.01
+    train: Fraction = 0.98
+    validation: Fraction = 0.01
+    test: Fraction = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The `data` section of prep.yaml."""
+    """How rows become training data: the `data` section of prep.yaml."""
 
-    sources: list[Source]
-    tokenizer: str
+    sources: Annotated[list[Source], Rule(min_length=1)]
     columns: Columns = Columns()
     splits: Splits = Splits()
-    sample: int | None = None
-    pack_size: int = 4096
-    overlong: Literal["drop", "truncate"] = "drop"
+    sample: Positive | None = None  # at most this many rows of each source
+    pack_size: Annotated[int, Rule(ge=8)] = 4096  # tokens
+    overlong: Literal["drop", "truncate"] = "drop"  # rows longer than pack_size; counted either way
     format: Literal["native", "megatron_npy"] = "native"
     on_bad_row: Literal["count", "fail"] = "count"
-    chat_template: str = "nemotron3"
-    thinking: bool = True
-    answer_pattern: str | None = None
+    tokenizer: str  # a reference
+    chat_template: str = "nemotron3"  # nemotron3, or a path to a .jinja file
+    thinking: bool = True  # the generation prompt opens a reasoning block
+    answer_pattern: str | None = None  # regex with one group that finds the final answer in a reference answer
 
 
 def read_settings(data: Any, method: Any) -> Settings:
@@ -85,8 +113,6 @@ def read_settings(data: Any, method: Any) -> Settings:
     if method not in METHODS:
         problems.append(Problem(f"method: {method!r} is not a method of data prep", fix=nearest(str(method), METHODS)))
     settings = _section(Settings, data, "data", problems)
-    if not problems:
-        problems += _range_problems(settings)
     if not problems:
         problems += cross_problems(data, method)
     if problems:
@@ -142,30 +168,13 @@ def _pattern_problems(pattern: str | None, method: str) -> list[Problem]:
     return []
 
 
-def _range_problems(settings: Settings) -> list[Problem]:
-    shares = settings.splits
-    checks: list[tuple[str, Any, bool, str]] = [
-        ("data.sources", settings.sources, len(settings.sources) > 0, "at least one source"),
-        ("data.pack_size", settings.pack_size, settings.pack_size >= 8, "8 or more"),
-        ("data.sample", settings.sample, settings.sample is None or settings.sample > 0, "above 0"),
-    ]
-    for name in SPLITS:
-        share = getattr(shares, name)
-        checks.append((f"data.splits.{name}", share, 0 <= share <= 1, "between 0 and 1"))
-    for index, source in enumerate(settings.sources):
-        where = f"data.sources.{index}"
-        checks.append((f"{where}.rows", source.rows, source.rows is None or source.rows > 0, "above 0"))
-        checks.append((f"{where}.weight", source.weight, 0 < source.weight < float("inf"), "above 0"))
-    return [Problem(f"{key}: {value!r} must be {rule}") for key, value, valid, rule in checks if not valid]
-
-
 def _section(kind: Any, tree: Any, where: str, problems: list[Problem]) -> Any:
     """An instance of dataclass `kind`; what is wrong goes to `problems`."""
     if not isinstance(tree, dict):
         problems.append(Problem(f"{where}: a section is expected, not {tree!r}"))
         return None
     known = {field.name: field for field in fields(kind)}
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     for key in tree:
         if key not in known:
             problems.append(Problem(f"unknown key '{where}.{key}'", fix=nearest(str(key), known)))
@@ -181,11 +190,18 @@ def _section(kind: Any, tree: Any, where: str, problems: list[Problem]) -> Any:
 def _value(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
     """`value` as the annotated type; an int is fine for a float, nothing else is converted."""
     origin = get_origin(hint)
+    if origin is Annotated:
+        plain, *rules = get_args(hint)
+        count = len(problems)
+        checked = _value(plain, value, where, problems)
+        broken = [rule.broken(checked) for rule in rules if isinstance(rule, Rule)] if len(problems) == count else []
+        problems += [Problem(f"{where}: {value!r} must {words}") for words in broken if words]
+        return checked
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        hint = next(option for option in get_args(hint) if option is not type(None))
-        origin = get_origin(hint)
+        inner = next(option for option in get_args(hint) if option is not type(None))
+        return _value(inner, value, where, problems)
     if origin is list:
         if not isinstance(value, list):
             problems.append(Problem(f"{where}: a list is expected, not {value!r}"))
