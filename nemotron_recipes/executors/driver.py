@@ -1,14 +1,7 @@
-"""The process that carries out a submitted local run: python -m nemotron_recipes.executors.local_driver RUN_DIR
+"""The process that carries out a submitted run on this machine: python -m nemotron_recipes.executors.driver RUN_DIR
 
-It outlives the terminal, reads plan.json and rendered.json, runs the stages in order, and writes events.jsonl:
-
-    driver-started  pid
-    stage-skipped   stage, reason
-    stage-started   stage, attempt, pid
-    stage-exited    stage, attempt, exit_code (128+n for signal n), seconds; under torchrun, which always ends with 1,
-                    also rank and rank_exit_code of the worker that failed first
-    cancelled       stage, attempt (null when no stage ran)          | the last event of a driver
-    finished        state ("succeeded"), or "failed" with stage, cause | is one of these two
+It outlives the terminal, reads plan.json and rendered.json, runs the stages in order, and writes events.jsonl
+(docs/contracts.md). How a stage is started and stopped is its executor's `Runner`.
 
 Exit codes: 0 done, 1 a stage failed, 130 cancelled, 3 somebody else runs this run.
 """
@@ -18,25 +11,28 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
-import psutil
-
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, nemo_adapter, process_tree, torchrun
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, process_tree, torchrun
 from nemotron_recipes.executors.verdict import failure_cause, is_done
 from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import ATTEMPT_ENV, RunDir, StageDir, append_event, read_json
+from nemotron_recipes.rundir import RunDir, StageDir, append_event, latest_checkpoint, read_json
 from nemotron_recipes.spec import JobHandle, RenderedStage, Tree, to_json
 
 BUSY = 3
+RUNNERS = {
+    "local": "nemotron_recipes.executors.local_runner:LocalRunner",
+}
 
 _LEAVING_SECONDS = 3.0
+_POLL_SECONDS = 0.5
 
 
 class Stopped(Exception):
@@ -47,13 +43,50 @@ class StageFailed(Exception):
     """The stage did not succeed; the text is the cause."""
 
 
+class Started(Protocol):
+    """One attempt of a stage that has been started."""
+
+    told: Tree  # what finds it: {"pid": ...}, {"container": ...}
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, looked at for at most that long."""
+        ...
+
+    def stop(self, grace: float) -> None:
+        """SIGTERM, SIGKILL after `grace` seconds, and wait until nothing of it is left. Fine when it has ended."""
+        ...
+
+    def ended(self) -> tuple[int, str]:
+        """(exit code, 128+n for signal n; who ended it, where neither the stage nor this driver did, else "")."""
+        ...
+
+
+class Runner(Protocol):
+    """How the stages of a run are started. Made as `Runner(run, inherited, options)`: the run folder, the environment
+    as the driver found it, and the placement's options of the first stage."""
+
+    native: Tree  # its part of the handle
+
+    def load(self) -> None:
+        """What takes a while and is needed only if a stage runs."""
+        ...
+
+    def close(self) -> None:
+        """The run is over."""
+        ...
+
+    def launched(self, stage: RenderedStage, attempt: int, job: str, log: Path) -> AbstractContextManager[Started]:
+        """Start `stage`; its output goes to `log`, in the order in which it is written. StageFailed: it can't start."""
+        ...
+
+
 @dataclass
 class Driver:
     """One pass over a run's stages."""
 
     run: RunDir
     plan: Tree
-    inherited: dict[str, str]  # the environment as the driver found it
+    runner: Runner
     stopping: bool = False
 
     def drive(self, stages: list[RenderedStage]) -> int:
@@ -65,13 +98,17 @@ class Driver:
                 append_event(self.run.events, "stage-skipped", stage=stage.name, reason="already succeeded")
                 continue
             if not loaded:
-                nemo_adapter.load(self.run.path / "nemo_run")
+                self.runner.load()
                 loaded = True
             if self.stopping:
                 return self._cancelled(None, None)
             attempt = folder.last_attempt() + 1
+            restarts = 0
             try:
-                self._run_stage(stage, folder, attempt)
+                while cause := self._run_stage(stage, folder, attempt):
+                    restarts += 1
+                    self._restart(stage.name, folder, attempt, cause, restarts)
+                    attempt += 1
             except Stopped:
                 return self._cancelled(stage.name, attempt)
             except StageFailed as cause:
@@ -84,20 +121,20 @@ class Driver:
         """Signal handler: only notes it; the loop that waits for the stage acts on it."""
         self.stopping = True
 
-    def _run_stage(self, stage: RenderedStage, folder: StageDir, attempt: int) -> None:
+    def _run_stage(self, stage: RenderedStage, folder: StageDir, attempt: int) -> str:
+        """ "" when it succeeded; why it is to be started again when it was ended from outside."""
         _check_files(stage)
         log = folder.launcher_log(attempt)
         log.parent.mkdir(parents=True)  # takes the number: a driver that dies from here on has used it up
         begun = time.monotonic()
-        environ = {**self.inherited, ATTEMPT_ENV: str(attempt)}
-        with nemo_adapter.launched(stage, environ, log, job=f"{self.plan['id']}-{attempt}") as process:
+        with self.runner.launched(stage, attempt, f"{self.plan['id']}-{attempt}", log) as started:
             try:
-                append_event(self.run.events, "stage-started", stage=stage.name, attempt=attempt, pid=process.pid)
-                self._wait(process)
-            finally:  # also when this very code fails: NeMo-Run would wait for the process for ever
-                if process.poll() is None:
-                    self._stop_stage(stage.name, process)
-        code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+                append_event(self.run.events, "stage-started", stage=stage.name, attempt=attempt, **started.told)
+                while not self.stopping and not started.wait(_POLL_SECONDS):
+                    pass
+            finally:  # also when this very code fails: nobody would be left who could stop it
+                started.stop(self._options(stage.name).get("grace_seconds", DEFAULT_GRACE_SECONDS))
+        code, interrupted = started.ended()
         told: Tree = {"exit_code": code, "seconds": round(time.monotonic() - begun, 3)}
         failure = torchrun.first_failure(log) if code else None
         if failure:
@@ -105,29 +142,28 @@ class Driver:
         append_event(self.run.events, "stage-exited", stage=stage.name, attempt=attempt, **told)
         if self.stopping:
             raise Stopped
-        cause = failure_cause(folder, self._stage_plan(stage.name)["fingerprint"], attempt, code, failure, log)
-        if cause:
+        fingerprint = self._stage_plan(stage.name)["fingerprint"]
+        cause = failure_cause(folder, fingerprint, attempt, code, failure, log)
+        if cause and not interrupted:
             raise StageFailed(cause)
+        return interrupted if cause else ""
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        """Until the process ends or a stop is asked for."""
-        while not self.stopping:
-            try:
-                process.wait(timeout=0.5)
-                return
-            except subprocess.TimeoutExpired:
-                continue
-
-    def _stop_stage(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        grace = self._stage_plan(name)["placement"]["options"].get("grace_seconds", DEFAULT_GRACE_SECONDS)
-        survivors = process_tree.stop(self.plan["id"], grace, [psutil.Process(process.pid)])
-        if survivors:
-            print(f"processes that SIGKILL did not end: {survivors}", file=sys.stderr)
-        process.wait()
+    def _restart(self, name: str, folder: StageDir, attempt: int, cause: str, restarts: int) -> None:
+        """Note it; StageFailed when there were enough of them."""
+        allowed = self._options(name).get("max_restarts", 0)
+        if restarts > allowed:
+            raise StageFailed(f"{cause}; it was started again {restarts - 1} times, and max_restarts is {allowed}")
+        newest = latest_checkpoint(folder.checkpoints)
+        step = int(newest.name.rpartition("_")[2]) if newest else None
+        fields = {"stage": name, "attempt": attempt, "cause": cause, "step": step, "requeues": restarts}
+        append_event(self.run.events, "requeued", **fields)
 
     def _cancelled(self, stage: str | None, attempt: int | None) -> int:
         append_event(self.run.events, "cancelled", stage=stage, attempt=attempt)
         return 130
+
+    def _options(self, name: str) -> Tree:
+        return dict(self._stage_plan(name)["placement"]["options"])
 
     def _stage_plan(self, name: str) -> Tree:
         return next(stage for stage in self.plan["stages"] if stage["name"] == name)
@@ -148,17 +184,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _drive(run: RunDir, plan: Tree, rendered: Tree, inherited: dict[str, str]) -> int:
-    driver = Driver(run, plan, inherited)
+    placement = plan["stages"][0]["placement"]
+    module, _, name = RUNNERS[placement["executor"]].partition(":")
+    runner: Runner = getattr(import_module(module), name)(run, inherited, placement["options"])
+    driver = Driver(run, plan, runner)
     signal.signal(signal.SIGTERM, driver.request_stop)
     signal.signal(signal.SIGINT, driver.request_stop)
     # The handle is durable before anybody hears of the start: no moment exists in which a live driver can't be found.
-    write_atomic(run.handle, to_json(JobHandle("local", plan["id"], str(run.path), process_tree.identity(os.getpid()))))
+    native = {**process_tree.identity(os.getpid()), **runner.native}
+    write_atomic(run.handle, to_json(JobHandle(placement["executor"], plan["id"], str(run.path), native)))
     append_event(run.events, "driver-started", pid=os.getpid())
     try:
         return driver.drive([_stage(data) for data in rendered["stages"]])
     except BaseException as error:
         append_event(run.events, "finished", state="failed", stage=None, cause=f"{type(error).__name__}: {error}")
         raise
+    finally:
+        runner.close()
 
 
 def _check_files(stage: RenderedStage) -> None:
@@ -188,4 +230,7 @@ def _stage(data: dict[str, Any]) -> RenderedStage:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As the module of that name: a runner imports it too, and must raise the same StageFailed.
+    from nemotron_recipes.executors import driver
+
+    sys.exit(driver.main())

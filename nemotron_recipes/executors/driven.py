@@ -1,0 +1,154 @@
+"""Executors whose runs are carried out on this machine by a driver (driver.py): what they have in common."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nemotron_recipes.errors import JobFailed, Problem, UserError
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness
+from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event, read_json, read_jsonl
+from nemotron_recipes.spec import JobHandle, Plan, Rendered, Tree
+
+DRIVER = "nemotron_recipes.executors.driver"
+
+_START_SECONDS = 60.0  # for a driver to report; it takes 0.3 s on an idle machine
+_STOP_SLACK_SECONDS = 15.0  # beyond the grace, for SIGKILL and for NeMo-Run to close
+_DRIVERS: list[subprocess.Popen[bytes]] = []  # started by this process; polled so that a dead one is no zombie
+
+
+class DrivenExecutor:
+    """`submit`, `liveness`, `settle` and `cancel` of an `Executor` by means of a driver."""
+
+    def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
+        """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start."""
+        run = RunDir(Path(plan.run_dir))
+        earlier = len(list(read_jsonl(run.events)))
+        (command,) = rendered.submit
+        with open(run.driver_log, "ab") as log:
+            driver = subprocess.Popen(
+                command,
+                cwd=plan.run_dir,
+                env={**os.environ, RUN_ID_ENV: plan.id, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        _DRIVERS.append(driver)
+        try:
+            _wait_for_start(run, driver, earlier)
+        except BaseException as reason:  # Ctrl-C, too: whoever doesn't get a handle leaves nothing running
+            driver.terminate()
+            driver.wait()
+            if isinstance(reason, KeyboardInterrupt):  # the driver may have been too young to say so
+                append_event(run.events, "cancelled", stage=None, attempt=None)
+            raise
+        handle = read_json(run.handle)
+        assert handle is not None, "the driver writes it before it reports its start"
+        return JobHandle(**handle)
+
+    def liveness(self, handle: JobHandle) -> Liveness:
+        """What a killed driver left counts as running: a second start beside it would write to the same folder.
+
+        Processes of another machine can't be seen: without a recorded end the run counts as running there.
+        """
+        from nemotron_recipes.executors import process_tree
+
+        for driver in _DRIVERS:
+            driver.poll()
+        if process_tree.find(handle.native["pid"], handle.native["created"], handle.run):
+            return "running"
+        if has_ended(handle):
+            return "ended"
+        if process_tree.members(handle.run) or not is_of_this_host(handle):
+            return "running"
+        return self._without_driver(handle)
+
+    def settle(self, handle: JobHandle) -> list[Tree]:
+        """None: the driver is the only one who could know."""
+        return []
+
+    def cancel(self, handle: JobHandle) -> None:
+        """Ask the driver to stop, then stop whatever is left of the run; the latter also when no driver lives."""
+        from nemotron_recipes.executors import process_tree
+
+        # The name alone doesn't decide: a laptop's changes with the network that it is in.
+        if not is_of_this_host(handle) and not process_tree.members(handle.run):
+            host = handle.native["host"]
+            what = f"run {handle.run} was started on {host}: this machine can't stop it"
+            raise UserError(Problem(what, fix=f"run this command on {host}"))
+        grace = _longest_grace(handle)
+        driver = process_tree.find(handle.native["pid"], handle.native["created"], handle.run)
+        if driver is not None:
+            process_tree.ask(driver)
+            process_tree.wait([driver], grace + _STOP_SLACK_SECONDS)  # it stops its stage, and records that
+        self._stop_orphans(handle, grace)
+        survivors = process_tree.stop(handle.run, grace)
+        if survivors:
+            raise JobFailed(f"run {handle.run}: processes {survivors} did not end, not even on SIGKILL")
+        if not has_ended(handle):  # the driver was killed before it could say so
+            append_event(RunDir(Path(handle.run_dir)).events, "cancelled", stage=None, attempt=None)
+
+    def _without_driver(self, handle: JobHandle) -> Liveness:
+        """Of a run of this machine whose driver and processes are gone, and which nobody ended."""
+        return "lost"
+
+    def _stop_orphans(self, handle: JobHandle, grace: float) -> None:
+        """Stop what is no process of this machine's own."""
+
+
+def driver_command(plan: Plan) -> tuple[tuple[str, ...], ...]:
+    """What `Rendered.submit` holds."""
+    return ((sys.executable, "-m", DRIVER, plan.run_dir),)
+
+
+def has_ended(handle: JobHandle) -> bool:
+    """Whether the newest driver recorded an end."""
+    last = ""
+    for entry in read_jsonl(RunDir(Path(handle.run_dir)).events):
+        if entry["event"] in ("driver-started", "finished", "cancelled"):
+            last = entry["event"]
+    return last in ("finished", "cancelled")
+
+
+def is_of_this_host(handle: JobHandle) -> bool:
+    """Whether the run was started here, going by this machine's name."""
+    return bool(handle.native["host"] == socket.gethostname())
+
+
+def _wait_for_start(run: RunDir, driver: subprocess.Popen[bytes], earlier: int) -> None:
+    """Until the driver's first event after the `earlier` ones; JobFailed or UserError when it can't start."""
+    from nemotron_recipes.executors.driver import BUSY
+
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        exited = driver.poll()  # before the look at the events: a short run may have ended by then
+        if any(
+            e["event"] == "driver-started" and e["pid"] == driver.pid for e in list(read_jsonl(run.events))[earlier:]
+        ):
+            return
+        if exited == BUSY:
+            fix = f"follow it: nemotron runs logs -f {run.path.name}; stop it: nemotron runs cancel {run.path.name}"
+            raise UserError(Problem(f"run {run.path.name} is running already", str(run.path), fix))
+        if exited is not None:
+            raise JobFailed(f"the driver ended with exit code {exited} before it started:\n{_tail(run.driver_log)}")
+        time.sleep(0.02)
+    driver.kill()  # it may be stuck too early to heed SIGTERM
+    raise JobFailed(f"the driver did not start within {_START_SECONDS:.0f} s:\n{_tail(run.driver_log)}")
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([*text[-lines:], f"log: {log}"])
+
+
+def _longest_grace(handle: JobHandle) -> float:
+    plan = read_json(RunDir(Path(handle.run_dir)).plan)
+    stages = plan["stages"] if plan is not None else []
+    found = [stage["placement"]["options"].get("grace_seconds", DEFAULT_GRACE_SECONDS) for stage in stages]
+    return max(found, default=DEFAULT_GRACE_SECONDS)
