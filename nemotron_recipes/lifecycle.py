@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import Liveness, get_executor
 from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.redact import scrub, secret_values
 from nemotron_recipes.rundir import RunDir, append_event
 from nemotron_recipes.spec import JobHandle, Plan, Rendered, Request, Tree, to_json
 
@@ -29,6 +31,7 @@ class Prepared:
 
     plan: Plan
     rendered: Rendered
+    code: Path | None = None  # the package to take along; None: the one that is running
 
     @property
     def executor(self) -> str:
@@ -108,6 +111,24 @@ def reprepare(saved: Plan) -> Prepared:
     return Prepared(saved, get_executor(saved.stages[0].placement.executor).render(saved))
 
 
+def prepare_again(run_dir: Path) -> tuple[Prepared, list[str]]:
+    """(a run's plan once more, as a new run; what is different today). UserError: it can't be the same."""
+    from pydantic import TypeAdapter
+
+    from nemotron_recipes.planning import again
+    from nemotron_recipes.planning.code import snapshot_of
+
+    saved = load_plan(RunDir(run_dir).plan)
+    again.check_same(saved)
+    tree = again.renewed(saved, json.loads(to_json(saved)))
+    plan = again.with_own_path(TypeAdapter(Plan).validate_python(tree))
+    executor = get_executor(plan.stages[0].placement.executor)
+    problems = [problem for stage in plan.stages for problem in executor.check(stage)]
+    if problems:
+        raise UserError(*problems)
+    return Prepared(plan, executor.render(plan), snapshot_of(run_dir)), again.differences_now(saved)
+
+
 def watch(handle: JobHandle, poll: Callable[[], None]) -> None:
     """Call `poll` until the run has ended, and once after."""
     executor = get_executor(handle.executor)
@@ -177,20 +198,34 @@ def _refuse_rerun(run: RunDir) -> None:
 
 
 def _write_run(run: RunDir, prepared: Prepared) -> None:
-    from nemotron_recipes.planning.code import git_diff, snapshot
+    from nemotron_recipes.planning.code import snapshot
 
     plan = prepared.plan
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(run.plan, to_json(plan))
     write_atomic(run.rendered, to_json(prepared.rendered))
-    snapshot(run.path, plan.code)
-    patch = git_diff() if plan.code.git_diff_digest else None
+    snapshot(run.path, plan.code, prepared.code)
+    patch = _patch(prepared)
     if patch:
         write_atomic(run.path / "code.patch", patch.encode("utf-8", "surrogateescape"))
     for stage in prepared.rendered.stages:
         Path(stage.cwd).mkdir(parents=True, exist_ok=True)
         for path, text in stage.files.items():
             write_atomic(Path(path), text)
+
+
+def _patch(prepared: Prepared) -> str | None:
+    """What git had not committed of the code that runs; without the values of secrets."""
+    from nemotron_recipes.planning.code import git_diff
+
+    plan = prepared.plan
+    if plan.code.git_diff_digest is None:
+        return None
+    if prepared.code is not None:  # a rerun: the patch lies beside the code that is run once more
+        path = prepared.code.parent.parent / "code.patch"
+        return path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else None
+    named = [name for stage in plan.stages for name in stage.placement.secrets]
+    return scrub(git_diff() or "", secret_values(os.environ, named))
 
 
 def rendered_json(prepared: Prepared) -> str:

@@ -12,6 +12,7 @@
             metrics.jsonl         one line per logged step, written by rank 0
             checkpoints/          iter_NNNNNNN folders and latest_checkpointed_iteration.txt
             failures/attempt-1.rank-0.json   what ended a rank: time, rank, error, exit_code, lines
+            environment/attempt-1.json       rank 0's host, hardware, packages, variables; names of secrets only
             record.json           written once by rank 0, last of all
 """
 
@@ -62,6 +63,9 @@ class StageDir:
 
     def events(self, attempt: int, rank: int) -> Path:
         return self.path / "events" / f"attempt-{attempt}.rank-{rank}.jsonl"
+
+    def environment(self, attempt: int) -> Path:
+        return self.path / "environment" / f"attempt-{attempt}.json"
 
     def failure(self, attempt: int, rank: int) -> Path:
         return self.path / "failures" / f"attempt-{attempt}.rank-{rank}.json"

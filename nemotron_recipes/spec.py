@@ -191,6 +191,7 @@ class Plan:
     store: str
     created: str  # ISO 8601, UTC
     version: int = 1
+    rerun_of: str | None = None  # the run whose plan this is once more
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ Examples:
 """
 FIXED = {
     "apply": "nemotron_recipes.cli.stage:apply_command",
+    "rerun": "nemotron_recipes.cli.rerun:rerun",
     "runs": "nemotron_recipes.cli.runs:runs",
     "artifacts": "nemotron_recipes.cli.artifacts:artifacts",
     "lineage": "nemotron_recipes.cli.artifacts:lineage",
@@ -34,7 +35,8 @@ FIXED = {
 }
 HELP = {
     "apply": "Run exactly a plan saved with --plan-out.",
-    "runs": "List, show, follow and cancel runs.",
+    "rerun": "Run exactly the plan of an earlier run once more.",
+    "runs": "List, show, follow, compare and cancel runs.",
     "artifacts": "List and show what the store holds.",
     "lineage": "Draw what a model or data set came from.",
     "env": "Show the profiles of env.toml.",

@@ -1,4 +1,4 @@
-"""`nemotron runs list | show | logs | cancel`."""
+"""`nemotron runs list | show | logs | cancel`; `diff` and `compare` have a module of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts import records
-from nemotron_recipes.cli import follow, summary
+from nemotron_recipes.cli import compare, follow, summary
 from nemotron_recipes.cli.text import age, table
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
@@ -81,6 +81,10 @@ def cancel(run: str) -> None:
     lifecycle.cancel(view.handle)
     after = lifecycle.load(Path(view.path))
     click.echo(printable(f"{view.id}: {after.state}"))
+
+
+runs.add_command(compare.diff)
+runs.add_command(compare.compare)
 
 
 def _root() -> Path:

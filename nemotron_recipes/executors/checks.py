@@ -7,12 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from nemotron_recipes.errors import Problem
+from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV
 from nemotron_recipes.spec import StagePlan
 
-_LIKE_A_SECRET = re.compile(
-    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|(?:ACCESS|PRIVATE|SECRET)_KEY)$", re.IGNORECASE
-)
 _LONGEST_ARGUMENT = 128 * 1024  # bytes; MAX_ARG_STRLEN of Linux, which counts the terminating NUL
 
 
@@ -69,11 +67,6 @@ def text_problems(stage: StagePlan, argv: Sequence[str]) -> Iterator[Problem]:
     for name, text in stage.launch.files.items():
         if not _is_utf8(text):
             yield Problem(f"the text of {name} is not valid UTF-8", where(stage), "write it in UTF-8")
-
-
-def reads_like_a_secret(name: str) -> bool:
-    """Whether a variable of that name is taken for a secret although nobody said so: WANDB_API_KEY, HF_TOKEN, ..."""
-    return _LIKE_A_SECRET.search(name) is not None
 
 
 def where(stage: StagePlan, key: str = "") -> str:

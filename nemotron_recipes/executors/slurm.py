@@ -16,6 +16,7 @@ from nemotron_recipes.executors.slurm_files import CODE, SNAPSHOT
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradictions
 from nemotron_recipes.executors.verdict import is_done
 from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, StageDir, append_event, read_json
 from nemotron_recipes.spec import JobHandle, Plan, Rendered, StagePlan, Tree, to_json
 
@@ -212,7 +213,7 @@ def _secret_values(plan: Plan) -> dict[str, str]:
     slurmctld keeps a job's environment in its files, and sacct may store it.
     """
     declared = {name for stage in plan.stages for name in stage.placement.secrets}
-    return {name: value for name, value in os.environ.items() if name in declared or checks.reads_like_a_secret(name)}
+    return {name: value for name, value in os.environ.items() if name in declared or reads_like_a_secret(name)}
 
 
 def _resolved(command: tuple[str, ...], jobs: Mapping[str, str]) -> list[str]:

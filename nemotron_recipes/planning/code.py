@@ -10,6 +10,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -51,22 +53,29 @@ def digest_of(package: Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def snapshot(run_dir: Path, code: Code) -> None:
-    """Copy the sources into the run folder. UserError: they are not what `code` was planned with any more.
+def snapshot(run_dir: Path, code: Code, source: Path | None = None) -> None:
+    """Copy the sources (`source`, or this package's own) into the run folder. UserError: they are not what `code` was
+    planned with any more.
 
     A later attempt finds the copy of the first and leaves it alone: somebody may be running it.
     """
-    target = run_dir / SNAPSHOT / PACKAGE.name
+    source = source or PACKAGE
+    target = snapshot_of(run_dir)
     if target.is_dir() and digest_of(target) == code.digest:
         return
     shutil.rmtree(target.parent, ignore_errors=True)
-    for path in _sorted_out(PACKAGE)[0]:
-        copy = target / path.relative_to(PACKAGE)
+    for path in _sorted_out(source)[0]:
+        copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     if digest_of(target) != code.digest:
-        raise UserError(Problem("the code changed while the plan was being submitted", str(PACKAGE), "run it again"))
+        raise UserError(Problem("the code changed while the plan was being submitted", str(source), "run it again"))
     fsync_tree(target.parent)
+
+
+def snapshot_of(run_dir: Path) -> Path:
+    """The copy of the package in a run folder."""
+    return run_dir / SNAPSHOT / PACKAGE.name
 
 
 def python_path(run_dir: Path) -> str:
@@ -76,8 +85,23 @@ def python_path(run_dir: Path) -> str:
 
 
 def git_diff() -> str | None:
-    """Uncommitted changes to tracked files of the checkout, as a patch; None without git."""
-    return _git("diff", "HEAD", "--binary")
+    """What the checkout has beyond its commit, untracked files included, as a patch; None without git.
+
+    Left out, as they may hold secrets or data: untracked files that are large or named like credentials. A second
+    index lets git show untracked files as new ones and leaves the checkout's own index as it is.
+    """
+    untracked = [name for name in (_git("ls-files", "--others", "--exclude-standard", "-z") or "").split("\0") if name]
+    kept = [name for name in untracked if _belongs_in_a_patch(PACKAGE.parent / name)]
+    index = _git("rev-parse", "--path-format=absolute", "--git-path", "index") if kept else None
+    if index is None:
+        return _git("diff", "HEAD", "--binary")
+    with tempfile.TemporaryDirectory() as folder:
+        second = Path(folder, "index")
+        shutil.copyfile(index.rstrip("\n"), second)
+        environment = {**os.environ, "GIT_INDEX_FILE": str(second)}
+        add = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
+        _git(*add, env=environment, stdin="\0".join(kept))
+        return _git("diff", "HEAD", "--binary", env=environment)
 
 
 def _sorted_out(package: Path) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -97,12 +121,23 @@ def _sorted_out(package: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     return travel, left
 
 
-def _git(*arguments: str) -> str | None:
+def _belongs_in_a_patch(path: Path) -> bool:
+    """Whether an untracked file is copied into run folders; .env, *.pem, id_rsa and the like never are."""
+    named_so = path.name.startswith((".env", ".netrc", "id_")) or path.suffix in (".pem", ".key", ".p12", ".token")
+    return path.is_file() and not path.is_symlink() and not named_so and path.stat().st_size <= LARGEST
+
+
+def _git(*arguments: str, env: Mapping[str, str] | None = None, stdin: str = "") -> str | None:
     if not (PACKAGE.parent / ".git").exists():
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(PACKAGE.parent), *arguments], capture_output=True, timeout=20, check=False
+            ["git", "-C", str(PACKAGE.parent), *arguments],
+            input=stdin.encode("utf-8", "surrogateescape"),
+            capture_output=True,
+            timeout=20,
+            check=False,
+            env=env,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None

@@ -30,6 +30,7 @@ from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import read_jsonl, write_record
 from nemotron_recipes.spec import Artifact, Producer
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.facts import collect
 from nemotron_recipes.worker.inputs import resolve_inputs
 from nemotron_recipes.worker.logs import RankLog
 from nemotron_recipes.worker.workerfile import REGISTRY, WorkerFile, attempt_from, load_worker_file, ranks_from
@@ -113,6 +114,8 @@ class Attempt:
             if stale.exists() and json.loads(stale.read_text())["attempt"] == context.attempt:
                 stale.unlink()
         context.event("started", world_size=context.world_size, **this_process())
+        if context.is_main:
+            write_atomic(context.dir.environment(context.attempt), json.dumps(collect(), indent=2))
         began = time.monotonic()
         context.inputs, context.artifacts = resolve_inputs(self.file.inputs, context.store, verify=context.is_main)
         labels = {key: artifact.label for key, artifact in context.artifacts.items()}

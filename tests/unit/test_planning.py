@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,7 +330,7 @@ def test_apply_of_a_pipe_holds_when_its_first_stage_has_been_made_since(tmp_path
 def test_an_interrupted_submission_is_recorded_as_cancelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: type[BaseException]
 ) -> None:
-    def interrupted(run_dir: Path, digest: Code) -> None:
+    def interrupted(run_dir: Path, digest: Code, source: Path | None) -> None:
         raise reason
 
     monkeypatch.setattr(code, "snapshot", interrupted)
@@ -406,6 +407,35 @@ def test_the_code_travels_as_it_lies_on_disk(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "run/code/nemotron_recipes/worker/a.py").stat().st_ino == copied, "copied once"
     with pytest.raises(UserError, match="changed while"):
         code.snapshot(tmp_path / "other", described)
+
+
+def test_the_patch_holds_untracked_files_but_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    package = tmp_path / "nemotron_recipes"
+    package.mkdir()
+    (package / "a.py").write_text("A = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    monkeypatch.setattr(code, "PACKAGE", package)
+    assert not code.git_diff()
+    (package / "a.py").write_text("A = 2\n")
+    (package / ":(top)new.py").write_text("NEW = 1\n")
+    (tmp_path / "data.bin").write_bytes(bytes(code.LARGEST + 1))
+    for name in (".env", "id_rsa", "server.pem"):
+        (tmp_path / name).write_text("hidden")
+    index = (tmp_path / ".git/index").read_bytes()
+    patch = code.git_diff() or ""
+    assert "+A = 2" in patch and "+NEW = 1" in patch and "hidden" not in patch and "data.bin" not in patch
+    assert (tmp_path / ".git/index").read_bytes() == index, "the checkout's own index stays as it is"
+    git("stash", "-q")
+    (package / ":(top)new.py").unlink()
+    (tmp_path / "x.patch").write_text(patch)
+    git("apply", "x.patch")
+    assert (package / "a.py").read_text() == "A = 2\n" and (package / ":(top)new.py").read_text() == "NEW = 1\n"
 
 
 def test_a_dirty_checkout_can_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

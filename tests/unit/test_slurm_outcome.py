@@ -10,12 +10,12 @@ import pytest
 
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.executors import slurm_files
-from nemotron_recipes.executors.checks import reads_like_a_secret
 from nemotron_recipes.executors.slurm_control import JobState, submitting_environment
 from nemotron_recipes.executors.slurm_files import NodeReport
 from nemotron_recipes.executors.slurm_outcome import missing_events
 from nemotron_recipes.executors.slurm_script import profile_of
 from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, append_event, write_record
 from nemotron_recipes.spec import to_json
 from tests.helpers.plans import plan_of, probe_stage

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +40,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.last = time.monotonic()
         self.last_step = state.global_step
+        self.last_tokens: float | None = None  # of all ranks since the start, as TRL counts them
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if not self.context.is_main or not ("loss" in logs or "eval_loss" in logs):
@@ -48,6 +51,11 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             now = time.monotonic()
             line["seconds_per_step"] = round((now - self.last) / max(1, state.global_step - self.last_step), 4)
+            if (tokens := logs.get("num_tokens")) is not None:
+                if self.last_tokens is not None and now > self.last:
+                    line["tokens_per_second"] = round((tokens - self.last_tokens) / (now - self.last), 1)
+                self.last_tokens = tokens
+            line["memory_bytes"] = _peak_memory()
             self.last, self.last_step = now, state.global_step
             self.context.results["loss"] = logs["loss"]
             print(_progress_line(line, (now - self.began) / (state.global_step - self.start)), flush=True)
@@ -121,6 +129,14 @@ def _progress_line(line: dict[str, Any], seconds: float) -> str:
         f"step {done:{width}}/{steps} [{'#' * filled}{'-' * (_BAR - filled)}] loss {loss}{reward}"
         f" lr {line['lr']:.1e} {seconds:.2f} s/step, {left} left"
     )
+
+
+def _peak_memory() -> int:
+    """Of this rank since it started: GPU memory that torch allocated, else resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _finite(value: float) -> float | None:

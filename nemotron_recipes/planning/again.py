@@ -1,0 +1,98 @@
+"""The plan of an earlier run once more, as a new run: the same config, pinned inputs, code and placement."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.fsio import path_digest
+from nemotron_recipes.planning.code import describe_code, digest_of, python_path, snapshot_of
+from nemotron_recipes.spec import Plan, StagePlan, Tree
+
+
+def renewed(saved: Plan, saved_tree: Tree) -> Tree:
+    """`saved_tree` (the plan as plain data) under a new run id.
+
+    The id stands in folders, worker files and pending inputs. It ends in random digits, so nothing else reads like it.
+    """
+    new = f"{saved.id.rpartition('-')[0]}-{secrets.token_hex(4)}"
+    tree: Tree = json.loads(json.dumps(saved_tree).replace(saved.id, new))
+    tree["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    tree["rerun_of"] = saved.id
+    return tree
+
+
+def with_own_path(plan: Plan) -> Plan:
+    """The caller's PYTHONPATH may be another one than it was: stages get today's behind the run's own code."""
+    path = python_path(Path(plan.run_dir))
+    stages = tuple(
+        replace(stage, launch=replace(stage.launch, env={**stage.launch.env, "PYTHONPATH": path}))
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages)
+
+
+def check_same(saved: Plan) -> None:
+    """UserError with everything that makes the same plan impossible: inputs that moved, code that is gone."""
+    problems = [problem for stage in saved.stages for problem in _input_problems(saved, stage)]
+    copy = snapshot_of(Path(saved.run_dir))
+    if not copy.is_dir() or digest_of(copy) != saved.code.digest:
+        what = "the run's copy of the code is missing or has changed"
+        fix = f"run it with today's code: {command_of(saved)}"
+        problems.append(Problem(what, str(copy), fix))
+    if problems:
+        raise UserError(*problems)
+
+
+def differences_now(saved: Plan) -> list[str]:
+    """What is different today though the plan is the same, in words; the rerun is not changed by it."""
+    found = []
+    now = describe_code()
+    if now.digest != saved.code.digest:
+        commits = [(code.git_commit or "no commit")[:12] for code in (saved.code, now)]
+        where = f" ({commits[0]} -> {commits[1]})" if commits[0] != commits[1] else ""
+        found.append(f"the code here has changed since{where}; the rerun takes the run's own copy of its code")
+    store = Store(Path(saved.store))
+    for stage in saved.stages:
+        for key, artifact in stage.inputs.items():
+            newest = store.versions(artifact.name)[-1:] if artifact.source == "store" else []
+            if newest and newest[0] != artifact.version:
+                found.append(f"{stage.name}: {key} stays {artifact.label}; the newest is v{newest[0]}")
+    return found
+
+
+def command_of(plan: Plan) -> str:
+    """The command that a plan was made from."""
+    import shlex
+
+    request = plan.request
+    where = {"run": f" --run {request.profile}", "batch": f" --batch {request.profile}"}.get(request.mode, "")
+    return f"nemotron {plan.title}{where} {shlex.join(request.overrides)}".rstrip()
+
+
+def _input_problems(plan: Plan, stage: StagePlan) -> Iterator[Problem]:
+    store = Store(Path(plan.store))
+    for key, artifact in stage.inputs.items():
+        where = f"{stage.name}: {key}"
+        if artifact.source == "store":
+            try:
+                found = store.resolve(f"{artifact.name}:v{artifact.version}")
+            except UserError as error:
+                yield from (Problem(f"{where}: {p.what}", p.where, p.fix) for p in error.problems)
+                continue
+            if found.digest != artifact.digest:
+                yield Problem(f"{where}: {artifact.label} is another one than it was", found.uri, "restore it")
+        elif artifact.source == "path" and artifact.digest:
+            try:
+                now = path_digest(artifact.uri)
+            except FileNotFoundError:
+                yield Problem(f"{where}: {artifact.uri} is gone", fix="restore it")
+                continue
+            if now != artifact.digest:
+                yield Problem(f"{where}: {artifact.uri} has changed since that run", fix="restore it")

@@ -1,0 +1,105 @@
+"""A run folder explains its run, the run can be made again to the same weights, and runs lie side by side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_recipes.rundir import RunDir, read_json
+from tests.helpers.cli import ROOT, nemotron
+
+pytestmark = pytest.mark.e2e
+SFT = ("nano3", "sft", "-c", "tiny", "train.train_iters=2", "evaluation.rows=0")
+PLANTED = "planted-secret-4711"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data, an SFT run, and the same run made again. A secret lies in the environment all the while."""
+    folder = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOME_API_KEY", PLANTED)
+        patch.setenv("NEMOTRON_NOTE", f"https://user:{PLANTED}@example.com")
+        nemotron(folder, "nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40")
+        nemotron(folder, *SFT)
+        nemotron(folder, "rerun", runs(folder)[0]["id"])
+    return folder
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """The SFT runs, newest first."""
+    found = json.loads(nemotron(folder, "runs", "list", "--json"))
+    return [run for run in found if run["stages"][0]["name"] == "sft"]
+
+
+def test_a_rerun_is_a_new_run_with_the_same_weights(place: Path) -> None:
+    again, first = runs(place)
+    plan = read_json(RunDir(Path(again["run_dir"])).plan)
+    assert plan and (plan["id"], plan["rerun_of"]) == (again["id"], first["id"])
+    outputs = [run["stages"][0]["outputs"]["model"] for run in (first, again)]
+    assert [made["version"] for made in outputs] == [1, 2]
+    assert outputs[0]["digest"] == outputs[1]["digest"]
+    assert first["stages"][0]["fingerprint"] == again["stages"][0]["fingerprint"]
+    text = (Path(again["run_dir"]) / "sft/files/train.yaml").read_text()
+    assert first["id"] not in text and again["id"] in text
+    found = json.loads(nemotron(place, "runs", "diff", first["id"], again["id"], "--json"))
+    assert found["runs"] == [first["id"], again["id"]]
+    assert {name: rows for name, rows in found.items() if rows and name != "runs"} == {}, "nothing differs"
+
+
+def test_the_run_folder_says_where_it_ran_and_names_secrets_only(place: Path) -> None:
+    run = RunDir(Path(runs(place)[1]["run_dir"]))
+    facts = read_json(run.stage("sft").environment(1))
+    assert facts is not None
+    assert facts["packages"]["torch"] and facts["python"] and facts["cpus"] >= 1 and facts["host"]
+    assert "SOME_API_KEY" in facts["secrets"] and facts["variables"]["NEMOTRON_RUN_ID"] == run.path.name
+    assert facts["variables"]["NEMOTRON_NOTE"] == "https://[hidden]@example.com"
+    found = subprocess.run(["grep", "-rl", PLANTED, str(place)], capture_output=True, text=True)
+    assert found.stdout == ""
+    (place / "leak").write_text(PLANTED)  # the search itself works
+    assert subprocess.run(["grep", "-rl", PLANTED, str(place)], capture_output=True, text=True).stdout.strip()
+    (place / "leak").unlink()
+
+
+def test_compare_shows_figures_and_draws_one_picture(place: Path) -> None:
+    again, first = runs(place)
+    found = json.loads(nemotron(place, "runs", "compare", first["id"], again["id"], "--json"))
+    assert found["config"] == {}
+    for run in found["runs"]:
+        figures = run["stages"]["sft"]
+        assert figures["state"] == "succeeded" and figures["exit_code"] == 0 and figures["steps"] == 2
+        assert figures["wall_seconds"] > 0 and figures["seconds_per_step"] > 0 and figures["memory_bytes"] > 2**20
+        assert figures["tokens_per_second"] > 0
+    text = nemotron(place, "runs", "compare", first["id"], again["id"], "--plot", "both.svg")
+    assert "STEP TIME" in text and "both.svg" in text
+    picture = (place / "both.svg").read_text()
+    assert first["id"] in picture and again["id"] in picture and "loss" in picture
+
+
+def test_a_rerun_that_could_not_be_the_same_is_refused(place: Path) -> None:
+    first = runs(place)[1]
+    source = Path(first["run_dir"]) / "code/nemotron_recipes/spec.py"
+    manifest = place / "nemotron-output/store/nano3-tiny-sft-data/v1/artifact.json"
+    was, text = source.read_bytes(), manifest.read_text()
+    try:
+        source.write_text("changed")
+        manifest.write_text(text.replace(json.loads(text)["digest"], "sha256:other"))
+        done = subprocess.run(
+            [sys.executable, "-m", "nemotron_recipes", "rerun", first["id"]],
+            cwd=place,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        source.write_bytes(was)
+        manifest.write_text(text)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "copy of the code is missing or has changed" in done.stderr and "nemotron nano3 sft -c tiny" in done.stderr
+    assert "data.path: nano3-tiny-sft-data:v1 is another one than it was" in done.stderr
+    assert len(runs(place)) == 2
