@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import slurm
+from tests.helpers import docker, slurm
 
 IN_CI = os.environ.get("CI") == "true"
 
@@ -22,6 +22,14 @@ def slurm_cluster() -> Iterator[slurm.Cluster]:
     """A real Slurm: four nodes of two GPUs, accounting, the one account `lab`. It is for all tests: leave it idle."""
     slurm.require()
     with slurm.cluster("--nodes=4", "--gpus-per-node=2", "--account=lab") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def docker_daemon() -> Iterator[docker.Daemon]:
+    """A real docker daemon with the image `docker.IMAGE`. It is for all tests: leave it up."""
+    docker.require()
+    with docker.daemon() as found:
         yield found
 
 

@@ -15,6 +15,7 @@ from nemotron_recipes.spec import JobHandle, Plan, Rendered, StagePlan, Tree
 
 REGISTRY = {
     "local": "nemotron_recipes.executors.local:LocalExecutor",
+    "docker": "nemotron_recipes.executors.docker:DockerExecutor",
     "slurm": "nemotron_recipes.executors.slurm:SlurmExecutor",
 }
 

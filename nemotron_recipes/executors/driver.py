@@ -29,6 +29,7 @@ from nemotron_recipes.spec import JobHandle, RenderedStage, Tree, to_json
 BUSY = 3
 RUNNERS = {
     "local": "nemotron_recipes.executors.local_runner:LocalRunner",
+    "docker": "nemotron_recipes.executors.docker_runner:DockerRunner",
 }
 
 _LEAVING_SECONDS = 3.0
@@ -62,8 +63,8 @@ class Started(Protocol):
 
 
 class Runner(Protocol):
-    """How the stages of a run are started. Made as `Runner(run, inherited, options)`: the run folder, the environment
-    as the driver found it, and the placement's options of the first stage."""
+    """How the stages of a run are started. Made as `Runner(run, inherited, plan)`: the run folder, the environment as
+    the driver found it, and plan.json."""
 
     native: Tree  # its part of the handle
 
@@ -184,15 +185,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _drive(run: RunDir, plan: Tree, rendered: Tree, inherited: dict[str, str]) -> int:
-    placement = plan["stages"][0]["placement"]
-    module, _, name = RUNNERS[placement["executor"]].partition(":")
-    runner: Runner = getattr(import_module(module), name)(run, inherited, placement["options"])
+    executor = plan["stages"][0]["placement"]["executor"]
+    module, _, name = RUNNERS[executor].partition(":")
+    runner: Runner = getattr(import_module(module), name)(run, inherited, plan)
     driver = Driver(run, plan, runner)
     signal.signal(signal.SIGTERM, driver.request_stop)
     signal.signal(signal.SIGINT, driver.request_stop)
     # The handle is durable before anybody hears of the start: no moment exists in which a live driver can't be found.
     native = {**process_tree.identity(os.getpid()), **runner.native}
-    write_atomic(run.handle, to_json(JobHandle(placement["executor"], plan["id"], str(run.path), native)))
+    write_atomic(run.handle, to_json(JobHandle(executor, plan["id"], str(run.path), native)))
     append_event(run.events, "driver-started", pid=os.getpid())
     try:
         return driver.drive([_stage(data) for data in rendered["stages"]])

@@ -18,7 +18,7 @@ from nemotron_recipes.spec import RenderedStage, Tree
 class LocalRunner:
     """See `driver.Runner`."""
 
-    def __init__(self, run: RunDir, inherited: dict[str, str], options: Tree):
+    def __init__(self, run: RunDir, inherited: dict[str, str], plan: Tree):
         self.run, self.inherited = run, inherited
         self.native: Tree = {}
 

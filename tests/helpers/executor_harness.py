@@ -11,6 +11,7 @@ from typing import Any
 from nemotron_recipes.executors import Executor
 from nemotron_recipes.rundir import RunDir, read_jsonl
 from nemotron_recipes.spec import JobHandle, Placement
+from tests.helpers import docker
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Harness:
     profile      fields of a profile that works where the tests run
     fixture      of pytest, to be had before anything is submitted; its `env` is set for the test
     surrounding  names of variables that what carries out the run adds or changes by itself, besides NEMOTRON_ATTEMPT
+    inherits     whether a stage gets this process's environment
     """
 
     profile: dict[str, Any]
     fixture: str = ""
     surrounding: Callable[[str], bool] = lambda name: False
+    inherits: bool = True
 
 
 def _around_slurm_jobs(name: str) -> bool:
@@ -35,7 +38,12 @@ def _around_slurm_jobs(name: str) -> bool:
     return name.startswith(("SLURM", "SBATCH_", "SRUN_", "PMI")) or name in (*shell, *ours, *gpus)
 
 
+def _of_the_image(name: str) -> bool:
+    return name in ("PATH", "HOSTNAME", "PYTHONPATH", "LC_ALL")
+
+
 HARNESSES = {
+    "docker": Harness(docker.profile(grace_seconds=1.0), "docker_daemon", _of_the_image, inherits=False),
     "local": Harness({"executor": "local", "grace_seconds": 1.0}),
     "slurm": Harness({"executor": "slurm", "account": "lab", "time": "5"}, "slurm_cluster", _around_slurm_jobs),
 }

@@ -1,0 +1,43 @@
+"""The files in a run folder through which a driver and its containers speak. Standard library only.
+
+secrets.json                          mode 0600; there while a stage runs
+<stage>/logs/attempt-N/container.json  how the stage's processes ended, written by the container's first process
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import RunDir, StageDir, read_json
+
+KILLED = 137  # the exit code of a container whose first process could not say how it ended
+
+
+@dataclass(frozen=True)
+class Report:
+    """stopped: it was asked to stop before it ended; time: seconds since the epoch."""
+
+    exit_code: int
+    stopped: bool
+    time: float
+
+
+def secrets(run: RunDir) -> Path:
+    return run.path / "secrets.json"
+
+
+def write_report(stage: StageDir, attempt: int, report: Report) -> None:
+    write_atomic(_report(stage, attempt), json.dumps(asdict(report)))
+
+
+def read_report(stage: StageDir, attempt: int) -> Report | None:
+    """None: the container's first process was killed, or never started."""
+    tree = read_json(_report(stage, attempt))
+    return Report(**tree) if tree else None
+
+
+def _report(stage: StageDir, attempt: int) -> Path:
+    return stage.logs(attempt) / "container.json"
