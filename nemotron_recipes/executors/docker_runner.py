@@ -108,8 +108,10 @@ class StageContainer:
             return False
         if found is None:
             print(f"container {self.id} was removed by somebody", file=sys.stderr)
-        elif found.running:
-            return False
+        else:
+            self._cut_off = self._cut_off or told != 0  # the daemon was away for less than a look at it takes
+            if found.running:
+                return False
         self._code = self._ended_with(found.exit_code if found else None)
         return True
 

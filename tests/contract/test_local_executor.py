@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import JobFailed, UserError
 from nemotron_recipes.executors import process_tree
+from nemotron_recipes.executors.docker_profile import DockerProfile
 from nemotron_recipes.executors.local import LocalExecutor, LocalProfile
 from nemotron_recipes.executors.slurm_profile import SlurmProfile
 from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event
@@ -258,5 +259,6 @@ def test_the_example_profiles_are_valid(tmp_path: Path) -> None:
     environment = read_environment(tmp_path, {})
     assert LocalProfile(**environment.profiles["two"]).grace_seconds == 60.0
     assert SlurmProfile(**environment.profiles["YOUR-CLUSTER"]).nproc_per_node == 8
+    assert DockerProfile(**environment.profiles["YOUR-SPARK"]).ipc == "host"
     assert environment.store == Path("/shared/team/nemotron-store")
     assert dict(environment.wandb) == {"entity": "my-team", "project": "nemotron"}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import io
+import json
 import os
 import shutil
 import signal
@@ -92,6 +95,11 @@ class Daemon:
         assert self.process is not None
         self.process.send_signal(number)
         self.process.wait(120)
+        supervised = self.folder / "exec" / "containerd" / "containerd.pid"
+        if supervised.exists():  # killed with its parent; where no init buries it, the next dockerd takes it for alive
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(supervised.read_text()), signal.SIGKILL)
+            supervised.unlink()
 
     def import_image(self, name: str = IMAGE, *changes: str, **files: str) -> None:
         """An image that holds nothing but folders, links as this system has them, and `files` (name -> text)."""
@@ -111,6 +119,28 @@ class Daemon:
         lines = (f"ENV PATH={os.path.dirname(sys.executable)}:/usr/bin:/bin PYTHONPATH={ROOT} LC_ALL=C.UTF-8", *changes)
         self.docker("import", *(word for line in lines for word in ("--change", line)), str(archive), name)
         shutil.rmtree(root)
+
+    def load_foreign_image(self, name: str, architecture: str) -> None:
+        """An empty image for another architecture, as `docker save` writes one."""
+        layer = io.BytesIO()
+        tarfile.open(fileobj=layer, mode="w").close()
+        digest = hashlib.sha256(layer.getvalue()).hexdigest()
+        config = {"architecture": architecture, "os": "linux", "config": {}}
+        config["rootfs"] = {"type": "layers", "diff_ids": [f"sha256:{digest}"]}
+        files = {
+            "layer.tar": layer.getvalue(),
+            "config.json": json.dumps(config).encode(),
+            "manifest.json": json.dumps(
+                [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
+            ).encode(),
+        }
+        archive = self.folder / "foreign.tar"
+        with tarfile.open(archive, "w") as tar:
+            for file, content in files.items():
+                member = tarfile.TarInfo(file)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        self.docker("load", "--input", str(archive))
 
 
 def mounts() -> list[str]:

@@ -12,6 +12,7 @@ from nemotron_recipes.config.profiles import Environment
 from nemotron_recipes.executors import REGISTRY, get_executor
 from nemotron_recipes.planning.plan import make_plan
 from nemotron_recipes.spec import Request
+from tests.helpers.executor_harness import HARNESSES
 
 CATALOG = Catalog((package_root(),))
 RECIPES = [
@@ -38,7 +39,7 @@ def test_recipe_plans_and_renders(
     environment = Environment(
         tmp_path,
         artifacts={"output": str(tmp_path), "store": str(store.root)},
-        profiles={"here": {"executor": executor}},
+        profiles={"here": HARNESSES[executor].profile},
     )
     request = Request(family, words, config, "run", "here", overrides, offline=True, cwd=str(tmp_path))
     plan = make_plan(request, CATALOG, environment)

@@ -1,0 +1,236 @@
+"""The docker executor beyond the contract, on real daemons: what a container gets, and daemons and drivers that go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nemotron_recipes.errors import UserError
+from nemotron_recipes.executors import docker_files, process_tree
+from nemotron_recipes.executors.docker import DockerExecutor, container_name
+from nemotron_recipes.executors.docker_profile import DockerProfile
+from nemotron_recipes.rundir import RunDir
+from nemotron_recipes.spec import Artifact, JobHandle, StagePlan
+from tests.helpers import docker
+from tests.helpers.executor_harness import events, placement, wait_for, wait_until_over
+from tests.helpers.plans import plan_of, probe_stage, submit
+
+EXECUTOR = DockerExecutor()
+pytestmark = pytest.mark.docker
+
+
+def stage_of(name: str = "first", fields: dict[str, Any] | None = None, **orders: Any) -> StagePlan:
+    return probe_stage(name, placement=placement(EXECUTOR, **(fields or {})), **orders)
+
+
+def wait_for_probe(run_dir: Path, stage: str = "first") -> None:
+    wait_for((RunDir(run_dir).stage(stage).path / "received-0.json").exists)
+
+
+@pytest.fixture
+def daemon(docker_daemon: docker.Daemon, monkeypatch: pytest.MonkeyPatch) -> docker.Daemon:
+    monkeypatch.setenv("DOCKER_HOST", docker_daemon.host)
+    return docker_daemon
+
+
+@pytest.fixture
+def own_daemon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.Daemon]:
+    """One that may be taken down; the parameter holds flags."""
+    docker.require()
+    with docker.daemon(*getattr(request, "param", ())) as made:
+        monkeypatch.setenv("DOCKER_HOST", made.host)
+        yield made
+
+
+def test_a_container_gets_what_the_profile_says_and_no_secret_shows(
+    daemon: docker.Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "s3cr3t-do-not-show-me"
+    monkeypatch.setenv("A_TOKEN", secret)
+    data, elsewhere = tmp_path / "my data, v1:2", tmp_path / "elsewhere"
+    data.mkdir()
+    elsewhere.mkdir()
+    (data / "rows.jsonl").write_text("{}\n")
+    fields = {"secrets": ["A_TOKEN"], "mounts": [*docker.mounts(), f"{elsewhere}:/else:ro"], "options": ["--cpus=1.5"]}
+    pattern = Artifact("path", "data", uri=f"{data}/*.jsonl")
+    stage = replace(stage_of(fields=fields, sleep=120), inputs={"data.path": pattern})
+    plan = plan_of(tmp_path / "runs" / "run", stage)
+    handle, rendered = submit(EXECUTOR, plan)
+    wait_for_probe(tmp_path / "runs" / "run")
+    (told,) = json.loads(daemon.docker("container", "inspect", container_name(plan, plan.stages[0])))
+    file = docker_files.secrets(RunDir(Path(plan.run_dir)))
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert secret in file.read_text()
+    EXECUTOR.cancel(handle)
+    assert not file.exists()
+    assert secret not in json.dumps(told) + repr(rendered)
+    host = told["HostConfig"]
+    assert told["Config"]["User"] == f"{os.getuid()}:{os.getgid()}"
+    assert host["IpcMode"] == "host"
+    assert host["Ulimits"] == [{"Name": "stack", "Hard": 67108864, "Soft": 67108864}]
+    assert host["NanoCpus"] == 1_500_000_000
+    assert not host["DeviceRequests"]
+    mounted = {mount["Destination"]: (mount["Source"], mount["RW"]) for mount in told["Mounts"]}
+    assert mounted[plan.run_dir] == (plan.run_dir, True)
+    assert mounted[plan.store] == (plan.store, True)
+    assert mounted[str(data)] == (str(data), False), "an input is there, and can't be changed"
+    assert mounted["/else"] == (str(elsewhere), False)
+    assert daemon.docker("ps", "--all", "--quiet", "--filter", f"label=nemotron.run={plan.id}") == ""
+
+
+def test_files_belong_to_the_user(daemon: docker.Daemon, tmp_path: Path) -> None:
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(fields={"user": f"{os.getuid()}:12345"})))
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
+    made = (tmp_path / "run" / "first" / "received-0.json").stat()
+    assert (made.st_uid, made.st_gid) == (os.getuid(), 12345)
+
+
+def test_a_stage_gets_its_grace(daemon: docker.Daemon, tmp_path: Path) -> None:
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120)))
+    wait_for_probe(tmp_path / "run")
+    EXECUTOR.cancel(handle)
+    assert [e["event"] for e in events(handle)] == ["driver-started", "stage-started", "stage-exited", "cancelled"]
+    assert events(handle, "stage-exited")[0]["exit_code"] == 128 + signal.SIGTERM
+
+
+def test_what_the_image_says_before_the_launcher_runs_is_kept(daemon: docker.Daemon, tmp_path: Path) -> None:
+    daemon.import_image("nemotron-test:broken", 'ENTRYPOINT ["/usr/bin/python3", "-c", "raise SystemExit(\'no GPU\')"]')
+    handle, _ = submit(
+        EXECUTOR, plan_of(tmp_path / "run", stage_of(fields={"container_image": "nemotron-test:broken"}))
+    )
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    assert events(handle, "stage-exited")[0]["exit_code"] == 1
+    assert "no GPU" in RunDir(tmp_path / "run").stage("first").launcher_log(1).read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"python": "/no/such/python"}, "/no/such/python"),
+        ({"mounts": ["/no/such/folder:/x"]}, "/no/such/folder"),
+        ({"gpus": "all"}, "NVIDIA container toolkit"),
+        ({"options": ["--no-such-flag"]}, "no-such-flag"),
+    ],
+)
+def test_docker_says_why_a_container_can_not_start(
+    daemon: docker.Daemon, tmp_path: Path, fields: dict[str, Any], told: str
+) -> None:
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(fields=fields)))
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    assert told in events(handle)[-1]["cause"]
+    assert events(handle)[-1]["state"] == "failed"
+    assert daemon.docker("ps", "--all", "--quiet", "--filter", f"label=nemotron.run={handle.run}") == ""
+
+
+def test_a_container_outlives_its_driver_and_its_end_is_found(
+    daemon: docker.Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path / "run", stage_of(sleep=5, exit=3))
+    handle, rendered = submit(EXECUTOR, plan)
+    wait_for_probe(tmp_path / "run")
+    os.kill(handle.native["pid"], signal.SIGKILL)
+    wait_for(lambda: process_tree.find(handle.native["pid"], handle.native["created"], handle.run) is None)
+    assert EXECUTOR.liveness(handle) == "running"
+    with pytest.raises(UserError, match="is running already"):
+        EXECUTOR.submit(plan, rendered)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")  # of a later reader: the handle knows better
+    wait_for(lambda: process_tree.members(handle.run) == [], 130)
+    wait_for(lambda: EXECUTOR.liveness(handle) == "ended")
+    assert EXECUTOR.settle(handle)
+    assert events(handle, "stage-exited")[0]["exit_code"] == 3
+    assert "exit code 3" in events(handle, "finished")[0]["cause"]
+    assert EXECUTOR.settle(handle) == []
+    assert EXECUTOR.liveness(handle) == "ended"
+
+
+@pytest.mark.parametrize("own_daemon", [("--live-restore",)], indirect=True)
+def test_a_container_outlives_its_daemon(own_daemon: docker.Daemon, tmp_path: Path) -> None:
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=10, exit=3)))
+    wait_for_probe(tmp_path / "run")
+    own_daemon.stop(signal.SIGKILL)
+    assert EXECUTOR.liveness(handle) == "running"
+    own_daemon.start()
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    assert events(handle, "stage-exited")[0]["exit_code"] == 3
+    assert events(handle, "requeued") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_goes_on_when_its_daemon_has_ended_it(own_daemon: docker.Daemon, tmp_path: Path, number: int) -> None:
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120, attempts=1)))
+    wait_for_probe(tmp_path / "run")
+    own_daemon.stop(number)
+    assert EXECUTOR.liveness(handle) == "running"
+    own_daemon.start()
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    (again,) = events(handle, "requeued")
+    assert (again["attempt"], again["cause"], again["step"], again["requeues"]) == (1, "docker-daemon", None, 1)
+    assert [e["attempt"] for e in events(handle, "stage-started")] == [1, 2]
+    assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
+
+
+def test_what_the_daemon_can_not_do_is_refused_before_anything_starts(
+    daemon: docker.Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = daemon.docker("image", "inspect", "--format", "{{.Architecture}}", docker.IMAGE).strip()
+    other = "arm64" if here == "amd64" else "amd64"
+    daemon.load_foreign_image("nemotron-test:other", other)
+    refused(tmp_path / "r1", {"container_image": "nemotron-test:other"}, f"is for {other}")
+    refused(
+        tmp_path / "r2", {"container_image": "no.such/image:1"}, "not on this machine", "docker pull no.such/image:1"
+    )
+    refused(tmp_path / "r3", {"docker_host": f"unix://{tmp_path}/nobody"}, "can't be used", "start the daemon")
+    monkeypatch.setenv("DOCKER_HOST", "tcp://192.0.2.1:2375")
+    refused(tmp_path / "r4", {}, "can't be mounted there", "start the run on that machine")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("DOCKER_HOST")
+    refused(tmp_path / "r5", {}, "no docker command", "install docker")
+
+
+def refused(run_dir: Path, fields: dict[str, Any], *told: str) -> None:
+    with pytest.raises(UserError) as error:
+        submit(EXECUTOR, plan_of(run_dir, stage_of(fields=fields)))
+    assert all(words in str(error.value) for words in told), error.value
+    handle = JobHandle("docker", "", str(run_dir), {})
+    assert [event["event"] for event in events(handle)] == ["cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"env": {"HOME": "/x"}}, "HOME"),
+        ({"mounts": ["relative:/x"]}, "no mount"),
+        ({"mounts": ["/a:/b:rw,z"]}, "no mount"),
+        ({"user": "me"}, "no user"),
+        ({"options": ["--rm"]}, "--rm"),
+        ({"options": ["-v=/:/host"]}, "-v"),
+        ({"docker_host": "ssh://spark2"}, "not on this machine"),
+        ({"container_image": "--privileged"}, "no reference"),
+    ],
+)
+def test_check_refuses(fields: dict[str, Any], told: str) -> None:
+    (problem,) = EXECUTOR.check(replace(stage_of(fields=fields), directory="/run/first"))
+    assert told in problem.what
+    assert problem.where
+    assert problem.fix
+
+
+@pytest.mark.parametrize("fields", [{"nodes": 2}, {"gpus": "some"}, {"container_image": ""}, {"nproc": 2}])
+def test_a_profile_is_closed_and_strict(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        DockerProfile(**{"container_image": "x", **fields})
+
+
+def test_gpus_are_asked_for_by_name(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", stage_of(fields={"gpus": ["0", "3"]}))
+    (stage,) = EXECUTOR.render(plan).stages
+    assert stage.argv[stage.argv.index("--gpus") + 1] == '"device=0,3"', "docker reads the value as a line of CSV"
