@@ -10,7 +10,7 @@
             events/attempt-1.rank-0.jsonl    append-only, one writer each
             logs/attempt-1/rank-0.log        stdout and stderr of each rank; launcher.log beside them
             metrics.jsonl         one line per logged step, written by rank 0
-            checkpoints/          iter_NNNNNNN folders and latest_checkpointed_iteration.txt
+            checkpoints/          iter_NNNNNNN folders, latest_checkpointed_iteration.txt; partial/: not whole
             failures/attempt-1.rank-0.json   what ended a rank: time, rank, error, exit_code, lines
             environment/attempt-1.json       rank 0's host, hardware, packages, variables; names of secrets only
             record.json           written once by rank 0, last of all
@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -122,12 +123,20 @@ class RunDir:
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:
-    """Append one JSON line: `time` (seconds since the epoch), `event`, and the fields. One write, then fsync."""
+    """Append one JSON line: `time` (seconds since the epoch), `event`, and the fields. One write, then fsync.
+
+    It never joins a line that a crash or a full disk has cut short. OSError when it could not be written whole.
+    """
     line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=True) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = "\n" + line
+        written = os.write(descriptor, line.encode())
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

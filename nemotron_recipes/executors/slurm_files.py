@@ -8,6 +8,7 @@ secrets.json                                   mode 0600; gone once the run has 
 <stage>/logs/attempt-N/launcher.log            what the processes of the first node print outside their own logs
 <stage>/logs/attempt-N/launcher.node-K.log     the same of another node
 <stage>/logs/attempt-N/node-K.json             how node K ended
+<stage>/logs/attempt-N/meeting.json            the port of the first node where all meet
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ def nodes_log(stage: StageDir, job: str) -> Path:
 def requeue_wish(stage: StageDir, job: str) -> Path:
     """The first launcher's wish to have the job put back: the events that say so. A later attempt removes it."""
     return stage.path / "logs" / f"requeue-{job}"
+
+
+def meeting(stage: StageDir, attempt: int) -> Path:
+    """At which port of the first node the nodes meet, with the job that holds it."""
+    return stage.logs(attempt) / "meeting.json"
 
 
 def write_report(stage: StageDir, attempt: int, report: NodeReport) -> None:

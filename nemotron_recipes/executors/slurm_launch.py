@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from nemotron_recipes.errors import Unfinished
-from nemotron_recipes.executors import slurm_files, slurm_requeue, torchrun
+from nemotron_recipes.executors import slurm_files, slurm_meeting, slurm_requeue, torchrun
 from nemotron_recipes.executors.slurm_files import NodeReport
 from nemotron_recipes.executors.verdict import failure_cause
 from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RunDir, StageDir, append_event, read_json
@@ -31,8 +30,6 @@ from nemotron_recipes.spec import Tree
 
 HOSTS_ENV = "NEMOTRON_HOSTS"  # the job's nodes, in order, as the batch script resolved them outside any container
 
-# Above the range from which Linux takes the ports of outgoing connections (net.ipv4.ip_local_port_range).
-FIRST_PORT, PORTS = 61000, 4500
 OTHERS_SECONDS = 50.0  # for the other nodes to report; srun kills a step 60 s after its first task has ended
 CLAIM_SECONDS = 30.0
 NEWS_SECONDS = 3.0  # the same after a failure, when srun is about to stop everything
@@ -60,6 +57,8 @@ class Node:
     stopping: bool = False
     overdue: bool = False
     hosts: list[str] = field(default_factory=list)
+    port: int = 0  # where several nodes meet
+    held: socket.socket | None = None  # keeps other jobs off that port, for as long as this launcher lives
 
     def work(self) -> int:
         """Check, run, report; the exit code of this task of the step."""
@@ -75,7 +74,7 @@ class Node:
         if self.number == 0 and self.restarts:
             self._tell_of_requeue()
         problem = slurm_requeue.used_up(self.restarts, self.launch["max_requeues"])
-        problem = problem or self._misplaced() or self._changed_file() or self._taken_port()
+        problem = problem or self._misplaced() or self._changed_file() or self._meet()
         if problem:
             return self._refuse(problem)
         log = slurm_files.launcher_log(self.stage, self.attempt, self.number)
@@ -145,16 +144,18 @@ class Node:
             return ""
         return f"{self.run.rendered} does not name stage {self.launch['stage']}"
 
-    def _taken_port(self) -> str:
-        if self.number or self.launch["nodes"] == 1 or self.launch["launcher"] != "torchrun":
+    def _meet(self) -> str:
+        """Agree on a port with the other nodes; why that did not work, else ""."""
+        if self.launch["nodes"] == 1 or self.launch["launcher"] != "torchrun":
             return ""
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store binds it
-            try:
-                probe.bind(("", port_of(self.environ)))
-            except OSError as error:
-                what = f"port {port_of(self.environ)} of {self.host}, on which the nodes would meet, is taken"
-                return f"{what} ({error.strerror}); another job gets another port: start the run again"
+        job = self.environ["SLURM_JOB_ID"]
+        try:
+            if self.number == 0:
+                self.held, self.port = slurm_meeting.hold_port(self.stage, self.attempt, job)
+            else:
+                self.port = slurm_meeting.told_port(self.stage, self.attempt, job, lambda: self.stopping)
+        except slurm_meeting.NoMeeting as error:
+            return str(error)
         return ""
 
     def _run(self, log: Path) -> int:
@@ -163,9 +164,9 @@ class Node:
         self.deadline = slurm_requeue.deadline_of(self.environ, self.launch["save_margin"], time.time())
         if self.deadline is not None:
             environ[DEADLINE_ENV] = f"{self.deadline:.3f}"
-        if self.launch["launcher"] == "torchrun" and self.launch["nodes"] > 1:
+        if self.port:
             environ |= {"PET_NODE_RANK": str(self.number), "PET_MASTER_ADDR": self.hosts[0]}
-            environ["PET_MASTER_PORT"] = str(port_of(self.environ))
+            environ["PET_MASTER_PORT"] = str(self.port)
         with open(log, "ab") as output:
             # In a session of its own: Slurm signals the launcher's, and torchrun must hear of a stop only once.
             child = subprocess.Popen(
@@ -246,7 +247,7 @@ class Node:
 
     def _refuse(self, problem: str) -> int:
         print(f"{self.host}: {problem}", file=sys.stderr, flush=True)
-        report = NodeReport(self.number, self.host, time.time(), 1, False, problem)
+        report = NodeReport(self.number, self.host, time.time(), 1, self.stopping, problem)
         slurm_files.write_report(self.stage, self.attempt, report)
         if self.number == 0:
             cause = f"{self.host}: {problem}"
@@ -281,12 +282,6 @@ def _stop_with_launcher() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def port_of(environ: dict[str, str]) -> int:
-    """Where the nodes of a job meet: the same on each, and another one for another job on the same node."""
-    job = re.sub(r"\D", "", environ["SLURM_JOB_ID"])
-    return FIRST_PORT + int(job) % PORTS
-
-
 def main(argv: list[str] | None = None) -> int:
     """Carry out this node's part of the stage whose launch file is the only argument."""
     (path,) = argv if argv is not None else sys.argv[1:]
@@ -301,7 +296,12 @@ def main(argv: list[str] | None = None) -> int:
     attempt += restarts
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
     number = int(environ.get("SLURM_NODEID", "0"))
-    return Node(launch, environ, run, StageDir(Path(launch["cwd"])), attempt, number, host, restarts=restarts).work()
+    stage = StageDir(Path(launch["cwd"]))
+    try:
+        return Node(launch, environ, run, stage, attempt, number, host, restarts=restarts).work()
+    except OSError as error:  # a full disk: readers see the end by what Slurm says of the job
+        print(f"{host}: this attempt can't be recorded in {run.path}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class Context:
     artifacts   config key -> what it is, for every input; an earlier stage's output is its exact version here
     results     numbers to record, filled by rank 0 (final loss, exact match before and after, ...)
     metadata    facts about the outputs that go into their manifests, filled by rank 0
+    expendable  folders of unfinished work; on a full disk they are removed, so that the end can be recorded
     """
 
     rank: int
@@ -36,6 +37,7 @@ class Context:
     results: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     staged: dict[str, Staged] = field(default_factory=dict)
+    expendable: list[Path] = field(default_factory=list)
     stop_signal: bool = False  # a signal asked this rank to stop
     stop_watched: bool = False  # the module asks from time to time, so it stops by itself
     stop_seen: bool = False  # the module was told to stop

@@ -72,5 +72,6 @@ class RankLog:
 
 
 def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk; the end of this process must not change over it
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -13,11 +13,13 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -27,8 +29,9 @@ from nemotron_recipes.artifacts.owner import this_process
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, Unfinished, UserError
 from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import read_jsonl, write_record
+from nemotron_recipes.rundir import latest_checkpoint, read_jsonl, write_record
 from nemotron_recipes.spec import Artifact, Producer
+from nemotron_recipes.worker import room
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.facts import collect
 from nemotron_recipes.worker.inputs import resolve_inputs
@@ -177,6 +180,7 @@ class Attempt:
         """Say what happened in the log, the events, a failure file and the record, as far as the disk allows."""
         self._ending = True
         context = self.context
+        error = self._make_room(error)
         unfinished = isinstance(error, Unfinished)
         # An error after the signal follows from it.
         cancelled = not unfinished and (isinstance(error, Cancelled) or context.stop_signal)
@@ -185,10 +189,10 @@ class Attempt:
         text = str(error) if isinstance(error, NemotronError) else f"{type(error).__name__}: {error}"
         if isinstance(error, NemotronError):
             lines = text.splitlines()
-            print(f"{'error' if word == 'failed' else word}: {text}", file=sys.stderr)
+            _say(f"{'error' if word == 'failed' else word}: {text}")
         else:
             lines = "".join(traceback.format_exception(error)).splitlines()
-            print("\n".join(lines), file=sys.stderr)
+            _say("\n".join(lines))
         how = "failed" if word == "failed" else "stopped"
         self.log.say_outside(f"rank {context.rank} {how}: {text}\n  log: {self.log.path}")
         failure = {
@@ -209,8 +213,23 @@ class Attempt:
                 self._record(word, code, text)
             context.event(word, error=text, exit_code=code)
         except OSError as disk:
-            print(f"error: this end can't be recorded: {disk}", file=sys.stderr)
+            _say(f"error: this end can't be recorded: {disk}")
         return code
+
+    def _make_room(self, error: BaseException) -> BaseException:
+        """On a full disk unfinished work goes first, so that the end can be recorded; then it is said in words."""
+        context = self.context
+        if isinstance(error, (NemotronError, KeyboardInterrupt, SystemExit)):
+            return error
+        full = room.full_folder(error, (context.dir.path, context.store.root))
+        if full is None:
+            return error
+        said = room.in_words(full, latest_checkpoint(context.dir.checkpoints))
+        for folder in context.expendable:
+            shutil.rmtree(folder, ignore_errors=True)
+        for staged in context.staged.values():
+            context.store.discard(staged)
+        return JobFailed(said)
 
     def _record(self, state: str, code: int, error: str | None = None) -> None:
         """Rank 0's last word. Another rank's earlier failure explains why this one was stopped or fell."""
@@ -268,6 +287,12 @@ class Attempt:
             if self.context.is_main:
                 self._record("cancelled", Cancelled.exit_code, f"stopped at once by a second {name}")
             os._exit(Cancelled.exit_code)
+
+
+def _say(text: str) -> None:
+    """Into this rank's log; where even that finds no room, the exit code must speak."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _exit_code(error: BaseException) -> int:

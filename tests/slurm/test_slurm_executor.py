@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -19,7 +18,8 @@ import pytest
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors.slurm import SlurmExecutor
-from nemotron_recipes.rundir import RunDir, read_json
+from nemotron_recipes.executors.slurm_meeting import hold_port
+from nemotron_recipes.rundir import RunDir, StageDir, read_json
 from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm
 from tests.helpers.executor_harness import events, placement, wait_for, wait_until_over
@@ -148,19 +148,38 @@ def test_a_step_on_other_nodes_than_planned_is_refused(cluster: slurm.Cluster, t
     assert not _received(tmp_path, "first")
 
 
-def test_a_port_that_is_taken_is_named(cluster: slurm.Cluster, tmp_path: Path) -> None:
+@pytest.mark.e2e
+def test_a_port_that_is_taken_is_passed_over(cluster: slurm.Cluster, tmp_path: Path) -> None:
     """The nodes of the test cluster share this machine's ports; whoever holds the job's port here holds it there."""
-    from nemotron_recipes.executors.slurm_launch import port_of
-
     place = placement(EXECUTOR, nodes=2, additional_parameters={"hold": True})
     handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", probe_stage("first", placement=place, launcher="torchrun")))
     job = handle.native["jobs"]["first"]
-    with socket.socket() as holder:
-        holder.bind(("", port_of({"SLURM_JOB_ID": job})))
-        holder.listen()
+    held, port = hold_port(StageDir(tmp_path / "elsewhere"), 1, job)
+    with held:
         cluster.run("scontrol", "release", job)
-        assert wait_until_over(EXECUTOR, handle) == "ended"
-    assert "is taken" in _settled(handle).explanation
+        assert wait_until_over(EXECUTOR, handle, 120) == "ended"
+    assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
+    met = {_received(tmp_path, "first", rank)["env"]["MASTER_PORT"] for rank in (0, 1)}
+    assert len(met) == 1
+    assert met != {digest(str(port))}
+
+
+def test_a_pending_job_never_sees_later_edits(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    """A checkout of its own, edited while its job is held: what runs is what was submitted."""
+    checkout = tmp_path / "checkout"
+    for name in ("nemotron_recipes", "conf"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    module = checkout / "nemotron_recipes" / "worker" / "data_prep.py"
+    module.write_text(module.read_text() + "\nprint('as it was submitted')\n")
+    (tmp_path / "env.toml").write_text('[lab]\nexecutor = "slurm"\naccount = "lab"\ntime = "5"\n')
+    words = ("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40", "--batch", "lab", "--json")
+    told = json.loads(_nemotron(tmp_path, *words, "run.additional_parameters={hold: true}", source=checkout).stdout)
+    module.write_text("raise SystemExit('edited later')\n")
+    shutil.rmtree(checkout / "nemotron_recipes" / "data")
+    cluster.run("scontrol", "release", told["native"]["jobs"]["data-prep-sft"])
+    followed = _nemotron(tmp_path, "runs", "logs", "-f", told["run"])
+    assert "as it was submitted" in followed.stdout
+    assert "succeeded" in followed.stdout
 
 
 def test_secrets_are_nowhere(cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,9 +447,10 @@ def test_the_command_line(cluster: slurm.Cluster, tmp_path: Path) -> None:
     assert cluster.run("squeue", "--noheader", f"--name={told['run']}.data-prep-sft").stdout == ""
 
 
-def _nemotron(cwd: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def _nemotron(cwd: Path, *words: str, code: int = 0, source: Path = ROOT) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "nemotron_recipes", *words]
-    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(argv, cwd=cwd, env={**os.environ, "PYTHONPATH": str(source)}, **options)
     assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

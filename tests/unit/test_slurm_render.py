@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from nemotron_recipes.executors.slurm import SlurmExecutor
-from nemotron_recipes.executors.slurm_launch import FIRST_PORT, PORTS, port_of
+from nemotron_recipes.executors.slurm_meeting import FIRST_PORT, PORTS, NoMeeting, hold_port, told_port
 from nemotron_recipes.executors.slurm_profile import SlurmProfile
+from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Placement, Plan, Rendered, Request
 from tests.helpers.plans import plan_of, probe_stage
 
@@ -180,11 +183,30 @@ def test_one_process_on_two_nodes_is_refused() -> None:
     assert "2 nodes" in problem.what
 
 
-def test_jobs_side_by_side_meet_on_ports_of_their_own() -> None:
-    ports = {port_of({"SLURM_JOB_ID": str(job)}) for job in range(1000, 1000 + PORTS)}
-    assert len(ports) == PORTS
-    assert min(ports) == FIRST_PORT
-    assert max(ports) < 65536
+def test_a_port_is_held_against_other_jobs_but_not_against_the_store(tmp_path: Path) -> None:
+    stage, job = StageDir(tmp_path), str(os.getpid())
+    held, port = hold_port(stage, 1, job)
+    with held:
+        assert FIRST_PORT <= port < FIRST_PORT + PORTS
+        assert told_port(stage, 1, job, lambda: False) == port
+        other, another = hold_port(stage, 2, job)  # as the same number of another cluster's job
+        with other:
+            assert another != port
+        with socket.create_server(("", port)) as store:  # sets SO_REUSEADDR, as torch's store does
+            third, another = hold_port(stage, 3, job)
+            with third:
+                assert another != store.getsockname()[1]
+
+
+def test_a_node_that_is_told_no_port_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = StageDir(tmp_path)
+    held, _ = hold_port(stage, 1, "1")
+    held.close()
+    with pytest.raises(NoMeeting, match="told no port"):
+        told_port(stage, 1, "2", lambda: True)  # what another job has left there does not count
+    monkeypatch.setattr("nemotron_recipes.executors.slurm_meeting.TRIES", 0)
+    with pytest.raises(NoMeeting, match="no port is free"):
+        hold_port(stage, 1, "1")
 
 
 def script_of(plan: Plan) -> str:

@@ -12,8 +12,8 @@ from nemotron_recipes.errors import UserError
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 from nemotron_recipes.worker.trl.checkpoints import (
     checkpoint_to_resume,
-    clear_staging,
     commit_checkpoint,
+    quarantine,
     staging_folder,
 )
 
@@ -50,8 +50,40 @@ def test_a_step_saved_again_replaces_the_old_one(tmp_path):
 def test_staged_and_untracked_folders_are_never_resumed(tmp_path):
     stage(tmp_path, 5)
     assert checkpoint_to_resume(None, tmp_path, attempt=2) is None
-    clear_staging(tmp_path)
+    assert quarantine(tmp_path) == [tmp_path / "partial" / "iter_0000005.unfinished"]
+    assert whole(tmp_path / "partial" / "iter_0000005.unfinished", "x")
     assert not staging_folder(tmp_path).exists()
+    assert quarantine(tmp_path) == []
+    assert checkpoint_to_resume(None, tmp_path, attempt=2) is None
+
+
+def test_a_checkpoint_that_lost_files_is_moved_away_and_the_one_before_it_resumed(tmp_path):
+    for step in (5, 10, 15):
+        stage(tmp_path, step, str(step))
+        commit_checkpoint(tmp_path, step, keep=3)
+    (tmp_path / "iter_0000015" / "optimizer.pt").unlink()
+    stage(tmp_path, 20)
+    assert checkpoint_to_resume(None, tmp_path, attempt=2) == tmp_path / "iter_0000010"  # a rank that is early
+    moved = quarantine(tmp_path)
+    assert [path.name for path in moved] == ["iter_0000015.damaged", "iter_0000020.unfinished"]
+    assert all(path.is_dir() for path in moved)
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000010", "for whoever asks the tracker"
+    assert checkpoint_to_resume(None, tmp_path, attempt=2) == tmp_path / "iter_0000010"
+    stage(tmp_path, 15)
+    assert [path.name for path in quarantine(tmp_path)] == ["iter_0000015.unfinished"]
+    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["iter_0000015.unfinished"], (
+        "they do not pile up"
+    )
+
+
+def test_when_every_own_checkpoint_is_damaged_training_does_not_start_anew(tmp_path):
+    stage(tmp_path, 5)
+    (commit_checkpoint(tmp_path, 5, keep=1) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="the weights missing"):
+        checkpoint_to_resume(None, tmp_path, attempt=2)
+    quarantine(tmp_path)
+    with pytest.raises(UserError, match="partial"):
+        checkpoint_to_resume(None, tmp_path, attempt=2)
 
 
 def test_what_is_resumed(tmp_path):
@@ -131,6 +163,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
         assert newest is not None
         assert whole(newest, str(int(newest.name[5:])))
         outcomes.add(newest.name)
-        clear_staging(root)
+        quarantine(root)
+        assert checkpoint_to_resume(None, root, attempt=2) == newest
         assert not list(root.glob("*.removing"))
     assert outcomes == {"iter_0000005", "iter_0000010"} and moment > 10

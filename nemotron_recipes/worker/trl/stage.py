@@ -14,7 +14,7 @@ from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import Pace, deadline_from, last_save_seconds
 from nemotron_recipes.worker.trl.callbacks import Progress, SaveWhole, StopWhenAsked
-from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, clear_staging
+from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, quarantine, staging_folder
 from nemotron_recipes.worker.trl.config import TrlSettings
 from nemotron_recipes.worker.trl.data import DataFolder
 from nemotron_recipes.worker.trl.evaluate import exact_match, label_accuracy, preference_accuracy
@@ -29,11 +29,13 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
     logging.disable_progress_bar()
     # TRL itself uses Transformers' old names for activation checkpointing.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    resume = checkpoint_to_resume(
-        *(settings.resume_from, context.dir.checkpoints, context.attempt), adapters=settings.peft is not None
-    )
+    adapters = settings.peft is not None
     if context.is_main:
-        clear_staging(context.dir.checkpoints)
+        for folder in quarantine(context.dir.checkpoints, adapters):
+            print(f"warning: this checkpoint is not whole, and nothing goes on from it: moved to {folder}", flush=True)
+            context.event("checkpoint-quarantined", checkpoint=str(folder))
+    resume = checkpoint_to_resume(settings.resume_from, context.dir.checkpoints, context.attempt, adapters)
+    context.expendable.append(staging_folder(context.dir.checkpoints))
     with base_folders(settings, context) as base:
         data = DataFolder(context.inputs["data.path"], settings.method, base.tokenizer)
         model = load_model(base.model, settings)
