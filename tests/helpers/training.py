@@ -34,7 +34,7 @@ def prepared(folder: Path, method: str, train: int = 96, held_out: int = 16, pac
     sources = [Source(SAMPLE, split=split, rows=rows, seed=3) for split, rows in splits]  # type: ignore[arg-type]
     tokenizer = folder.parent / f"{folder.name}-tokenizer"
     write_tokenizer(tokenizer)
-    settings = Settings(sources, "tiny", pack_size=pack_size, thinking=False)
+    settings = Settings(sources=sources, tokenizer="tiny", pack_size=pack_size, thinking=False)
     job = Job(method, settings, (None,) * len(sources), tokenizer, template_source("nemotron3"))
     write_metadata(job, prepare(job, folder), folder)
     return folder
