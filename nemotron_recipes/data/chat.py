@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nemotron_recipes.data.encoder import Encoded, Encoder, keep_blocks
 from nemotron_recipes.data.messages import BadRow, Message
 from nemotron_recipes.data.rows import Row
-from nemotron_recipes.data.template import Rendered
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,16 @@ class Sample:
 
     messages: list[Message]
     learned: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One text to render and encode. `prompt`: it ends with a generation prompt."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    prompt: bool
+    thinking: bool
 
 
 def samples(messages: list[Message]) -> list[Sample]:
@@ -36,17 +46,20 @@ def samples(messages: list[Message]) -> list[Sample]:
 
 
 class ChatEncoder:
-    """Samples and rows to ids, many at a time."""
+    """Samples and rows to ids, many at a time. `quick`: fast rendering and the chosen engine where they are exact;
+    otherwise the reference alone."""
 
-    def __init__(self, encoder: Encoder, thinking: bool):
+    def __init__(self, encoder: Encoder, thinking: bool, quick: bool = True):
         self.encoder = encoder
         self.thinking = thinking
+        self.quick = quick
 
     def conversations(self, rows: Sequence[Row]) -> list[list[Encoded] | BadRow]:
         """The samples of each row, encoded, in order."""
         plans = [samples(row.messages) for row in rows]
-        jobs = [(sample, row) for plan, row in zip(plans, rows, strict=True) for sample in plan]
-        encoded = iter(self._encode([self._render(sample.messages, row) for sample, row in jobs]))
+        jobs = [_Job(sample.messages, row.tools, False, self.thinking)
+                for plan, row in zip(plans, rows, strict=True) for sample in plan]  # fmt: skip
+        encoded = iter(self._encode(jobs))
         results: list[list[Encoded] | BadRow] = []
         for plan in plans:
             parts = [_learn(next(encoded), sample) for sample in plan]
@@ -57,39 +70,66 @@ class ChatEncoder:
     def prompts(self, rows: Sequence[Row]) -> list[np.ndarray | BadRow]:
         """Ids up to and including the generation prompt. A conversation's prompt ends where its last answer begins,
         and opens a reasoning block only where that answer reasons: an evaluation asks as training did."""
-        rendered = [self._prompt(row) for row in rows]
-        return [one if isinstance(one, BadRow) else one.ids for one in self._encode(rendered)]
+        return [
+            one if isinstance(one, BadRow) else one.ids for one in self._encode([self._prompt(row) for row in rows])
+        ]
 
     def answers(self, rows: Sequence[Row], names: Sequence[str]) -> list[list[np.ndarray] | BadRow]:
         """For each row the prompt's ids and then those of each named answer, its end of turn included. The prompt is
         what all answers share before the model has to write: answers differ where one reasons and one doesn't."""
-        jobs = [self._render(row.prompt + getattr(row, name), row) for row in rows for name in names]
+        jobs = [
+            _Job(row.prompt + getattr(row, name), row.tools, False, self.thinking) for row in rows for name in names
+        ]
         encoded = self._encode(jobs)
         count = len(names)
         return [_prompt_and_answers(encoded[index * count : (index + 1) * count]) for index in range(len(rows))]
 
-    def _prompt(self, row: Row) -> Rendered | BadRow:
+    def differs(self, row: Row) -> bool:
+        """Whether the quick way (fast rendering, another engine) gives anything else than the reference for this row.
+        A row of answers is looked at as the conversations that it consists of."""
+        reference = ChatEncoder(self.encoder, self.thinking, quick=False)
+        answers = [one for one in (row.chosen, row.rejected, row.completion) if one] or [[]]
+        talks = [row.messages] if row.messages else [row.prompt + answer for answer in answers]
+        jobs = [_Job(messages, row.tools, prompt, self.thinking) for messages in talks for prompt in (False, True)]
+        pairs = zip(self._encode(jobs), reference._encode(jobs), strict=True)
+        return not all(_same(one, other) for one, other in pairs)
+
+    def _prompt(self, row: Row) -> _Job:
         if row.prompt:
-            return self._render(row.prompt, row, prompt=True)
+            return _Job(row.prompt, row.tools, True, self.thinking)
         asked = _asked(row.messages)
         reasons = "reasoning_content" in row.messages[len(asked)]
-        return self._render(asked, row, prompt=True, thinking=self.thinking and reasons)
+        return _Job(asked, row.tools, True, self.thinking and reasons)
 
-    def _render(
-        self, messages: list[Message], row: Row, prompt: bool = False, thinking: bool | None = None
-    ) -> Rendered | BadRow:
-        thinking = self.thinking if thinking is None else thinking
-        try:
-            return self.encoder.template.render(
-                messages, row.tools, add_generation_prompt=prompt, enable_thinking=thinking
-            )
-        except BadRow as bad:
-            return bad
+    def _encode(self, jobs: Sequence[_Job]) -> list[Encoded | BadRow]:
+        """Rendered and encoded: the quick way first, and the reference for what that declines or can't do exactly."""
+        results: list[Encoded | BadRow | None] = [None] * len(jobs)
+        fast = self.encoder.fast_render if self.quick else None
+        if fast is not None:
+            tried = [(index, fast(job.messages, job.tools, job.prompt, job.thinking)) for index, job in enumerate(jobs)]
+            taken = [(index, one) for index, one in tried if one is not None]
+            for (index, _), encoded in zip(taken, self.encoder.encode([one for _, one in taken]), strict=True):
+                results[index] = encoded
+        left = [index for index, one in enumerate(results) if one is None]
+        good = []
+        for index in left:
+            job = jobs[index]
+            try:
+                rendered = self.encoder.template.render(
+                    job.messages, job.tools, add_generation_prompt=job.prompt, enable_thinking=job.thinking
+                )
+                good.append((index, rendered))
+            except BadRow as bad:
+                results[index] = bad
+        for (index, _), one in zip(good, self.encoder.encode([r for _, r in good], self.quick), strict=True):
+            results[index] = one
+        return [one for one in results if one is not None]
 
-    def _encode(self, rendered: Sequence[Rendered | BadRow]) -> list[Encoded | BadRow]:
-        """Encoded where rendering went well."""
-        encoded = iter(self.encoder.encode([one for one in rendered if isinstance(one, Rendered)]))
-        return [one if isinstance(one, BadRow) else next(encoded) for one in rendered]
+
+def _same(one: Encoded | BadRow, other: Encoded | BadRow) -> bool:
+    if isinstance(one, BadRow) or isinstance(other, BadRow):
+        return isinstance(one, BadRow) and isinstance(other, BadRow) and one.reason == other.reason
+    return np.array_equal(one.ids, other.ids) and np.array_equal(one.mask, other.mask) and one.blocks == other.blocks
 
 
 def _learned(messages: list[Message], after: int) -> tuple[int, ...]:
@@ -105,10 +145,10 @@ def _learn(encoded: Encoded | BadRow, sample: Sample) -> Encoded | BadRow:
     if isinstance(encoded, BadRow):
         return encoded
     turns = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    if len(encoded.blocks) == len(turns):
-        return keep_blocks(encoded, [block for block, turn in enumerate(turns) if turn in sample.learned])
     if len(encoded.blocks) == len(sample.learned):
         return encoded
+    if len(encoded.blocks) == len(turns):
+        return keep_blocks(encoded, [block for block, turn in enumerate(turns) if turn in sample.learned])
     return BadRow("template_refused", f"{len(turns)} assistant turns give {len(encoded.blocks)} generation blocks")
 
 

@@ -1,7 +1,11 @@
 """Rendered conversations -> token ids and the mask of what the model has to write.
 
 A row without control strings is encoded in one piece, so its ids are those of the canonical render. A row with some is
-encoded stretch by stretch: the template's control tokens as ids, everything between them as plain text.
+encoded stretch by stretch: the template's control tokens as ids, everything between them as plain text. Which of both
+a row is shows in the ids: one control id for each that the template wrote, or more.
+
+Where a tokenizer is byte-level, the place of every token is the sum of the widths before it, so masks of many rows come
+from a few array operations, and any engine that only gives ids will do. Other tokenizers are asked for offsets.
 """
 
 from __future__ import annotations
@@ -9,11 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nemotron_recipes.data.engine import PROBES, Engine, Fastokens, Reference, agree, byte_widths
+from nemotron_recipes.data.fast_render import fast_renderer
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.template import ChatTemplate, Rendered, text_constants
 from nemotron_recipes.errors import Problem, UserError
@@ -32,9 +39,13 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer together with a chat template. `digest` identifies the tokenizer."""
+    """A tokenizer together with a chat template. `digest` identifies the tokenizer.
 
-    def __init__(self, folder: Path, template_source: str):
+    `fast_render` is a quicker way to render this template, where there is one; `encode` is as good for its results.
+    UserError: no usable tokenizer, one that doesn't belong to the template, or an engine that disagrees.
+    """
+
+    def __init__(self, folder: Path, template_source: str, engine: str = "tokenizers"):
         path = folder / "tokenizer.json"
         try:
             text = path.read_text(encoding="utf-8")
@@ -48,32 +59,108 @@ class Encoder:
         control = [token for token in added if token["special"] or token["content"] in constants]
         self.template = ChatTemplate(template_source, tuple(sorted(token["content"] for token in control)))
         self._ids = {token["content"]: token["id"] for token in control}
+        tree |= {"truncation": None, "padding": None, "post_processor": None}
         self._tokenizer = _load(tree, path)
-        self._plain = _load(_control_only_special(tree, set(self._ids)), path)
-        self._plain.encode_special_tokens = True
+        self._plain_tree = _control_only_special(tree, set(self._ids)), path
         self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self._is_control = np.zeros(max([self.vocabulary_size - 1, *self._ids.values()]) + 1, dtype=bool)
+        size = max([self.vocabulary_size - 1, *self._ids.values()]) + 1
+        self._is_control = np.zeros(size, dtype=bool)
         self._is_control[list(self._ids.values())] = True
+        self._widths = byte_widths(tree, size)
+        self.reference: Engine = Reference(self._tokenizer)
+        self.engine = self._engine(engine, tree, path)
+        self.fast_render = fast_renderer(template_source, self.template.control) if self._widths is not None else None
         # Tokens that swallow the whitespace beside them, as in Phi-3.
         self._left = {token["content"] for token in control if token.get("lstrip")}
         self._right = {token["content"] for token in control if token.get("rstrip")}
         self._pieces_are_exact = self._probe()
 
-    def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | BadRow]:
-        """One result per text, in order."""
+    def encode(self, rendered: Sequence[Rendered], quick: bool = True) -> list[Encoded | BadRow | None]:
+        """One result per text, in order. None: rendered by `fast_render`, and the reference has to have a look.
+        `quick` False: the reference engine and its offsets, whatever else there is."""
         results: list[Encoded | BadRow | None] = [None] * len(rendered)
+        whole = []
         for index, one in enumerate(rendered):
-            try:
-                one.text.encode("utf-8")
-            except UnicodeEncodeError:
+            if not _encodable(one.text):
                 results[index] = BadRow("lone_surrogate", "half of a UTF-16 surrogate pair: no valid Unicode")
-        whole = [index for index, one in enumerate(rendered) if results[index] is None and not one.quoted]
-        encodings = self._tokenizer.encode_batch([rendered[i].text for i in whole], add_special_tokens=False)
-        for index, encoding in zip(whole, encodings, strict=True):
+            elif not one.quoted:
+                whole.append(index)
+        texts = [rendered[index] for index in whole]
+        by_widths = quick and self._widths is not None
+        found = self._by_widths(texts) if by_widths else self._with_offsets(texts)
+        for index, encoded in zip(whole, found, strict=True):
+            results[index] = encoded
+        return [
+            self._in_pieces(one) if result is None and one.frame is not None else result
+            for one, result in zip(rendered, results, strict=True)
+        ]
+
+    def _by_widths(self, rendered: Sequence[Rendered]) -> list[Encoded | None]:
+        """None for a text whose control tokens or length in bytes don't come out."""
+        assert self._widths is not None
+        ids, bounds = self.engine.encode([one.text for one in rendered])
+        widths = self._widths[ids]
+        ends = np.cumsum(widths)
+        controls: np.ndarray = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(self._is_control[ids], out=controls[1:])
+        counts = np.diff(controls[bounds])
+        bases: np.ndarray = np.concatenate([[0], ends])[bounds]  # bytes before each text
+        sizes = np.diff(bases)
+        spans = [_byte_spans(one) for one in rendered]
+        exact = [
+            count == one.controls and size == length
+            for one, count, size, (length, _) in zip(rendered, counts.tolist(), sizes.tolist(), spans, strict=True)
+        ]
+        flat = [(start + base, end + base)
+                for (_, blocks), base in zip(spans, bases.tolist(), strict=False) for start, end in blocks]  # fmt: skip
+        edges = np.array(flat, dtype=np.int64).reshape(-1, 2)
+        # A token that also covers bytes before the block was not the model's to write.
+        firsts = np.asarray(np.searchsorted(ends - widths, edges[:, 0], side="left"))
+        lasts: np.ndarray = np.maximum(np.searchsorted(ends, edges[:, 1], side="right"), firsts)
+        steps: np.ndarray = np.zeros(len(ids) + 1, dtype=np.int8)
+        np.add.at(steps, firsts, 1)
+        np.add.at(steps, lasts, -1)
+        mask = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
+        results: list[Encoded | None] = []
+        at = 0
+        for row, (_, blocks) in enumerate(spans):
+            begin, end = int(bounds[row]), int(bounds[row + 1])
+            pairs = zip(firsts[at : at + len(blocks)].tolist(), lasts[at : at + len(blocks)].tolist(), strict=True)
+            at += len(blocks)
+            if exact[row]:
+                ranges = tuple((a - begin, b - begin) if b > a else (0, 0) for a, b in pairs)
+                results.append(Encoded(ids[begin:end], mask[begin:end], ranges))
+            else:
+                results.append(None)
+        return results
+
+    def _with_offsets(self, rendered: Sequence[Rendered]) -> list[Encoded | None]:
+        encodings = self._tokenizer.encode_batch([one.text for one in rendered], add_special_tokens=False)
+        results: list[Encoded | None] = []
+        for one, encoding in zip(rendered, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
-            if int(self._is_control[ids].sum()) == len(rendered[index].frame):
-                results[index] = _encoded(ids, encoding.offsets, rendered[index])
-        return [self._in_pieces(rendered[index]) if one is None else one for index, one in enumerate(results)]
+            exact = int(self._is_control[ids].sum()) == one.controls
+            results.append(_encoded(ids, encoding.offsets, one) if exact else None)
+        return results
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The tokenizer for text that must not act: exactly the control tokens are switched off. Few rows need it."""
+        plain = _load(*self._plain_tree)
+        plain.encode_special_tokens = True
+        return plain
+
+    def _engine(self, name: str, tree: dict[str, Any], path: Path) -> Engine:
+        if name == self.reference.name:
+            return self.reference
+        if self._widths is None:
+            what = f"data.engine={name} is for byte-level BPE that normalises nothing; this tokenizer is something else"
+            raise UserError(Problem(what, str(path), "leave data.engine=tokenizers"))
+        engine = Fastokens(tree, path)
+        if not agree(engine, self.reference, PROBES):
+            what = f"data.engine={name} gives other ids for this tokenizer than the reference"
+            raise UserError(Problem(what, str(path), "leave data.engine=tokenizers"))
+        return engine
 
     def _in_pieces(self, rendered: Rendered) -> Encoded | BadRow:
         """The template's control tokens by id, the stretches between them as plain text."""
@@ -83,7 +170,7 @@ class Encoder:
         offsets: list[tuple[int, int]] = []
         done = 0
         strip_left = False
-        for start, end in (*rendered.frame, (len(rendered.text), len(rendered.text))):
+        for start, end in (*(rendered.frame or ()), (len(rendered.text), len(rendered.text))):
             token = rendered.text[start:end]
             stretch, at = rendered.text[done:start], done
             if strip_left:
@@ -114,7 +201,7 @@ class Encoder:
             what = f"data.chat_template: one assistant turn gives {len(rendered.generated)} generation blocks"
             raise UserError(Problem(what, fix="put exactly one {% generation %} block around each assistant turn"))
         start, end = rendered.generated[0]
-        if not any(start <= a and b <= end for a, b in rendered.frame):
+        if not any(start <= a and b <= end for a, b in rendered.frame or ()):
             what = "no token of this tokenizer ends a turn of this chat template: a model would never learn to stop"
             fix = "choose data.chat_template and data.tokenizer that belong together, the end of turn inside the block"
             raise UserError(Problem(what, fix=fix))
@@ -138,6 +225,31 @@ def label_mask(mask: np.ndarray) -> np.ndarray:
     return np.append(mask[1:], np.uint8(0)).astype(np.uint8)
 
 
+def _encodable(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _byte_spans(rendered: Rendered) -> tuple[int, list[tuple[int, int]]]:
+    """(length, generation blocks) of a text in bytes of UTF-8."""
+    text = rendered.text
+    if text.isascii():
+        return len(text), list(rendered.generated)
+    spans = []
+    chars = size = 0
+    for start, end in rendered.generated:
+        first = size + len(text[chars:start].encode("utf-8"))
+        size = first + len(text[start:end].encode("utf-8"))
+        spans.append((first, size))
+        chars = end
+    return size + len(text[chars:].encode("utf-8")), spans
+
+
 def _encoded(ids: np.ndarray, offsets: list[tuple[int, int]], rendered: Rendered) -> Encoded:
     mask: np.ndarray = np.zeros(len(ids), dtype=np.uint8)
     spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
@@ -155,7 +267,7 @@ def _load(tree: dict[str, Any], path: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(json.dumps({**tree, "truncation": None, "padding": None, "post_processor": None}))
+        return Tokenizer.from_str(json.dumps(tree))
     except Exception as error:
         if type(error) is not Exception:  # for every defect of the file the library raises just this
             raise

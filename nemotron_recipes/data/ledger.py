@@ -7,14 +7,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from nemotron_recipes.data.messages import BadRow
-from nemotron_recipes.data.sources import Line
 from nemotron_recipes.errors import Problem, UserError
 
 
 @dataclass
 class Account:
-    """One source. `dropped` and `sequences_dropped` count by reason; sequences are what written rows became."""
+    """One file or source. `dropped` and `sequences_dropped` count by reason; sequences are what written rows became."""
 
     read: int = 0
     written: int = 0
@@ -52,11 +50,11 @@ class BadRows:
         self._fail = fail
         self.count = 0
 
-    def add(self, source: str, line: Line, bad: BadRow) -> None:
+    def add(self, source: str, file: str, place: str, line: int, reason: str, detail: str) -> None:
+        """A bad row at `line` of `file`, which a person finds at `place`."""
         if self._fail:
-            where = f"{line.path}, line {line.number}"
             fix = "mend the row, or set data.on_bad_row=count to leave such rows out"
-            raise UserError(Problem(f"bad row ({bad.reason}): {bad.detail}", where, fix))
+            raise UserError(Problem(f"bad row ({reason}): {detail}", f"{place}, line {line}", fix))
         self.count += 1
-        entry = {"source": source, "file": line.file, "line": line.number, "reason": bad.reason, "detail": bad.detail}
+        entry = {"source": source, "file": file, "line": line, "reason": reason, "detail": detail}
         self._handle.write(json.dumps(entry, ensure_ascii=True) + "\n")

@@ -9,11 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.data.prepare import Job, Report
-from nemotron_recipes.fsio import file_digest, files_below, tree_digest, write_atomic
+from nemotron_recipes.data.prepare import LIBRARIES, Job, Report, code_digest
+from nemotron_recipes.fsio import file_digest, files_below, write_atomic
 from nemotron_recipes.spec import sha256_text, to_json
-
-LIBRARIES = ("numpy", "tokenizers", "jinja2")
 
 
 def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
@@ -35,6 +33,10 @@ def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
         "sources": list(report.sources),
         "total": report.total.facts(),
         "bad_rows": report.bad_rows,
+        "gates": {
+            gate: {reason: {"rows": rows, "examples": examples} for reason, (rows, examples) in reasons.items()}
+            for gate, reasons in report.gates.items()
+        },
         "tokenizer": {"digest": report.encoder.digest, "vocabulary_size": report.encoder.vocabulary_size},
         "chat_template": {"file": "chat_template.jinja", "digest": report.encoder.template.digest},
         "key": _key(job, report),
@@ -49,21 +51,15 @@ def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
     return metadata
 
 
-def code_digest() -> str:
-    """Identity of the code that prepares: the sources and templates of this package."""
-    root = Path(__file__).parent
-    return tree_digest(root, [path for path in files_below(root) if path.suffix in (".py", ".jinja")])
-
-
 def _key(job: Job, report: Report) -> dict[str, str]:
     """What the result follows from: change one of these and the bytes may change, change none and they do not."""
     settings = asdict(job.settings)
     for source in settings["sources"]:
         source.pop("path")  # where it lies; `data` says what it holds
-    for name in ("tokenizer", "chat_template", "on_bad_row"):
+    for name in ("tokenizer", "chat_template", "on_bad_row", "workers"):
         settings.pop(name)
     return {
-        "data": sha256_text(to_json([source["files"] for source in report.sources])),
+        "data": sha256_text(to_json([[file["identity"] for file in source["files"]] for source in report.sources])),
         "settings": sha256_text(to_json({"method": job.method, **settings})),
         "tokenizer": report.encoder.digest,
         "template": report.encoder.template.digest,

@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 WINDOW = 10_000  # sequences
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which sequences share a pack. Pack i holds `sequences[offsets[i]:offsets[i + 1]]`, `tokens[i]` in all."""
+
+    sequences: np.ndarray  # int64: indices, pack after pack
+    offsets: np.ndarray  # int64 [packs + 1]
+    tokens: np.ndarray  # int64 [packs]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Sequences per pack."""
+        return np.diff(self.offsets)
+
+    def members(self, number: int) -> np.ndarray:
+        return self.sequences[self.offsets[number] : self.offsets[number + 1]]
+
+
+def packing(lengths: np.ndarray, capacity: int, window: int = WINDOW) -> Packing:
+    """Every sequence in one pack, no pack longer than `capacity`; packs in the order of their windows."""
+    sequences, counts = array("q"), array("q")
+    for start in range(0, len(lengths), window):
+        for group in pack(lengths[start : start + window].tolist(), capacity, window):
+            sequences.extend(start + index for index in group)
+            counts.append(len(group))
+    order = np.array(sequences, dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.array(counts, dtype=np.int64))]).astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)])
+    return Packing(order, offsets, np.diff(ends[offsets]))
 
 
 def pack(lengths: Sequence[int], capacity: int, window: int = WINDOW) -> list[list[int]]:

@@ -1,146 +1,324 @@
-"""Data preparation as a whole: read, normalise, place in a split, render, encode, pack, write."""
+"""Data preparation as a whole: cut the sources into shards, prepare each on its own, merge in order, pack, write.
+
+What a shard became is a spool below `spools`, named by what it follows from. A run that was killed leaves whole spools
+only, and the next run takes them over; so does one that packs to another size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+import hashlib
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from nemotron_recipes.data.chat import ChatEncoder
+import numpy as np
+
 from nemotron_recipes.data.encoder import Encoder
+from nemotron_recipes.data.files import Input, find_files
+from nemotron_recipes.data.gates import Gates
 from nemotron_recipes.data.ledger import Account, BadRows
-from nemotron_recipes.data.messages import BadRow
-from nemotron_recipes.data.rows import RowReader
-from nemotron_recipes.data.settings import Settings, Source
-from nemotron_recipes.data.sinks import PackedSink, Placed, RowsSink, Sink, SplitFacts
-from nemotron_recipes.data.sources import Hub, Line, find_files, read_files, read_hub, read_sample
-from nemotron_recipes.data.splits import content_key, copies, split_of
+from nemotron_recipes.data.merge import Merged, Merger
+from nemotron_recipes.data.packing import packing
+from nemotron_recipes.data.pool import Task, run_here, run_parallel, usable_cpus
+from nemotron_recipes.data.settings import SPLITS, Settings, Source
+from nemotron_recipes.data.shard_encoder import Done, Recipe, ShardEncoder
+from nemotron_recipes.data.shards import Shard, cut_inputs, target_size
+from nemotron_recipes.data.spool import Spool
+from nemotron_recipes.data.spools import Spools
+from nemotron_recipes.data.writers import PackReader, Written, write_megatron, write_native, write_parquet
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.fsio import file_digest
+from nemotron_recipes.fsio import files_below, tree_digest
+from nemotron_recipes.spec import to_json
 
-BLOCK = 256  # rows encoded at once
-# Reasons that are a choice, not a defect of the row: counted, but not listed as bad.
-POLICY = frozenset({"overlong", "nothing_to_train", "sampled_out"})
-Progress = Callable[[int], None]
+MEGATRON_NAMES = {"train": "training", "validation": "validation", "test": "test"}
+LIBRARIES = ("numpy", "tokenizers", "jinja2", "orjson")
+# Settings that what a shard becomes doesn't follow from: they act when shards are merged, or not at all.
+_MERGED_LATER = (
+    "sources",
+    "sample",
+    "pack_size",
+    "overlong",
+    "format",
+    "on_bad_row",
+    "tokenizer",
+    "chat_template",
+    "workers",
+)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the hub at one commit."""
+
+    name: str
+    revision: str | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to prepare. `locations`: for each source a path (file, folder, glob), a Hub, or None for a sample."""
+    """What to prepare. `locations`: for each source a path or address (file, folder, glob), a Hub, or None for a
+    sample. `spools`: a folder that outlives this run; None: what is prepared serves this run alone."""
 
     method: str
     settings: Settings
-    locations: tuple[Path | Hub | None, ...]
+    locations: tuple[Path | str | Hub | None, ...]
     tokenizer: Path  # folder
     template_source: str
+    gates: Gates = field(default_factory=Gates)
+    spools: Path | None = None
+
+
+@dataclass
+class SplitFacts:
+    """What a split holds."""
+
+    rows: int = 0
+    sequences: int = 0
+    packs: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    longest: int = 0  # tokens of the longest sequence; of preference and RL rows: of prompt and answer together
 
 
 @dataclass(frozen=True)
 class Report:
-    """The facts of a finished preparation. `sources`: name, identity of the contents, and the counts."""
+    """The facts of a finished preparation. `sources`: name, files with their identity and counts, and the counts.
+    `gates`: gate -> reason -> [rows, examples]. `gate_seconds` (CPU), `warnings` and `reused` (shards) are of this run
+    alone."""
 
     sources: tuple[dict[str, Any], ...]
     total: Account
     splits: dict[str, SplitFacts]
     encoder: Encoder
     bad_rows: int
+    gates: dict[str, dict[str, list[Any]]]
+    gate_seconds: dict[str, float]
+    warnings: tuple[str, ...]
+    reused: int
 
 
-def prepare(job: Job, output: Path, progress: Progress = lambda rows: None) -> Report:
-    """Write everything but metadata.json into the empty folder `output`. `progress` hears how many rows were read.
+class Progress:
+    """Hears how far it is; this one says nothing."""
 
-    UserError: nothing to train on, or, with `on_bad_row: fail`, a bad row. After an error `output` holds parts; the
-    caller discards it.
+    def update(self, rows: int, share: float) -> None:
+        """`rows` prepared in this run; `share` of all input, 0 to 1."""
+
+    def note(self, text: str) -> None:
+        """Something to know, such as waiting for another run."""
+
+
+def prepare(job: Job, output: Path, progress: Progress | None = None) -> Report:
+    """Write everything but metadata.json into the empty folder `output`.
+
+    UserError: nothing to train on, a damaged input, or, with `on_bad_row: fail`, a bad row. JobFailed: the disk is
+    full, or a process died. After an error `output` holds parts; the caller discards it.
     """
-    settings = job.settings
-    encoder = Encoder(job.tokenizer, job.template_source)
-    chat = ChatEncoder(encoder, settings.thinking)
-    reader = RowReader(job.method, settings.columns, settings.answer_pattern, encoder.template.renders_reasoning)
-    sink: Sink
-    sink = PackedSink(settings, chat, output) if job.method == "sft" else RowsSink(job.method, settings, chat, output)
-    sources = []
-    total = Account()
-    try:
-        with (output / "bad_rows.jsonl").open("w", encoding="utf-8", newline="\n") as handle:
-            bad_rows = BadRows(handle, fail=settings.on_bad_row == "fail")
-            for index, source in enumerate(settings.sources):
-                name = source.name or f"source-{index}"
-                lines, identity = _open(job, index)
-                before = total.read
-                account = _read(lines, _Placing(reader, source, settings), sink, bad_rows, name, before, progress)
-                sources.append({"name": name, "files": identity, **account.facts()})
-                total += account
-        if not sink.splits["train"].rows:
-            raise _nothing(total)
-        sink.finish()
-    finally:
-        sink.close()
-    (output / "chat_template.jinja").write_text(job.template_source, encoding="utf-8", newline="\n")
-    return Report(tuple(sources), total, sink.splits, encoder, bad_rows.count)
+    return _Preparation(job, output, progress or Progress()).run()
 
 
-@dataclass(frozen=True)
-class _Placing:
-    """Decides a row's split and how often it is taken."""
+class _Preparation:
+    def __init__(self, job: Job, output: Path, progress: Progress):
+        self.job = job
+        self.settings = job.settings
+        self.output = output
+        self.progress = progress
+        self.recipe = Recipe(job.method, job.settings, job.tokenizer, job.template_source, job.gates)
+        self.files: list[list[Input]] = []
+        self.warnings: list[str] = []
+        self.gate_seconds: dict[str, float] = {}
+        self.reused = 0
 
-    reader: RowReader
-    source: Source
-    settings: Settings
+    def run(self) -> Report:
+        encoder = ShardEncoder(self.recipe)
+        shards = self._shards()
+        before = self._states()
+        with ExitStack() as stack:
+            base = self._key(encoder.encoder)
+            scratch = self.output / ".spool"
+            spools = stack.enter_context(Spools(self.job.spools or scratch, base, self.progress.note))
+            identities = stack.enter_context(ThreadPoolExecutor(1)).submit(self._identities)
+            keys = self._encode(encoder, shards, spools)
+            merged, bad_rows = self._merge(shards, [Spool(spools.folder / key) for key in keys], scratch)
+            if not merged.rows["train"]:
+                raise _nothing(_total(merged))
+            splits = self._write(merged, [Spool(spools.folder / key) for key in keys])
+            sources = self._sources(merged, identities.result())
+        if self._states() != before:
+            raise UserError(Problem("an input has changed while it was read", fix="run again"))
+        shutil.rmtree(scratch, ignore_errors=True)
+        (self.output / "chat_template.jinja").write_text(self.job.template_source, encoding="utf-8", newline="\n")
+        return Report(
+            tuple(sources),
+            _total(merged),
+            splits,
+            encoder.encoder,
+            bad_rows,
+            merged.gates,
+            self.gate_seconds,
+            tuple(self.warnings),
+            self.reused,
+        )
 
-    def place(self, line: Line) -> Placed | BadRow:
-        if line.bad is not None:
-            return line.bad
-        try:
-            row = self.reader.read(line.value)
-        except BadRow as bad:
-            return bad
-        key = content_key(row)
-        split = self.source.split or split_of(key, self.settings.splits)
-        times = copies(key, self.source.weight) if split == "train" else 1
-        return Placed(row, split, times) if times else BadRow("sampled_out", "")
+    def _shards(self) -> list[Shard]:
+        """All shards in input order."""
+        sources = list(zip(self.settings.sources, self.job.locations, strict=True))
+        self.files = [find_files(str(where)) if isinstance(where, (Path, str)) else [] for _, where in sources]
+        target = target_size(sum(file.size for files in self.files for file in files))
+        shards: list[Shard] = []
+        for number, (source, where) in enumerate(sources):
+            limit = min((n for n in (source.rows, self.settings.sample) if n is not None), default=None)
+            if isinstance(where, Hub):
+                shards += _hub_shards(number, where, source, limit)
+            elif where is None:
+                assert limit is not None  # settings.cross_problems asks for it
+                task = (source.split or "", self.job.method)
+                shards.append(
+                    Shard(number, 0, "sample", source.path, source.path, limit=limit, seed=source.seed, task=task)
+                )
+            else:
+                shards += cut_inputs(number, self.files[number], limit, target)
+        return shards
+
+    def _encode(self, encoder: ShardEncoder, shards: list[Shard], spools: Spools) -> list[str]:
+        """Every shard's spool is there; returns their names in order."""
+        tasks = [Task(number, shard, spools.key(shard.source)) for number, shard in enumerate(shards)]
+        workers = min(self.settings.workers or usable_cpus(), len(tasks))
+        if workers > 1:
+            running = run_parallel(self.recipe, tasks, spools.folder, workers)
+        else:
+            running = run_here(encoder, tasks, spools.folder)
+        total = sum(shard.size for shard in shards) or 1
+        keys: dict[int, str] = {}
+        rows = size = 0
+        with closing(running):
+            for task, done in running:
+                keys[task.number] = done.key
+                size += task.shard.size
+                rows += done.rows
+                self._take(done)
+                self.progress.update(rows, size / total)
+        return [keys[number] for number in sorted(keys)]
+
+    def _take(self, done: Done) -> None:
+        self.reused += done.reused
+        if done.warning:
+            self.warnings.append(done.warning)
+            self.progress.note(f"warning: {done.warning}")
+        for gate, seconds in done.seconds.items():
+            self.gate_seconds[gate] = self.gate_seconds.get(gate, 0.0) + seconds
+
+    def _merge(self, shards: list[Shard], spools: list[Spool], scratch: Path) -> tuple[Merged, int]:
+        names = [source.name or f"source-{index}" for index, source in enumerate(self.settings.sources)]
+        splits = SPLITS[1:] if self.job.method == "sft" else SPLITS
+        with ExitStack() as stack:
+            handle = stack.enter_context((self.output / "bad_rows.jsonl").open("w", encoding="utf-8", newline="\n"))
+            bad_rows = BadRows(handle, fail=self.settings.on_bad_row == "fail")
+            rows: dict[str, IO[bytes]] = {}
+            for split in splits:
+                (self.output / split).mkdir(parents=True, exist_ok=True)
+                rows[split] = stack.enter_context((self.output / split / "rows.jsonl").open("wb"))
+            # With `fail` the shards after the bad row are missing, and the merge ends before it asks for them.
+            merger = Merger(self.job.method, self.settings, names, shards[: len(spools)], spools, bad_rows, rows)
+            return merger.run(self.job.gates.corpus, scratch), bad_rows.count
+
+    def _write(self, merged: Merged, spools: list[Spool]) -> dict[str, SplitFacts]:
+        facts: dict[str, SplitFacts] = {}
+        for split in SPLITS:
+            if self.job.method == "sft":
+                facts[split] = self._write_packs(merged, spools, split)
+            else:
+                one = SplitFacts(sequences=merged.entries[split], tokens=merged.tokens[split])
+                one.longest = merged.longest[split]
+                facts[split] = one
+            facts[split].rows = merged.rows[split]
+        return facts
+
+    def _write_packs(self, merged: Merged, spools: list[Spool], split: str) -> SplitFacts:
+        sequences = merged.sequences(split)
+        packed = packing(sequences.length, self.settings.pack_size)
+        # Best-fit orders packs by the length of their first sequence; a batch should be a mixture.
+        order = np.random.Generator(np.random.PCG64(0)).permutation(len(packed))
+        with closing(PackReader(spools, sequences, packed)) as packs:
+            written: Written = self._writer(split)(packs, order)
+        return SplitFacts(
+            sequences=len(sequences.length),
+            packs=len(packed),
+            tokens=written.tokens,
+            learned_tokens=written.learned_tokens,
+            longest=int(sequences.length.max(initial=0)),
+        )
+
+    def _writer(self, split: str) -> Callable[[PackReader, np.ndarray], Written]:
+        if self.settings.format == "native":
+            return lambda packs, order: write_native(self.output / split, packs, order)
+        if self.settings.format == "parquet":
+            return lambda packs, order: write_parquet(self.output / split / "packed.parquet", packs, order)
+        return lambda packs, order: write_megatron(self.output / f"{MEGATRON_NAMES[split]}.npy", packs, order)
+
+    def _key(self, encoder: Encoder) -> list[str]:
+        """What the spools of each source follow from, besides the content of a shard."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in _MERGED_LATER}
+        gates = [[gate.name, gate.key] for gate in self.job.gates.rows]
+        gates += [[gate.name, gate.key] for gate in self.job.gates.corpus]
+        shared = [self.job.method, settings, gates, encoder.digest, encoder.template.digest, code_digest()]
+        shared.append({name: version(name) for name in (*LIBRARIES, *({self.settings.engine} - {"tokenizers"}))})
+        keys = []
+        for source in self.settings.sources:
+            text = to_json([*shared, source.split, min(source.weight, 1.0)])
+            keys.append(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+        return keys
+
+    def _identities(self) -> list[list[str]]:
+        return [[file.identity for file in files] for files in self.files]
+
+    def _states(self) -> list[Any]:
+        return [file.state for files in self.files for file in files]
+
+    def _sources(self, merged: Merged, identities: list[list[str]]) -> list[dict[str, Any]]:
+        """For each source: its name, its files with their counts, the counts of all."""
+        result = []
+        for index, source in enumerate(self.settings.sources):
+            accounts = {file: account for (number, file), account in merged.accounts.items() if number == index}
+            where = self.job.locations[index]
+            entries: list[dict[str, Any]]
+            if isinstance(where, Hub):
+                entries = [{"name": where.name, "revision": where.revision, "subset": source.subset,
+                            "split": source.hub_split}]  # fmt: skip
+            elif where is None:
+                entries = [{"name": source.path, "seed": source.seed}]
+            else:
+                files = self.files[index]
+                entries = [{"name": f.name, "digest": d} for f, d in zip(files, identities[index], strict=True)]
+            counted = [{"identity": entry, **accounts.get(n, Account()).facts()} for n, entry in enumerate(entries)]
+            total = sum(accounts.values(), Account())
+            result.append({"name": source.name or f"source-{index}", "files": counted, **total.facts()})
+        return result
 
 
-def _read(
-    lines: Iterator[Line],
-    placing: _Placing,
-    sink: Sink,
-    bad_rows: BadRows,
-    name: str,
-    before: int,
-    progress: Progress,
-) -> Account:
-    """Take one source to its end. `before`: rows read from earlier sources."""
-    account = Account()
-    while block := list(islice(lines, BLOCK)):
-        placed = [placing.place(line) for line in block]
-        written = iter(sink.add([one for one in placed if isinstance(one, Placed)], account))
-        for line, one in zip(block, placed, strict=True):
-            left_out = one if isinstance(one, BadRow) else next(written)
-            account.read += 1
-            if left_out is None:
-                account.written += 1
-                continue
-            account.dropped[left_out.reason] += 1
-            if left_out.reason not in POLICY:
-                bad_rows.add(name, line, left_out)
-        progress(before + account.read)
-    return account
+def code_digest() -> str:
+    """Identity of the code that prepares: the sources and templates of this package."""
+    root = Path(__file__).parent
+    return tree_digest(root, [path for path in files_below(root) if path.suffix in (".py", ".jinja")])
 
 
-def _open(job: Job, index: int) -> tuple[Iterator[Line], list[dict[str, Any]]]:
-    """Rows of a source, and what identifies its contents."""
-    source, location = job.settings.sources[index], job.locations[index]
-    limit = min((n for n in (source.rows, job.settings.sample) if n is not None), default=None)
-    if isinstance(location, Hub):
-        identity = {"name": location.name, "revision": location.revision, "subset": source.subset}
-        return read_hub(location, source, limit), [{**identity, "split": source.hub_split}]
-    if location is None:
-        assert limit is not None  # settings.cross_problems asks for it
-        return read_sample(source, job.method, limit), [{"name": source.path, "seed": source.seed, "rows": limit}]
-    files = find_files(location)
-    return read_files(files, limit), [{"name": name, "digest": file_digest(path)} for name, path in files]
+def _hub_shards(number: int, hub: Hub, source: Source, limit: int | None) -> list[Shard]:
+    from nemotron_recipes.data.readers import hub_stream
+
+    shard = Shard(number, 0, "hub", f"hf://{hub.name}/{source.hub_split}", hub.name, limit=limit,
+                  task=(source.subset or "", source.hub_split), revision=hub.revision, size=1)  # fmt: skip
+    if limit is not None:
+        return [shard]
+    count = hub_stream(hub.name, source.subset, source.hub_split, hub.revision).num_shards
+    return [replace(shard, lo=index, hi=count) for index in range(count)] if count > 1 else [shard]
+
+
+def _total(merged: Merged) -> Account:
+    return sum(merged.accounts.values(), Account())
 
 
 def _nothing(total: Account) -> UserError:

@@ -99,9 +99,11 @@ class Settings:
     sample: Positive | None = None  # at most this many rows of each source
     pack_size: Annotated[int, Rule(ge=8)] = 4096  # tokens
     overlong: Literal["drop", "truncate"] = "drop"  # rows longer than pack_size; counted either way
-    format: Literal["native", "megatron_npy"] = "native"
+    format: Literal["native", "parquet", "megatron_npy"] = "native"
     on_bad_row: Literal["count", "fail"] = "count"
     tokenizer: str  # a reference
+    engine: Literal["tokenizers", "fastokens"] = "tokenizers"  # what encodes; both give the same ids
+    workers: Positive | None = None  # processes; null: one per CPU. The result is the same for any number
     chat_template: str = "nemotron3"  # nemotron3, or a path to a .jinja file
     thinking: bool = True  # the generation prompt opens a reasoning block
     answer_pattern: str | None = None  # regex with one group that finds the final answer in a reference answer

@@ -6,6 +6,9 @@ import hashlib
 import json
 from typing import Any
 
+import numpy as np
+import orjson
+
 from nemotron_recipes.data.rows import Row
 from nemotron_recipes.data.settings import Splits
 
@@ -19,8 +22,11 @@ def content_key(row: Row) -> bytes:
 
 def digest(value: Any) -> bytes:
     """SHA-256 of a JSON value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).digest()
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # half a surrogate pair, or an integer of more than 64 bits
+        text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode("ascii")
+    return hashlib.sha256(text).digest()
 
 
 def split_of(key: bytes, shares: Splits) -> str:
@@ -33,10 +39,15 @@ def split_of(key: bytes, shares: Splits) -> str:
     return "train"
 
 
-def copies(key: bytes, weight: float) -> int:
-    """How often a training row is taken: the whole part of `weight`, and once more for that fraction of rows."""
+def weight_point(key: bytes) -> float:
+    """Where a row stands among all, uniform in [0, 1): with a weight of 0.3 the rows below 0.3 are taken."""
+    return _point(key, b"weight")
+
+
+def copies(points: np.ndarray, weight: float) -> np.ndarray:
+    """How often each training row is taken: the whole part of `weight`, and once more for that fraction of rows."""
     whole = int(weight)
-    return whole + (_point(key, b"weight") < weight - whole)
+    return whole + (points < weight - whole).astype(np.int64)
 
 
 def _point(key: bytes, purpose: bytes) -> float:

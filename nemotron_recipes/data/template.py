@@ -33,8 +33,9 @@ class Rendered:
 
     text: str
     generated: tuple[tuple[int, int], ...]  # one per generation block
-    frame: tuple[tuple[int, int], ...]  # the template's own control tokens
+    frame: tuple[tuple[int, int], ...] | None  # the template's own control tokens; None: nobody looked
     quoted: bool  # the row's content contains control tokens, which are to stay text
+    controls: int  # how many control tokens the template wrote
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class ChatTemplate:
                 frame.append((length, length + len(found)))
                 length += len(found)
         pieces.append(raw[done:])
-        return Rendered("".join(pieces), tuple(generated), tuple(frame), quoted)
+        return Rendered("".join(pieces), tuple(generated), tuple(frame), quoted, len(frame))
 
     @cached_property
     def _words(self) -> tuple[str, ...]:

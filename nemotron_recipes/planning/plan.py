@@ -43,6 +43,7 @@ from nemotron_recipes.spec import (
 
 # Keys that change where, how often or under which name, but not what comes out.
 NOT_IDENTITY = (
+    "data.workers",
     *("run", "outputs", "code"),
     *("train.resume", "train.log_interval"),
     *("checkpoint.save_interval", "checkpoint.keep"),

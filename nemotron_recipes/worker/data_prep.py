@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.data.metadata import write_metadata
-from nemotron_recipes.data.prepare import Job, prepare
+from nemotron_recipes.data.prepare import Hub, Job, Progress, Report, prepare
 from nemotron_recipes.data.settings import Settings, read_settings
-from nemotron_recipes.data.sources import Hub
 from nemotron_recipes.data.template import template_source
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Tree
@@ -38,6 +37,7 @@ def run(config: Tree, ctx: Context) -> None:
             locations=tuple(_location(index, settings, ctx) for index in range(len(settings.sources))),
             tokenizer=_tokenizer(settings.tokenizer, ctx, Path(scratch)),
             template_source=template_source(str(ctx.inputs.get("data.chat_template", settings.chat_template))),
+            spools=ctx.store.root / ".spools",
         )
         output = ctx.output(SLOT)
         report = prepare(job, output, progress)
@@ -51,7 +51,7 @@ def run(config: Tree, ctx: Context) -> None:
         "tokens": sum(split.tokens for split in splits),
     }
     ctx.metadata |= {name: metadata[name] for name in ("method", "format", "splits", "key")}
-    progress.last(_summary(metadata, total.read))
+    progress.last(_summary(metadata, report))
 
 
 def _location(index: int, settings: Settings, ctx: Context) -> Path | Hub | None:
@@ -93,9 +93,9 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise UserError(Problem(what, fix="check the network and the access token, or give a local folder")) from None
 
 
-def _summary(metadata: dict[str, Any], read: int) -> str:
+def _summary(metadata: dict[str, Any], report: Report) -> str:
     total = metadata["total"]
-    parts = [f"{read} rows read", f"{total['rows_written']} written"]
+    parts = [f"{total['rows_read']} rows read", f"{total['rows_written']} written"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in total["rows_dropped"].items())
     parts.append(f"{sum(total['rows_dropped'].values())} left out" + (f" ({dropped})" if dropped else ""))
     train = metadata["splits"]["train"]
@@ -103,20 +103,30 @@ def _summary(metadata: dict[str, Any], read: int) -> str:
         parts.append(f"{train['packs']} packs for training, {train['packing_efficiency']:.1%} full")
     if metadata["bad_rows"]:
         parts.append(f"bad rows are listed in bad_rows.jsonl ({metadata['bad_rows']})")
+    if report.reused:
+        parts.append(f"{report.reused} shards were there from an earlier run")
+    if report.gate_seconds:
+        parts.append("gates: " + ", ".join(f"{name} {s:.1f} CPU s" for name, s in report.gate_seconds.items()))
     return "; ".join(parts)
 
 
-class _Progress:
+class _Progress(Progress):
     """A line every few seconds."""
 
     def __init__(self) -> None:
         self._started = self._shown = time.monotonic()
 
-    def __call__(self, rows: int) -> None:
+    def update(self, rows: int, share: float) -> None:
         now = time.monotonic()
-        if now - self._shown >= PROGRESS_INTERVAL:
-            self._shown = now
-            print(f"{rows} rows, {rows / (now - self._started):.0f} rows/s", flush=True)
+        if now - self._shown < PROGRESS_INTERVAL and share < 1:
+            return
+        self._shown = now
+        spent = now - self._started
+        left = spent / share - spent if share else 0.0
+        print(f"{rows} rows, {rows / spent:.0f} rows/s, {share:.0%}, about {left:.0f} s left", flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
 
     def last(self, summary: str) -> None:
         print(f"{summary}; {time.monotonic() - self._started:.1f} s", flush=True)

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_recipes.data.packed import PackedSplit, Spool, write_megatron, write_native
-from nemotron_recipes.data.packing import pack
+from nemotron_recipes.data.merge import Sequences
+from nemotron_recipes.data.packed import PackedSplit
+from nemotron_recipes.data.packing import Packing, pack
+from nemotron_recipes.data.spool import Spool, SpoolWriter, Tally
+from nemotron_recipes.data.writers import PackReader, write_megatron, write_native, write_parquet
 
 
 @given(
@@ -49,21 +52,33 @@ def test_the_cost_does_not_grow_with_the_number_of_packs() -> None:
     assert time.process_time() - started < 5
 
 
-def filled(folder: Path, lengths: list[int]) -> Spool:
-    spool = Spool(folder)
+def filled(folder: Path, lengths: list[int], groups: list[list[int]]) -> PackReader:
+    """Sequences of n times the number n, every other token learned, in one spool."""
+    writer = SpoolWriter(folder, "spool", 0)
     for number, length in enumerate(lengths):
-        spool.add(np.full(length, number, dtype=np.int32), np.arange(length, dtype=np.uint8) % 2)
-    return spool
+        mask = np.arange(length, dtype=np.uint8) % 2
+        mask[-1] = 0
+        writer.keep(number, 0, 0.0, [(np.full(length, number, dtype=np.int32), mask)], b"", 0, 0, [])
+    writer.finish(Tally())
+    sizes = np.array(lengths, dtype=np.int32)
+    starts = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(np.int64)
+    flat = np.array([index for group in groups for index in group], dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum([len(group) for group in groups])]).astype(np.int64)
+    tokens = np.array([sum(lengths[index] for index in group) for group in groups], dtype=np.int64)
+    sequences = Sequences(np.zeros(len(lengths), dtype=np.int32), starts, sizes)
+    return PackReader([Spool(folder / "spool")], sequences, Packing(flat, offsets, tokens))
 
 
 def test_native_columns(tmp_path: Path) -> None:
-    write_native(tmp_path / "train", filled(tmp_path / "spool", [2, 3, 1]), [[2], [1, 0]])
+    packs = filled(tmp_path / "spools", [2, 3, 1], [[1, 0], [2]])
+    facts = write_native(tmp_path / "train", packs, np.array([1, 0]))
+    assert (facts.tokens, facts.learned_tokens) == (6, 1)
     split = PackedSplit(tmp_path / "train")
     assert len(split) == 2
     read = [{name: column.tolist() for name, column in one.items()} for one in split]
     assert read == [
         {"input_ids": [2], "loss_mask": [0], "seq_start_id": [0]},
-        {"input_ids": [1, 1, 1, 0, 0], "loss_mask": [0, 1, 0, 0, 1], "seq_start_id": [0, 3]},
+        {"input_ids": [1, 1, 1, 0, 0], "loss_mask": [0, 1, 0, 0, 0], "seq_start_id": [0, 3]},
     ]
     assert {name: column.dtype.name for name, column in split[-1].items()} == {
         "input_ids": "int32",
@@ -76,13 +91,20 @@ def test_native_columns(tmp_path: Path) -> None:
         split[0]["input_ids"][0] = 1
 
 
+def test_the_columns_are_as_numpy_writes_them(tmp_path: Path) -> None:
+    write_native(tmp_path / "train", filled(tmp_path / "spools", [2, 3], [[0], [1]]), np.array([0, 1]))
+    for path in (tmp_path / "train").iterdir():
+        np.save(tmp_path / "again.npy", np.load(path, allow_pickle=False))
+        assert path.read_bytes() == (tmp_path / "again.npy").read_bytes()
+
+
 def test_an_empty_split(tmp_path: Path) -> None:
-    write_native(tmp_path / "test", filled(tmp_path / "spool", []), [])
+    write_native(tmp_path / "test", filled(tmp_path / "spools", [], []), np.empty(0, dtype=np.int64))
     assert list(PackedSplit(tmp_path / "test")) == []
 
 
 def test_columns_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    write_native(tmp_path / "a", filled(tmp_path / "spool", [2, 3]), [[0], [1]])
+    write_native(tmp_path / "a", filled(tmp_path / "spools", [2, 3], [[0], [1]]), np.array([0, 1]))
     np.save(tmp_path / "a" / "loss_mask.npy", np.zeros(4, dtype=np.uint8))
     with pytest.raises(ValueError, match="don't belong together"):
         PackedSplit(tmp_path / "a")
@@ -92,8 +114,31 @@ def test_columns_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
 
 
 def test_megatron_packs(tmp_path: Path) -> None:
-    write_megatron(tmp_path / "training.npy", filled(tmp_path / "spool", [2, 1]), [[0, 1]])
+    write_megatron(tmp_path / "training.npy", filled(tmp_path / "spools", [2, 1, 3], [[0, 1], [2]]), np.array([1, 0]))
     packs = np.load(tmp_path / "training.npy", allow_pickle=True)
-    assert packs.tolist() == [{"input_ids": [0, 0, 1], "loss_mask": [0, 1, 0], "seq_start_id": [0, 2]}]
+    assert packs.tolist() == [
+        {"input_ids": [2, 2, 2], "loss_mask": [0, 1, 0], "seq_start_id": [0]},
+        {"input_ids": [0, 0, 1], "loss_mask": [0, 0, 0], "seq_start_id": [0, 2]},
+    ]
+    assert packs.dtype == object
+    assert packs.shape == (2,)
     # Megatron-Bridge appends to these as lists.
     assert all(type(column) is list for column in packs[0].values())
+
+
+def test_parquet_packs(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    packs = filled(tmp_path / "spools", [2, 1, 3], [[0, 1], [2]])
+    facts = write_parquet(tmp_path / "packed.parquet", packs, np.array([1, 0]))
+    assert (facts.tokens, facts.learned_tokens) == (6, 1)
+    table = parquet.read_table(tmp_path / "packed.parquet")
+    assert {field.name: str(field.type.value_type) for field in table.schema} == {
+        "input_ids": "int32",
+        "loss_mask": "uint8",
+        "seq_start_id": "int32",
+    }
+    assert table.to_pylist() == [
+        {"input_ids": [2, 2, 2], "loss_mask": [0, 1, 0], "seq_start_id": [0]},
+        {"input_ids": [0, 0, 1], "loss_mask": [0, 0, 0], "seq_start_id": [0, 2]},
+    ]

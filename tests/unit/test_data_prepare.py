@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemotron_recipes.data.packed import PackedSplit
-from nemotron_recipes.data.settings import Source
-from nemotron_recipes.data.sources import Hub, read_hub
-from nemotron_recipes.data.splits import copies, split_of
+from nemotron_recipes.data.readers import hub_stream, read_shard
+from nemotron_recipes.data.shards import Shard
+from nemotron_recipes.data.splits import copies, split_of, weight_point
 from nemotron_recipes.errors import UserError
 from tests.helpers.data_prep import bytes_of, chat, encoder, rows_of, run_prepare, write_rows
 
@@ -171,12 +172,13 @@ def test_the_hash_meets_the_shares() -> None:
     from nemotron_recipes.data.settings import Splits
 
     keys = [number.to_bytes(32, "big") for number in range(20_000)]
+    points = np.array([weight_point(key) for key in keys])
     counts = Counter(split_of(key, Splits(0.7, 0.2, 0.1)) for key in keys)
     shares = {name: count / len(keys) for name, count in counts.items()}
     assert shares == pytest.approx({"train": 0.7, "validation": 0.2, "test": 0.1}, abs=0.02)
-    times = [copies(key, 2.25) for key in keys]
-    assert set(times) == {2, 3}
-    assert sum(times) / len(keys) == pytest.approx(2.25, abs=0.02)
+    times = copies(points, 2.25)
+    assert set(times.tolist()) == {2, 3}
+    assert times.mean() == pytest.approx(2.25, abs=0.02)
 
 
 def test_weights_repeat_and_thin_training_rows_only(tmp_path: Path) -> None:
@@ -204,15 +206,16 @@ def test_folders_and_globs(tmp_path: Path) -> None:
     write_rows(folder / "deep" / "a.jsonl", many(3, start=10))
     (folder / "notes.txt").write_text("no rows")
     _, metadata = run_prepare(tmp_path / "whole", [folder])
-    assert [file["name"] for file in metadata["sources"][0]["files"]] == ["b.jsonl", "deep/a.jsonl"]
+    assert [file["identity"]["name"] for file in metadata["sources"][0]["files"]] == ["b.jsonl", "deep/a.jsonl"]
     _, metadata = run_prepare(tmp_path / "globbed", [tmp_path / "rows*" / "**" / "*.jsonl"])
     assert metadata["total"]["rows_written"] == 5
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "nothing-*.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("name", ["missing.jsonl", "nothing-*.jsonl", "rows.parquet", "rows.csv"])
 def test_sources_without_rows_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"JSON Lines|no rows at"):
+    (tmp_path / "rows.csv").write_text("prompt,response")
+    with pytest.raises(UserError, match=r"no format that is read|no rows at|no parquet file"):
         run_prepare(tmp_path / "out", [tmp_path / name])
 
 
@@ -334,18 +337,18 @@ def test_hub_rows_come_through_datasets(tmp_path: Path) -> None:
     table = datasets.Dataset.from_list(many(3))
     (tmp_path / "repo").mkdir()
     table.to_parquet(str(tmp_path / "repo" / "train.parquet"))
-    source = Source("hf://some/where", split="train")
-    lines = list(read_hub(Hub(str(tmp_path / "repo"), None), source, 2))
+    shard = Shard(0, 0, "hub", "hf://some/where", str(tmp_path / "repo"), limit=2, task=("", "train"))
+    lines = list(read_shard(shard))
     assert [line.value["messages"] for line in lines] == [row["messages"] for row in many(2)]
     assert [line.number for line in lines] == [1, 2]
     with pytest.raises(UserError, match="hub_split"):
-        list(read_hub(Hub(str(tmp_path / "repo"), None), Source("hf://some/where", hub_split="nope"), 2))
+        list(read_shard(replace(shard, task=("", "nope"))))
 
 
 def test_a_missing_datasets_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'nemotron-recipes\[data\]'"):
-        list(read_hub(Hub("some/where", "0" * 40), Source("hf://some/where"), None))
+        hub_stream("some/where", None, "train", "0" * 40)
 
 
 @pytest.mark.parametrize("method", ["rl", "kto", "dpo"])

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import nemotron_recipes.data
+from nemotron_recipes.data.files import find_files
 from nemotron_recipes.data.messages import BadRow
-from nemotron_recipes.data.sources import read_files
+from nemotron_recipes.data.readers import BLANK, read_shard
+from nemotron_recipes.data.shards import cut_inputs
 from tests.helpers.data_prep import chat, read_row
 
 ROOT = Path(__file__).parents[2]
@@ -192,7 +194,8 @@ def test_a_tools_header_allows_tool_calls_in_prose() -> None:
 def test_lines_that_are_no_json(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf{}\r\n\n  \n" + line + '{"x": "\u2028"}'.encode())
-    lines = list(read_files([("rows.jsonl", path)], None))
+    (shard,) = cut_inputs(0, find_files(str(path)), None, 1 << 20)
+    lines = [one for one in read_shard(shard) if one.value is not BLANK]
     assert [(one.number, one.bad.reason if one.bad else one.value) for one in lines] == [
         (1, {}),
         (4, reason),

@@ -1,0 +1,130 @@
+"""Files to read, here or in object storage (fsspec), and which format each is in."""
+
+from __future__ import annotations
+
+import glob
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.fsio import file_digest, files_below
+
+# Suffix -> how it is read.
+KINDS = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".jsonl.gz": "gzip",
+    ".ndjson.gz": "gzip",
+    ".jsonl.zst": "zstd",
+    ".ndjson.zst": "zstd",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_REFUSED = (".arrow", ".csv", ".tsv", ".xz", ".bz2", ".zip", ".tar", ".gz", ".zst")
+REMOTE = ("s3://", "gs://", "memory://")
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file. `name` is relative to its source, so that it doesn't depend on where the data lie."""
+
+    name: str
+    place: str  # path or address
+    size: int  # bytes
+
+    def open(self) -> IO[bytes]:
+        if is_remote(self.place):
+            handle: IO[bytes] = _filesystem(self.place).open(self.place, "rb")
+            return handle
+        return open(self.place, "rb")
+
+    @property
+    def identity(self) -> str:
+        """Digest of the content; of a remote file what its store says about it (address, size, ETag)."""
+        if is_remote(self.place):
+            return f"remote:{_filesystem(self.place).ukey(self.place)}"
+        return file_digest(Path(self.place))
+
+    @property
+    def state(self) -> tuple[int, int | str]:
+        """Cheap facts that change when somebody writes to the file."""
+        if is_remote(self.place):
+            return self.size, self.identity
+        facts = os.stat(self.place)
+        return facts.st_size, facts.st_mtime_ns
+
+
+def is_remote(place: str) -> bool:
+    return place.startswith(REMOTE)
+
+
+def open_input(place: str) -> Input:
+    """The file at an address or path."""
+    size = int(_filesystem(place).size(place)) if is_remote(place) else os.path.getsize(place)
+    return Input(place.rpartition("/")[2], place, size)
+
+
+def kind_of(place: str) -> str:
+    """How a file is read; a file that was named although its suffix says nothing is JSON Lines."""
+    return next((KINDS[suffix] for suffix in sorted(KINDS, key=len, reverse=True) if place.endswith(suffix)), "lines")
+
+
+def find_files(location: str) -> list[Input]:
+    """The files that a path, a folder, a glob or an address means, sorted by name. UserError: none."""
+    files = _find_remote(location) if is_remote(location) else _find_local(Path(location))
+    if not files:
+        fix = f"give a file ({', '.join(KINDS)}), a folder with some, or a glob"
+        raise UserError(Problem(f"no rows at {location}", fix=fix))
+    for file in files:
+        if not file.place.endswith(tuple(KINDS)) and file.place.endswith(_REFUSED):
+            raise UserError(
+                Problem(f"{file.place} is in no format that is read", fix=f"convert it: {', '.join(KINDS)}")
+            )
+    return files
+
+
+def _find_local(location: Path) -> list[Input]:
+    if location.is_dir():
+        paths = [path for path in files_below(location) if path.name.endswith(tuple(KINDS))]
+        root = location
+    else:
+        matches = [str(location)] if location.exists() else glob.glob(str(location), recursive=True)
+        paths = sorted(Path(match) for match in matches if os.path.isfile(match))
+        root = Path(os.path.commonpath([path.parent for path in paths])) if paths else location.parent
+    return [Input(path.relative_to(root).as_posix(), str(path), path.stat().st_size) for path in paths]
+
+
+def _find_remote(location: str) -> list[Input]:
+    files = _filesystem(location)
+    scheme = location.partition("://")[0]
+    try:
+        if any(sign in location for sign in "*?["):
+            paths = [path for path in files.glob(location) if files.isfile(path)]
+        elif files.isdir(location):
+            paths = [path for path in files.find(location) if path.endswith(tuple(KINDS))]
+        else:
+            paths = [location.partition("://")[2]] if files.exists(location) else []
+        paths = sorted(str(path).lstrip("/") for path in paths)
+        root = os.path.commonpath([path.rpartition("/")[0] for path in paths]) if paths else ""
+        return [
+            Input(path.removeprefix(root).lstrip("/"), f"{scheme}://{path}", int(files.size(path))) for path in paths
+        ]
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(f"{location} can't be listed: {error}", fix="check address and credentials")) from None
+
+
+def _filesystem(place: str) -> Any:
+    scheme = place.partition("://")[0]
+    try:
+        import fsspec
+
+        return fsspec.filesystem(scheme)
+    except ImportError:
+        package = EXTRAS.get(scheme, "fsspec")
+        what = f"{place}: reading from {scheme}:// needs the package '{package}'"
+        raise UserError(Problem(what, fix=f"pip install {package}")) from None
+    except ValueError as error:
+        raise UserError(Problem(f"{place}: {error}", fix=nearest(scheme, EXTRAS))) from None

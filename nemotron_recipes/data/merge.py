@@ -1,0 +1,259 @@
+"""Shards back together, in input order: corpus gates, length policy, copies by weight, and the balance of all rows.
+
+Everything here is array work on the shards' indices; tokens stay in their spools until they are written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from nemotron_recipes.data.gates import EXAMPLES, Block, CorpusGate
+from nemotron_recipes.data.ledger import Account, BadRows
+from nemotron_recipes.data.settings import SPLITS, Settings
+from nemotron_recipes.data.shards import Shard
+from nemotron_recipes.data.splits import copies
+from nemotron_recipes.data.spool import KEPT, Spool
+
+TRAIN = SPLITS.index("train")
+
+
+@dataclass
+class Sequences:
+    """The sequences of one split in order, each a range of its shard's spool. Arrays of equal length."""
+
+    shard: np.ndarray  # int32
+    start: np.ndarray  # int64, in tokens
+    length: np.ndarray  # int32
+
+
+@dataclass
+class Merged:
+    """All shards' facts. `accounts`: by (source, file)."""
+
+    accounts: dict[tuple[int, int], Account] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    gates: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # gate -> reason -> [rows, examples]
+    parts: dict[str, list[Sequences]] = field(default_factory=lambda: {name: [] for name in SPLITS})
+    entries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # lines of rows.jsonl
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of those lines
+    longest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+
+    def sequences(self, split: str) -> Sequences:
+        parts = self.parts[split]
+        empty = [Sequences(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int32))]
+        columns = zip(*(vars(part).values() for part in parts or empty), strict=True)
+        return Sequences(*(np.concatenate(column) for column in columns))
+
+
+class Merger:
+    """`shards` and `spools` in input order. `rows`: where <split>/rows.jsonl is written, by split."""
+
+    def __init__(
+        self,
+        method: str,
+        settings: Settings,
+        names: Sequence[str],
+        shards: Sequence[Shard],
+        spools: Sequence[Spool],
+        bad_rows: BadRows,
+        rows: dict[str, IO[bytes]],
+    ):
+        self.method = method
+        self.settings = settings
+        self.names = names
+        self.shards = shards
+        self.spools = spools
+        self.bad_rows = bad_rows
+        self.rows = rows
+        self.merged = Merged()
+
+    def run(self, gates: Sequence[CorpusGate], scratch: Path) -> Merged:
+        """UserError: a bad row, where those end the run."""
+        dropped = sweep(gates, self.shards, self.spools, scratch, self.merged.gates)
+        base, file = 0, (-1, -1)
+        for number, (shard, spool) in enumerate(zip(self.shards, self.spools, strict=True)):
+            if (shard.source, shard.file) != file:
+                base, file = 0, (shard.source, shard.file)
+            self._shard(number, shard, spool, base, dropped.get(number, {}))
+            base += spool.facts["lines"]
+        return self.merged
+
+    def _shard(self, number: int, shard: Shard, spool: Spool, base: int, dropped: dict[int, str]) -> None:
+        account = self.merged.accounts.setdefault((shard.source, shard.file), Account())
+        account.read += spool.facts["rows"]
+        self._note_bad(shard, spool, base)
+        for gate, reasons in spool.facts["gates"].items():
+            for reason, (count, examples) in reasons.items():
+                note(self.merged.gates, gate, reason, count, examples)
+        index = spool.index()
+        reasons = spool.facts["reasons"]
+        for code, count in Counter(index["status"][index["status"] != KEPT].tolist()).items():
+            account.dropped[reasons[code]] += count
+        alive = index["status"] == KEPT
+        kept = np.flatnonzero(alive)
+        for position, reason in dropped.items():
+            alive[kept[position]] = False
+            account.dropped[reason] += 1
+        times = np.where(index["split"] == TRAIN, copies(index["point"], self.settings.sources[shard.source].weight), 1)
+        written = (
+            self._sequences(number, spool, index, alive, times, account)
+            if self.method == "sft"
+            else self._entries(index, alive, times, account)
+        )
+        account.written += int(written.sum())
+        for code, split in enumerate(SPLITS):
+            self.merged.rows[split] += int((written & (index["split"] == code)).sum())
+        self._write_payload(spool, index, written, times)
+
+    def _sequences(
+        self,
+        number: int,
+        spool: Spool,
+        index: dict[str, np.ndarray],
+        alive: np.ndarray,
+        times: np.ndarray,
+        account: Account,
+    ) -> np.ndarray:
+        """Length policy; which rows are written."""
+        size = self.settings.pack_size
+        row: np.ndarray = np.repeat(np.arange(len(alive)), index["sequences"])
+        length, first = index["seq_length"], index["seq_first"]
+        start = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])[:-1]
+        overlong = length > size
+        learns = (first >= 0) & (first < np.minimum(length, size) - 1)  # the last position of a sequence has no label
+        cut = overlong & learns & (self.settings.overlong == "truncate")
+        good = np.where(overlong, cut, learns) & alive[row]
+        lost = ~good & alive[row]
+        has_good, has_overlong = _any(good, row, len(alive)), _any(lost & overlong, row, len(alive))
+        account.dropped["overlong"] += int((alive & ~has_good & has_overlong).sum())
+        account.dropped["nothing_to_train"] += int((alive & ~has_good & ~has_overlong).sum())
+        account.dropped = +account.dropped
+        account.sequences_dropped["overlong"] += int((lost & overlong & has_good[row]).sum())
+        account.sequences_dropped["nothing_to_train"] += int((lost & ~overlong & has_good[row]).sum())
+        account.sequences_dropped = +account.sequences_dropped
+        account.sequences_truncated += int((good & overlong).sum())
+        chosen = np.flatnonzero(good)
+        repeats = times[row[chosen]]
+        account.sequences += int(repeats.sum())
+        chosen = np.repeat(chosen, repeats)
+        for code, split in enumerate(SPLITS):
+            mine = chosen[index["split"][row[chosen]] == code]
+            part = Sequences(
+                np.full(len(mine), number, np.int32), start[mine], np.minimum(length[mine], size).astype(np.int32)
+            )
+            self.merged.parts[split].append(part)
+        return alive & has_good
+
+    def _entries(
+        self, index: dict[str, np.ndarray], alive: np.ndarray, times: np.ndarray, account: Account
+    ) -> np.ndarray:
+        """Preference and RL rows: those that fit are written whole."""
+        fits = alive & (index["length"] <= self.settings.pack_size)
+        account.dropped["overlong"] += int((alive & ~fits).sum())
+        account.dropped = +account.dropped
+        account.sequences += int(times[fits].sum())
+        for code, split in enumerate(SPLITS):
+            mine = fits & (index["split"] == code)
+            self.merged.entries[split] += int(times[mine].sum())
+            self.merged.tokens[split] += int((times * index["tokens"])[mine].sum())
+            longest = int(index["length"][mine].max(initial=0))
+            self.merged.longest[split] = max(self.merged.longest[split], longest)
+        return fits
+
+    def _write_payload(
+        self, spool: Spool, index: dict[str, np.ndarray], written: np.ndarray, times: np.ndarray
+    ) -> None:
+        ends = index["payload_end"]
+        starts = np.concatenate([[0], ends])[:-1]
+        with (spool.folder / "payload").open("rb") as handle:
+            for row in np.flatnonzero(written & (ends > starts)).tolist():
+                handle.seek(int(starts[row]))
+                line = handle.read(int(ends[row] - starts[row]))
+                self.rows[SPLITS[index["split"][row]]].write(line * int(times[row]))
+
+    def _note_bad(self, shard: Shard, spool: Spool, base: int) -> None:
+        with (spool.folder / "bad.jsonl").open(encoding="ascii") as handle:
+            for text in handle:
+                bad = json.loads(text)
+                line = base + bad["line"]
+                self.bad_rows.add(self.names[shard.source], shard.name, shard.place, line, bad["reason"], bad["detail"])
+
+
+class _Corpus:
+    """What a corpus gate sees: see `gates.Corpus`."""
+
+    def __init__(self, number: int, width: int, shards: Sequence[Shard], spools: Sequence[Spool], alive: np.ndarray):
+        self._number = number
+        self._width = width
+        self._shards = shards
+        self._spools = spools
+        self._alive = alive
+        counts = [int((spool.index()["status"] == KEPT).sum()) for spool in spools]
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.rows = int(self.starts[-1])
+
+    def blocks(self) -> Iterator[Block]:
+        for place, spool in enumerate(self._spools):
+            index = spool.index()
+            raw = np.fromfile(spool.folder / f"signatures-{self._number}", dtype=np.uint8)
+            mine = slice(int(self.starts[place]), int(self.starts[place + 1]))
+            splits = index["split"][index["status"] == KEPT].astype(np.uint8)
+            yield Block(raw.reshape(len(splits), self._width), splits, self._alive[mine].copy())
+
+    def describe(self, index: int) -> str:
+        place, line = self._where(index)
+        return f"{self._shards[place].name}, line {line}"
+
+    def _where(self, index: int) -> tuple[int, int]:
+        place = int(np.searchsorted(self.starts, index, side="right")) - 1
+        shard, columns = self._shards[place], self._spools[place].index()
+        line = int(columns["line"][columns["status"] == KEPT][index - int(self.starts[place])])
+        for before, spool in zip(self._shards[:place], self._spools[:place], strict=True):
+            if (before.source, before.file) == (shard.source, shard.file):
+                line += spool.facts["lines"]
+        return place, line
+
+
+def sweep(
+    gates: Sequence[CorpusGate],
+    shards: Sequence[Shard],
+    spools: Sequence[Spool],
+    scratch: Path,
+    counts: dict[str, dict[str, list[Any]]],
+) -> dict[int, dict[int, str]]:
+    """Shard -> position among its kept rows -> reason, of the rows that the gates leave out."""
+    dropped: dict[int, dict[int, str]] = {}
+    alive: np.ndarray | None = None
+    for number, gate in enumerate(gates):
+        corpus = _Corpus(number, gate.width, shards, spools, np.empty(0, bool) if alive is None else alive)
+        if alive is None:
+            alive = corpus._alive = np.ones(corpus.rows, dtype=bool)
+        folder = scratch / f"gate-{number}"
+        folder.mkdir(parents=True)
+        for one in gate.sweep(corpus, folder):
+            place = int(np.searchsorted(corpus.starts, one.index, side="right")) - 1
+            dropped.setdefault(place, {})[one.index - int(corpus.starts[place])] = one.reason
+            note(counts, gate.name, one.reason, 1, [one.example] if one.example else [])
+            alive[one.index] = False
+        shutil.rmtree(folder)
+    return dropped
+
+
+def note(counts: dict[str, dict[str, list[Any]]], gate: str, reason: str, count: int, examples: Sequence[str]) -> None:
+    """Add to a gate's counts; of the examples the first ones in input order stay."""
+    counted = counts.setdefault(gate, {}).setdefault(reason, [0, []])
+    counted[0] += count
+    counted[1] += examples[: max(0, EXAMPLES - len(counted[1]))]
+
+
+def _any(flags: np.ndarray, row: np.ndarray, rows: int) -> np.ndarray:
+    """For each row whether any of its sequences has the flag."""
+    return np.bincount(row[flags], minlength=rows) > 0

@@ -1,0 +1,143 @@
+"""What a shard became, on disk: whole or absent, named by what it follows from, so that a later run can take it over.
+
+index.npz    one entry per row: line, status, split, point, sequences, payload_end, length, tokens
+             one entry per sequence: seq_length, seq_first (position of the first label to learn, -1: none)
+ids, mask    the sequences one after another: int32 ids; uint8 masks aligned to labels
+payload      JSON Lines of what rows carry besides (held-out rows; preference and RL rows)
+bad.jsonl    line, reason, detail of bad rows
+signatures-N of corpus gate N: uint8 [kept rows, width]
+facts.json   lines and rows read, reasons, what row gates counted
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from nemotron_recipes.fsio import fsync_folder, fsync_tree
+
+KEPT = -1  # status of a row that goes on; else an index into `reasons`
+ROW_COLUMNS = {
+    "line": "q", "status": "i", "split": "b", "point": "d", "sequences": "i", "payload_end": "q", "length": "i",
+    "tokens": "q",
+}  # fmt: skip
+SEQUENCE_COLUMNS = {"seq_length": "i", "seq_first": "i"}
+
+
+@dataclass
+class Tally:
+    """What row gates counted in a shard: gate -> reason -> [rows, first examples]; and their CPU seconds."""
+
+    counts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class SpoolWriter:
+    """Grows in a private folder; `finish` moves it into place."""
+
+    def __init__(self, root: Path, key: str, signatures: int):
+        self._place = root / key
+        self._folder = root / f".{key}.{uuid.uuid4().hex}.tmp"
+        self._folder.mkdir(parents=True)
+        self._columns = {name: array(kind) for name, kind in (ROW_COLUMNS | SEQUENCE_COLUMNS).items()}
+        names = ["ids", "mask", "payload", "bad.jsonl", *(f"signatures-{n}" for n in range(signatures))]
+        self._files: dict[str, IO[bytes]] = {name: (self._folder / name).open("wb") for name in names}
+        self._reasons: dict[str, int] = {}
+        self._payload = 0
+        self.bad_rows = 0
+        self.rows = 0
+        self.lines = 0
+
+    def drop(self, line: int, reason: str, detail: str | None) -> None:
+        """A row that is left out; with a `detail` it is listed among the bad rows."""
+        self._row(line, self._reasons.setdefault(reason, len(self._reasons)), 0, 0.0, 0, 0, 0)
+        if detail is not None:
+            self.bad_rows += 1
+            entry = {"line": line, "reason": reason, "detail": detail}
+            self._files["bad.jsonl"].write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
+
+    def keep(
+        self,
+        line: int,
+        split: int,
+        point: float,
+        sequences: Sequence[tuple[np.ndarray, np.ndarray]],
+        payload: bytes,
+        length: int,
+        tokens: int,
+        signatures: Sequence[bytes],
+    ) -> None:
+        """A row that goes on. `sequences`: ids and label-aligned masks; `length`, `tokens`: where there are none."""
+        for ids, mask in sequences:
+            self._files["ids"].write(ids.astype("<i4", copy=False).tobytes())
+            self._files["mask"].write(mask.tobytes())
+            learned = mask.argmax() if len(mask) else 0
+            self._columns["seq_length"].append(len(ids))
+            self._columns["seq_first"].append(int(learned) if len(mask) and mask[learned] else -1)
+        self._files["payload"].write(payload)
+        self._payload += len(payload)
+        for number, signature in enumerate(signatures):
+            self._files[f"signatures-{number}"].write(signature)
+        self._row(line, KEPT, split, point, len(sequences), length, tokens)
+
+    def finish(self, tally: Tally) -> None:
+        """Complete and durable, under its name."""
+        np.savez(
+            self._folder / "index.npz", **{n: np.frombuffer(c, dtype=c.typecode) for n, c in self._columns.items()}
+        )
+        for handle in self._files.values():
+            handle.close()
+        facts = {
+            "lines": self.lines,
+            "rows": self.rows,
+            "bad_rows": self.bad_rows,
+            "reasons": list(self._reasons),
+            "gates": tally.counts,
+        }
+        (self._folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=True), encoding="ascii")
+        fsync_tree(self._folder)
+        try:
+            os.rename(self._folder, self._place)
+        except OSError:
+            if not is_whole(self._place):  # else another run was quicker, with the same bytes
+                raise
+            shutil.rmtree(self._folder)
+        fsync_folder(self._place.parent)
+
+    def discard(self) -> None:
+        for handle in self._files.values():
+            handle.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _row(self, *values: Any) -> None:
+        line, status, split, point, sequences, length, tokens = values
+        row = {"line": line, "status": status, "split": split, "point": point, "sequences": sequences,
+               "payload_end": self._payload, "length": length, "tokens": tokens}  # fmt: skip
+        for name, value in row.items():
+            self._columns[name].append(value)
+        self.rows += 1
+
+
+def is_whole(folder: Path) -> bool:
+    return (folder / "facts.json").is_file()  # renamed into place with everything in it
+
+
+class Spool:
+    """A finished shard, to read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="ascii"))
+
+    def index(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "index.npz", allow_pickle=False) as columns:
+            return {name: columns[name] for name in columns.files}

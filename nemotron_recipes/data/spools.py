@@ -1,0 +1,54 @@
+"""The folder of spools: one run at a time prepares the same thing, and what nobody has used for long goes away."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+UNUSED = 14 * 24 * 3600  # seconds after which a spool is removed
+UNFINISHED = 24 * 3600  # seconds without a change after which a half-written spool is somebody's remains
+
+
+class Spools:
+    """A context in which this process alone prepares what `keys` (one per source) say; `say` hears of waiting."""
+
+    def __init__(self, folder: Path, keys: Sequence[str], say: Callable[[str], None]):
+        self.folder = folder
+        self._keys = keys
+        self._say = say
+        self._lock: IO[bytes] | None = None
+
+    def __enter__(self) -> Spools:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256("".join(self._keys).encode()).hexdigest()[:32]
+        self._lock = (self.folder / f"{name}.lock").open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._say("another run prepares the same data: waiting for it, to take over what it has done")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._clean()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._lock is not None
+        self._lock.close()
+
+    def key(self, source: int) -> str:
+        return self._keys[source]
+
+    def _clean(self) -> None:
+        now = time.time()
+        for entry in os.scandir(self.folder):
+            try:
+                age = now - entry.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if entry.is_dir() and age > (UNFINISHED if entry.name.startswith(".") else UNUSED):
+                shutil.rmtree(entry.path, ignore_errors=True)
