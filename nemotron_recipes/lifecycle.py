@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_recipes.artifacts.records import RunView, list_runs, load_run
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
-from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.errors import NemotronError, Problem, UserError
 from nemotron_recipes.executors import Liveness, get_executor
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.redact import scrub, secret_values
 from nemotron_recipes.rundir import RunDir, append_event
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, Request, Tree, to_json
+from nemotron_recipes.spec import JobHandle, Outlook, Plan, Rendered, Request, Tree, Wait, to_json
 
 POLL_SECONDS = 0.2
 
@@ -129,13 +130,56 @@ def prepare_again(run_dir: Path) -> tuple[Prepared, list[str]]:
     return Prepared(plan, executor.render(plan), snapshot_of(run_dir)), again.differences_now(saved)
 
 
-def watch(handle: JobHandle, poll: Callable[[], None]) -> None:
-    """Call `poll` until the run has ended, and once after."""
-    executor = get_executor(handle.executor)
-    while executor.liveness(handle) in ("queued", "running"):
-        poll()
-        time.sleep(POLL_SECONDS)
-    poll()
+def watch(handle: JobHandle, poll: Callable[[Outlook | None], None]) -> None:
+    """Call `poll` with what the executor said last, until the run has ended, and once after.
+
+    The executor is asked beside it, in a thread: a scheduler that does not answer must not hold up the log. It is asked
+    at once when the run folder has news, else less and less often.
+    """
+    events, news = RunDir(Path(handle.run_dir)).events, 0
+    asking = _Asking(handle)
+    asking.start()
+    try:
+        while (outlook := asking.told()) is None or outlook.alive in ("queued", "running"):
+            poll(outlook)
+            size = events.stat().st_size if events.exists() else 0
+            if size != news:
+                news = size
+                asking.wake.set()
+            time.sleep(POLL_SECONDS)
+    finally:
+        asking.over = True
+        asking.wake.set()
+    poll(outlook)
+
+
+class _Asking(threading.Thread):
+    """Asks a run's executor again and again."""
+
+    def __init__(self, handle: JobHandle):
+        super().__init__(daemon=True)
+        self.handle, self.executor = handle, get_executor(handle.executor)
+        self.wake, self.over = threading.Event(), False
+        self._outlook: Outlook | None = None
+        self._error: NemotronError | None = None
+
+    def told(self) -> Outlook | None:
+        """The newest answer; None before the first. Raises what asking has raised."""
+        if self._error is not None:
+            raise self._error
+        return self._outlook
+
+    def run(self) -> None:
+        began = time.monotonic()
+        while not self.over:
+            self.wake.clear()
+            try:
+                self._outlook = self.executor.look(self.handle)
+            except NemotronError as error:
+                self._error = error
+                return
+            waited = time.monotonic() - began
+            self.wake.wait(min(self.executor.ask_seconds, max(POLL_SECONDS, waited / 10)))
 
 
 def cancel(handle: JobHandle) -> None:
@@ -146,6 +190,31 @@ def cancel(handle: JobHandle) -> None:
 def liveness(handle: JobHandle) -> Liveness:
     """Whether anybody still runs it, as the run's own executor says."""
     return get_executor(handle.executor).liveness(handle)
+
+
+def detaches(handle: JobHandle) -> bool:
+    """Whether whoever follows the run may leave it running by Ctrl-C; otherwise that stops it."""
+    return get_executor(handle.executor).detaches
+
+
+def look(handle: JobHandle) -> Outlook:
+    """What the executor says of the run and its jobs."""
+    return get_executor(handle.executor).look(handle)
+
+
+def waits(handle: JobHandle) -> list[Wait]:
+    """Why jobs of the run have not started."""
+    return get_executor(handle.executor).waits(handle)
+
+
+def differences(handle: JobHandle) -> list[str]:
+    """Where the sources disagree about the run."""
+    return get_executor(handle.executor).differences(handle)
+
+
+def shell(handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
+    """argv that runs a command where a stage runs."""
+    return get_executor(handle.executor).shell(handle, stage, command)
 
 
 def load(run_dir: Path) -> RunView:

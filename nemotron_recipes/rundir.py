@@ -86,6 +86,11 @@ class StageDir:
     def launcher_log(self, attempt: int) -> Path:
         return self.logs(attempt) / "launcher.log"
 
+    def ranks_with_logs(self, attempt: int) -> list[int]:
+        """The ranks that have written a log in that attempt."""
+        names = (path.stem.removeprefix("rank-") for path in self.logs(attempt).glob("rank-*.log"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
     def last_attempt(self) -> int:
         """The newest attempt that left a log folder; 0 when none did."""
         numbers = [int(p.name.removeprefix("attempt-")) for p in (self.path / "logs").glob("attempt-*")]

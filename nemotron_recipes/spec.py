@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 Tree = dict[str, Any]  # a plain nested config: str keys; dict, list, str, int, float, bool or None
 
+# What an executor can say of a submitted run. "lost": nobody runs it and nobody recorded an end.
+Liveness = Literal["queued", "running", "ended", "lost"]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -224,6 +227,48 @@ class JobHandle:
     run: str
     run_dir: str
     native: Tree
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """What a scheduler says of one stage's job, now. Times are seconds since the epoch; None: it doesn't say.
+
+    state    its own word: PENDING, RUNNING, ...; waiting and active say what that means
+    reason   its own word for why the job waits or ended, and `words` the same for people
+    start    when the job began, or is expected to
+    """
+
+    stage: str
+    job: str
+    state: str
+    active: bool
+    waiting: bool
+    reason: str = ""
+    words: str = ""
+    start: float | None = None
+    nodes: str = ""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A submitted run as its executor sees it: what it comes to, the jobs, and why nobody could be asked, if so."""
+
+    alive: Liveness
+    jobs: tuple[JobFacts, ...] = ()
+    unreachable: str = ""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Why a job has not started: the scheduler's code, the same in words, the limit that it hits, what would fit."""
+
+    stage: str
+    job: str
+    reason: str
+    words: str
+    limits: tuple[str, ...] = ()
+    fits: tuple[str, ...] = ()
+    start: float | None = None
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:

@@ -10,8 +10,9 @@ import signal
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nemotron_recipes.spec import Liveness
+
 State = Literal["pending", "running", "succeeded", "failed", "cancelled", "lost", "reused"]
-Alive = Literal["queued", "running", "ended", "lost"]  # what an executor says of the run (executors.Liveness)
 CANCELLED_CODE = 130
 
 
@@ -35,7 +36,7 @@ class Evidence:
     record: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
     cancelled: bool = False
-    liveness: Alive | None = None
+    liveness: Liveness | None = None
     worker: Literal["alive", "gone", "unknown"] | None = None
     launched: bool = True
     retrying: bool = False

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.artifacts.owner import fate
-from nemotron_recipes.artifacts.reconcile import Alive, Evidence, State, exit_text, judge
+from nemotron_recipes.artifacts.reconcile import Evidence, State, exit_text, judge
 from nemotron_recipes.errors import Problem, UserError, nearest, printable
 from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
-from nemotron_recipes.spec import JobHandle, Tree
+from nemotron_recipes.spec import JobHandle, Liveness, Tree
 
-Liveness = Callable[[JobHandle], Alive]
+Ask = Callable[[JobHandle], Liveness]
 Settle = Callable[[JobHandle], list[Tree]]
 TAIL_LINES = 12
 TAIL_BYTES = 16384
@@ -70,7 +70,7 @@ class RunView:
 
 
 def list_runs(
-    runs_root: Path, liveness: Liveness | None = None, newest: int | None = None, settle: Settle | None = None
+    runs_root: Path, liveness: Ask | None = None, newest: int | None = None, settle: Settle | None = None
 ) -> list[RunView]:
     """The `newest` runs below `runs_root` (all), newest first. A damaged one is listed, with what is wrong with it."""
     folders = _run_folders(runs_root)
@@ -93,7 +93,7 @@ def find_run(runs_root: Path, text: str) -> Path:
     raise UserError(Problem(f"no run '{text}'", str(runs_root), nearest(text, ids) or "there are no runs there yet"))
 
 
-def load_run(run_dir: Path, liveness: Liveness | None = None, settle: Settle | None = None) -> RunView:
+def load_run(run_dir: Path, liveness: Ask | None = None, settle: Settle | None = None) -> RunView:
     """One run, its state put together from plan, handle, events and records. UserError when there is no such run.
 
     liveness  asks the executor; not asked when the launcher itself recorded the end. None: nobody can be asked
@@ -134,7 +134,7 @@ def _run_folders(runs_root: Path) -> list[Path]:
     return sorted(path.parent for path in Path(runs_root).glob("*/plan.json"))
 
 
-def _liveness(events: list[Tree], handle: JobHandle | None, liveness: Liveness | None) -> Alive | None:
+def _liveness(events: list[Tree], handle: JobHandle | None, liveness: Ask | None) -> Liveness | None:
     """What is known of the whole run; a launcher that started later takes back an earlier end."""
     if _end_is_recorded(events):
         return "ended"
@@ -146,7 +146,7 @@ def _end_is_recorded(events: list[Tree]) -> bool:
     return bool(turns) and turns[-1] not in BEGINS
 
 
-def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Alive | None) -> StageView:
+def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Liveness | None) -> StageView:
     name = stage["name"]
     if stage["reused"]:
         made = stage["reused"]
@@ -309,7 +309,7 @@ def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
     return [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")[-lines:] if line.strip()]
 
 
-def _overall(stages: Iterable[StageView], events: list[Tree], alive: Alive | None) -> tuple[State, str]:
+def _overall(stages: Iterable[StageView], events: list[Tree], alive: Liveness | None) -> tuple[State, str]:
     """(state, explanation) of the whole run."""
     states = {stage.state: stage for stage in reversed(tuple(stages))}  # the first stage of each state
     for state in ("running", "failed", "lost", "cancelled"):

@@ -31,4 +31,4 @@ def rerun(run: str, dry_run: bool, as_json: bool) -> int:
     if dry_run:
         click.echo(plan_text.describe(prepared))
         return 0
-    return carry_out(prepared, prepared.plan.request.mode == "batch", as_json)
+    return carry_out(prepared, as_json)

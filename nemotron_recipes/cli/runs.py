@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import click
 
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts import records
-from nemotron_recipes.cli import compare, follow, summary
+from nemotron_recipes.cli import attach, compare, follow, summary
 from nemotron_recipes.cli.text import age, table
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
@@ -43,16 +44,24 @@ def list_command(as_json: bool, number: int) -> None:
 def show(run: str, as_json: bool) -> None:
     """Show a run: states, inputs, outputs, results, and why it failed."""
     view = lifecycle.load(_find(run))
-    click.echo(json.dumps(summary.as_tree(view), indent=2) if as_json else summary.describe(view))
+    differences = lifecycle.differences(view.handle) if view.handle else []
+    if as_json:
+        click.echo(json.dumps({**summary.as_tree(view), "differences": differences}, indent=2))
+    else:
+        click.echo(summary.describe(view, differences))
 
 
 @runs.command()
 @click.argument("run")
 @click.option("-f", "--follow", "wait", is_flag=True, help="Follow to the end; exit with the run's own code.")
 @click.option("--stage", metavar="STAGE", help="Only this stage  [default: all with -f, else the last that started]")
-@click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True, help="Whose log to show.")
-def logs(run: str, wait: bool, stage: str | None, rank: int) -> int:
+@click.option("--rank", type=click.IntRange(min=0), help="Whose log to show  [default: 0]")
+@click.option("--all-ranks", is_flag=True, help="Show every rank's log, each line tagged.")
+def logs(run: str, wait: bool, stage: str | None, rank: int | None, all_ranks: bool) -> int:
     """Show the log of a run's newest attempt. Ctrl-C ends the following, not the run."""
+    if all_ranks and rank is not None:
+        raise UserError(Problem("--rank and --all-ranks exclude each other", "command line"))
+    whose = None if all_ranks else rank or 0
     folder = RunDir(_find(run))
     view = lifecycle.load(folder.path)
     if stage:
@@ -61,14 +70,30 @@ def logs(run: str, wait: bool, stage: str | None, rank: int) -> int:
         started = [s.name for s in view.stages if s.attempt]
         if not started:
             raise UserError(f"no stage of {view.id} has started; its launcher's log: {folder.driver_log}")
-        follow.show_logs(folder, stage or started[-1], rank, click.echo)
+        follow.show_logs(folder, stage or started[-1], whose)
         return 0
     if view.handle is None:
         raise UserError(f"{view.id} was never submitted")
-    follower = follow.Follower(folder, stage, rank, bar=sys.stdout.isatty())
-    lifecycle.watch(view.handle, follower.poll)
-    follower.poll(last=True)
-    return follow.finish(folder)
+    return attach.followed(view.handle, follow.Follower(folder, stage, whose, bar=sys.stdout.isatty()))
+
+
+@runs.command()
+@click.argument("run")
+@click.option("--stage", metavar="STAGE", help="Beside which stage  [default: the one that runs]")
+@click.argument("command", nargs=-1, metavar="[-- COMMAND...]")
+def shell(run: str, stage: str | None, command: tuple[str, ...]) -> None:
+    """Open a shell, or run COMMAND, where a stage runs: in its allocation, and in its image where it has one."""
+    view = lifecycle.load(_find(run))
+    if stage:
+        view.stage(stage)
+    running = stage or next((s.name for s in view.stages if s.state in ("running", "stalled")), None)
+    if view.handle is None or running is None:
+        raise UserError(Problem(f"no stage of {view.id} is running: it is {view.state}", view.path))
+    argv = lifecycle.shell(view.handle, running, command or ("bash",))
+    try:
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        raise UserError(f"{argv[0]} can't be started: {error.strerror}") from None
 
 
 @runs.command()

@@ -110,6 +110,8 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
         click.Option(["-c", "--config"], default="default", metavar="NAME", help=config_help),
         click.Option(["-r", "--run"], metavar="PROFILE", help="Run where a profile says, and follow it."),
         click.Option(["-b", "--batch"], metavar="PROFILE", help="Submit where a profile says, and detach."),
+        click.Option(["--wait"], is_flag=True, help="With --batch: wait for the end without a word."),
+        click.Option(["--all-ranks"], is_flag=True, help="Show every rank's log, each line tagged."),
         click.Option(["-d", "--dry-run"], is_flag=True, help="Show exactly what would run; write and start nothing."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print for programs."),
         click.Option(["--offline"], is_flag=True, help="Never ask the network; unpinned inputs show as UNPINNED."),
@@ -147,6 +149,11 @@ def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[
     ]
     if run is not None and batch is not None:
         problems.append(Problem("--run and --batch exclude each other", "command line", "follow it, or detach"))
+    if options["wait"] and batch is None:
+        problems.append(Problem("--wait goes with --batch; --run waits and shows", "command line", "--batch PROFILE"))
+    if options["all_ranks"] and batch is not None:
+        fix = "nemotron runs logs -f --all-ranks RUN"
+        problems.append(Problem("--all-ranks is for a run that is followed", "command line", fix))
     if problems:
         raise UserError(*problems)
     overrides = options["overrides"]
@@ -178,22 +185,24 @@ def _run(request: Request, options: dict[str, Any]) -> int:
         if options["plan_out"] and not options["as_json"]:
             click.echo(f"saved; run it with: nemotron apply {options['plan_out']}")
         return 0
-    return carry_out(prepared, request.mode == "batch", options["as_json"])
+    return carry_out(prepared, options["as_json"], options["wait"], options["all_ranks"])
 
 
-def carry_out(prepared: Any, detach: bool, as_json: bool) -> int:
-    """Submit, then follow or detach; the exit code."""
+def carry_out(prepared: Any, as_json: bool, wait: bool = False, all_ranks: bool = False) -> int:
+    """Submit, then follow, or detach (`--batch`), or wait without a word for the end (`wait`); the exit code."""
     from nemotron_recipes import lifecycle
-    from nemotron_recipes.cli import follow, plan_text
+    from nemotron_recipes.cli import attach, plan_text
 
     if prepared.done:
         click.echo(plan_text.nothing_to_do(prepared, as_json))
         return 0
     handle = lifecycle.submit(prepared)
-    if detach:
+    detach = prepared.plan.request.mode == "batch"
+    if detach and not (wait and as_json):  # programs get one document: the end
         click.echo(plan_text.submitted(handle, as_json))
+    if detach and not wait:
         return 0
-    return follow.attached(prepared, handle, as_json)
+    return attach.attached(handle, as_json, all_ranks, quiet=detach)
 
 
 @click.command("apply")
@@ -209,4 +218,4 @@ def apply_command(plan: Path, dry_run: bool, as_json: bool) -> int:
     if dry_run:
         click.echo(lifecycle.rendered_json(prepared) if as_json else plan_text.describe(prepared))
         return 0
-    return carry_out(prepared, prepared.plan.request.mode == "batch", as_json)
+    return carry_out(prepared, as_json)

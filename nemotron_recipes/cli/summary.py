@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,16 @@ def closing(view: RunView) -> str:
     return printable("\n".join([*lines, "", *_next(view)]))
 
 
-def describe(view: RunView) -> str:
-    """A run in full: its stages, inputs, outputs, results and, where it failed, why."""
+def describe(view: RunView, differences: Sequence[str] = ()) -> str:
+    """A run in full: its stages, inputs, outputs, results and, where it failed, why.
+
+    differences   sentences on where the sources disagree about it
+    """
     given = shlex.join(view.plan.get("request", {}).get("overrides", ()))
     lines = [f"{view.id}  {view.state}", f"  command  nemotron {view.title} {given}".rstrip()]
     lines.append(f"  created  {view.created}")
     lines.append(f"  folder   {view.path}")
+    lines += [f"  differs  {sentence}" for sentence in differences]
     if view.explanation and not view.stages:
         lines.append(f"  {view.explanation}")
     for stage in view.stages:

@@ -30,6 +30,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def clock(moment: float) -> str:
+    """`14:05:10`, with the date where it is not today's; `moment` is in seconds since the epoch."""
+    then = datetime.fromtimestamp(moment)
+    return then.strftime("%H:%M:%S" if then.date() == datetime.now().date() else "%Y-%m-%d %H:%M")
+
+
 def age(created: str) -> str:
     """How long ago an ISO 8601 time was: `just now`, `5 min ago`, `3 h ago`, then the date."""
     try:

@@ -7,11 +7,12 @@ inside the functions that submit or render with it: it costs seconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, StagePlan, Tree
+from nemotron_recipes.spec import JobHandle, Liveness, Outlook, Plan, Rendered, StagePlan, Tree, Wait
 
 REGISTRY = {
     "local": "nemotron_recipes.executors.local:LocalExecutor",
@@ -22,15 +23,14 @@ REGISTRY = {
 # Between SIGTERM and SIGKILL, where an executor decides it and the profile says nothing.
 DEFAULT_GRACE_SECONDS = 10.0
 
-# What an executor can say of a submitted run. "lost": nobody runs it and nobody recorded an end.
-Liveness = Literal["queued", "running", "ended", "lost"]
-
 
 class Executor(Protocol):
     """What the lifecycle asks of an executor."""
 
     name: str
     profile_model: type[Any]  # a pydantic model: every field that a profile, or `run.*`, may set
+    detaches: bool  # whether Ctrl-C on a followed run leaves it running; False: it stops the run
+    ask_seconds: float  # at most every so many seconds a follower that has waited for long asks how a run stands
 
     def check(self, stage: StagePlan) -> list[Problem]:
         """Everything about the placement that can't work. Pure."""
@@ -46,6 +46,22 @@ class Executor(Protocol):
 
     def liveness(self, handle: JobHandle) -> Liveness:
         """Whether anybody still runs it. Never blocks for long, never writes."""
+        ...
+
+    def look(self, handle: JobHandle) -> Outlook:
+        """The same with what the scheduler says of each job. Blocks at most as long as its commands may."""
+        ...
+
+    def waits(self, handle: JobHandle) -> list[Wait]:
+        """Why jobs have not started, with the limits that they hit; it may ask the scheduler many things."""
+        ...
+
+    def differences(self, handle: JobHandle) -> list[str]:
+        """Sentences that say where the executor's own sources, and the run folder, disagree about the run."""
+        ...
+
+    def shell(self, handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
+        """argv that runs `command`, with this terminal, where the stage runs. UserError where it runs nowhere."""
         ...
 
     def settle(self, handle: JobHandle) -> list[Tree]:

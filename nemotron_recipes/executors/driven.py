@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness
 from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event, read_json, read_jsonl
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, Tree
+from nemotron_recipes.spec import JobHandle, Outlook, Plan, Rendered, Tree, Wait
 
 DRIVER = "nemotron_recipes.executors.driver"
 
@@ -22,7 +23,10 @@ _DRIVERS: list[subprocess.Popen[bytes]] = []  # started by this process; polled 
 
 
 class DrivenExecutor:
-    """`submit`, `liveness`, `settle` and `cancel` of an `Executor` by means of a driver."""
+    """What an `Executor` does with a submitted run, by means of a driver."""
+
+    detaches = False
+    ask_seconds = 0.2
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
         """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start."""
@@ -68,6 +72,25 @@ class DrivenExecutor:
         if process_tree.members(handle.run) or not is_of_this_host(handle):
             return "running"
         return self._without_driver(handle)
+
+    def look(self, handle: JobHandle) -> Outlook:
+        """There is no queue: nothing more than whether it runs."""
+        return Outlook(self.liveness(handle))
+
+    def waits(self, handle: JobHandle) -> list[Wait]:
+        """None: nothing waits here."""
+        return []
+
+    def differences(self, handle: JobHandle) -> list[str]:
+        """None: there is one source."""
+        return []
+
+    def shell(self, handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
+        """The command as it is: the run's place is this machine."""
+        if not is_of_this_host(handle):
+            host = handle.native["host"]
+            raise UserError(Problem(f"run {handle.run} was started on {host}", fix=f"run this command on {host}"))
+        return [*command]
 
     def settle(self, handle: JobHandle) -> list[Tree]:
         """None: the driver is the only one who could know."""

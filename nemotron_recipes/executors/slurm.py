@@ -5,20 +5,28 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
-from nemotron_recipes.executors import Liveness, checks, slurm_control, slurm_files, slurm_outcome, slurm_script
+from nemotron_recipes.executors import (
+    Liveness,
+    checks,
+    slurm_control,
+    slurm_facts,
+    slurm_files,
+    slurm_outcome,
+    slurm_script,
+)
 from nemotron_recipes.executors.slurm_files import CODE, SNAPSHOT
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradictions
 from nemotron_recipes.executors.verdict import is_done
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, StageDir, append_event, read_json
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, StagePlan, Tree, to_json
+from nemotron_recipes.spec import JobHandle, Outlook, Plan, Rendered, StagePlan, Tree, Wait, to_json
 
 _STOP_SECONDS = 180.0  # beyond any site's KillWait (30 s unless told)
 _POLL_SECONDS = 0.2
@@ -29,6 +37,8 @@ class SlurmExecutor:
 
     name = "slurm"
     profile_model = SlurmProfile
+    detaches = True
+    ask_seconds = 10.0  # every question costs slurmctld a lock
 
     def check(self, stage: StagePlan) -> list[Problem]:
         """Secrets, reserved names, text that can't travel, and settings that contradict each other."""
@@ -90,21 +100,57 @@ class SlurmExecutor:
 
     def liveness(self, handle: JobHandle) -> Liveness:
         """While Slurm can't be asked, a run without a recorded end counts as running: nothing else is known of it."""
+        return self.look(handle).alive
+
+    def look(self, handle: JobHandle) -> Outlook:
+        """One question per job; none once the end is recorded."""
         run = RunDir(Path(handle.run_dir))
         if slurm_outcome.has_ended(run):
-            return "ended"
+            return Outlook("ended")
         told = [e["event"] for e in slurm_outcome.since_submission(run) if e["event"] in ("stage-started", "requeued")]
         begun = told[-1:] == ["stage-started"]  # what went back into the queue waits once more
         try:
             states = self._states(handle)
-        except slurm_control.Unreachable:
-            return "running" if begun else "queued"
+        except slurm_control.Unreachable as error:
+            return Outlook("running" if begun else "queued", unreachable=str(error))
+        jobs = tuple(slurm_facts.job_facts(stage, state) for stage, state in states.items())
         alive = [state for state in states.values() if state.active]
         if alive:
-            return "queued" if not begun and all(state.waiting for state in alive) else "running"
+            return Outlook("queued" if not begun and all(state.waiting for state in alive) else "running", jobs)
         if slurm_outcome.has_ended(run):  # it came while Slurm was asked
-            return "ended"
-        return "ended" if self._missing(handle, states) else "lost"
+            return Outlook("ended", jobs)
+        return Outlook("ended" if self._missing(handle, states) else "lost", jobs)
+
+    def waits(self, handle: JobHandle) -> list[Wait]:
+        """Why the jobs that are in the queue are there. UserError when Slurm can't be asked."""
+        try:
+            states = self._states(handle)
+        except slurm_control.Unreachable as error:
+            raise slurm_control.missing(error) from None
+        return [slurm_facts.wait_of(stage, state) for stage, state in states.items() if state.waiting]
+
+    def differences(self, handle: JobHandle) -> list[str]:
+        """Asks slurmctld and the accounting of every job that has not been forgotten."""
+        ended = slurm_outcome.has_ended(RunDir(Path(handle.run_dir)))
+        try:
+            states = self._states(handle)
+        except slurm_control.Unreachable as error:
+            return [] if ended else [f"Slurm can't be asked ({error}): this is what the run folder says"]
+        found = [slurm_facts.difference(stage, state, ended) for stage, state in states.items()]
+        return [sentence for sentence in found if sentence]
+
+    def shell(self, handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
+        """A step of its own beside the stage's, on the first of its nodes, in its image where it has one."""
+        try:
+            state = self._states(handle).get(stage)
+        except slurm_control.Unreachable as error:
+            raise slurm_control.missing(error) from None
+        if state is None or state.state != "RUNNING":
+            what = f"{stage} of {handle.run} is not running" + (f": its job is {state.state}" if state else "")
+            raise UserError(Problem(what, handle.run_dir))
+        plan = read_json(RunDir(Path(handle.run_dir)).plan) or {"stages": []}
+        options = next(each["placement"]["options"] for each in plan["stages"] if each["name"] == stage)
+        return slurm_script.shell_command(options, handle.run_dir, plan["store"], state.job, command)
 
     def settle(self, handle: JobHandle) -> list[Tree]:
         """The events that end the run, where the job was stopped before it could write them."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
 
 _ASK_SECONDS = 20.0  # slurmctld answers in milliseconds; a dead one is noticed by the commands after their own time-out
 _SUBMIT_SECONDS = 120.0
+_SLOW_SECONDS, _REST_SECONDS = 1.0, 3.0
+_silent: dict[str, float] = {}  # command -> until when it is not worth another try (time.monotonic)
 
 # https://slurm.schedmd.com/sacct.html#SECTION_JOB-STATE-CODES
 _ACTIVE = {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "RESIZING", "SIGNALING"}
@@ -34,6 +37,7 @@ class JobState:
     limit: str = ""
     by: str = ""
     restarts: int = 0  # how often it was put back into the queue, where slurmctld still knows
+    details: Mapping[str, str] = field(default_factory=dict, compare=False)  # all that `scontrol show job` says
 
     @property
     def active(self) -> bool:
@@ -53,6 +57,8 @@ class JobState:
     def waiting(self) -> bool:
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
+
+_TIMES = {"SLURM_TIME_FORMAT": "%s"}  # else as the user's own environment and time zone have it
 
 # How Slurm's commands say that nobody answers: no slurm.conf, no slurmctld, no reply within MessageTimeout.
 _NOBODY_ANSWERS = ("Could not establish a configuration source", "Unable to contact slurm controller", "timed out")
@@ -82,7 +88,7 @@ def job_state(job: str) -> JobState | None:
     forgets a job after MinJobAge (five minutes, unless the site says otherwise).
     """
     try:
-        state = _of_scontrol(job, _run(["scontrol", "--oneliner", "show", "job", job], _ASK_SECONDS))
+        state = _of_scontrol(job, _question(["scontrol", "--oneliner", "show", "job", job]))
     except Refused as error:
         if "Invalid job id" not in str(error):
             raise Unreachable(str(error)) from None
@@ -90,8 +96,21 @@ def job_state(job: str) -> JobState | None:
     if state.state == "CANCELLED" or state.state == "NODE_FAIL":
         told = _of_sacct(job)  # it also names who cancelled
         if told is not None and told.state == state.state:
-            return JobState(**{**state.__dict__, "by": told.by})
+            return replace(state, by=told.by)
     return state
+
+
+def ask(*argv: str) -> str:
+    """What one of Slurm's commands prints; times as seconds since the epoch. "" where it refuses or nobody answers."""
+    try:
+        return _question([*argv])
+    except (Refused, Unreachable):
+        return ""
+
+
+def accounted(job: str) -> JobState | None:
+    """What the accounting alone says of a job; None when there is none, or none of this job."""
+    return _of_sacct(job)
 
 
 def jobs_named(name: str) -> list[str]:
@@ -145,14 +164,30 @@ def _run(argv: list[str], seconds: float, environ: Mapping[str, str] | None = No
     return done.stdout
 
 
+def _question(argv: list[str]) -> str:
+    """Ask. Who has just kept us waiting for nothing is not asked again for a moment: a list of runs asks for many."""
+    command, now = argv[0], time.monotonic()
+    if now < _silent.get(command, 0.0):
+        raise Unreachable(f"{command} did not get an answer a moment ago")
+    try:
+        return _run(argv, _ASK_SECONDS, {**os.environ, **_TIMES})
+    except Unreachable:
+        if time.monotonic() - now > _SLOW_SECONDS:
+            _silent[command] = time.monotonic() + _REST_SECONDS
+        raise
+
+
 def _of_scontrol(job: str, text: str) -> JobState:
-    words = dict(re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|NodeList|TimeLimit|Restarts)=(\S*)", text))
+    words: dict[str, str] = {}
+    for key, value in re.findall(r"(?:^|\s)([A-Z][\w/]*)=(\S*)", text):
+        words.setdefault(key, value)  # texts of the user's come after Slurm's own words
     code, _, number = words.get("ExitCode", "0:0").partition(":")
     reason = words.get("Reason", "").replace("None", "")
     nodes = words.get("NodeList", "").replace("(null)", "")
     return JobState(
         *(job, words.get("JobState", ""), int(code), int(number or 0), reason, nodes, words.get("TimeLimit", "")),
         restarts=int(words.get("Restarts", "0")),
+        details=words,
     )
 
 
@@ -160,7 +195,7 @@ def _of_sacct(job: str) -> JobState | None:
     """None when there is no accounting, or none of this job."""
     argv = ["sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}"]
     try:
-        said = _run([*argv, "--format=State,ExitCode,NodeList,Timelimit,Reason"], _ASK_SECONDS)
+        said = _question([*argv, "--format=State,ExitCode,NodeList,Timelimit,Reason"])
     except (Refused, Unreachable):  # no accounting, no sacct, or a database that is down: nobody knows more
         return None
     rows = [line.split("|") for line in said.splitlines() if line.count("|") >= 4]

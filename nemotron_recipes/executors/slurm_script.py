@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron_recipes.executors import slurm_files, slurm_requeue, torchrun
@@ -20,10 +22,12 @@ RESERVED_ENV = (*_OURS, "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 def profile_of(stage: StagePlan) -> SlurmProfile:
     """The stage's placement as a profile again."""
     place = stage.placement
-    known = {key: value for key, value in place.options.items() if key in SlurmProfile.model_fields}
-    return SlurmProfile.model_validate(
-        {**known, "nodes": place.nodes, "nproc_per_node": place.nproc_per_node, "secrets": list(place.secrets)}
-    )
+    fixed = {"nodes": place.nodes, "nproc_per_node": place.nproc_per_node, "secrets": list(place.secrets)}
+    return _profile_from({**place.options, **fixed})
+
+
+def _profile_from(options: Tree) -> SlurmProfile:
+    return SlurmProfile.model_validate({key: options[key] for key in SlurmProfile.model_fields if key in options})
 
 
 def rendered_stage(plan: Plan, stage: StagePlan, first: bool) -> RenderedStage:
@@ -61,6 +65,26 @@ def job_symbol(stage: str) -> str:
 def job_name(plan: Plan, stage: StagePlan) -> str:
     """Names the run and the stage, so that a job can be found by it."""
     return f"{profile_of(stage).job_name_prefix}{plan.id}.{stage.name}"
+
+
+def shell_command(options: Tree, run_dir: str, store: str, job: str, command: Sequence[str]) -> list[str]:
+    """A step inside a running job, on its first node: in a second instance of its image, with its mounts.
+
+    options   the placement's, as the plan has them
+    """
+    profile = _profile_from(options)
+    argv = ["srun", f"--jobid={job}", "--overlap", "--nodes=1", "--ntasks=1", f"--chdir={run_dir}"]
+    if os.isatty(0):
+        argv.append("--pty")
+    if profile.image:
+        argv += [f"--container-image={profile.image}", f"--container-workdir={run_dir}"]
+        argv.append(f"--container-mounts={','.join(_mounts(run_dir, store, profile))}")
+        if profile.container_env:
+            argv.append(f"--container-env={','.join(profile.container_env)}")
+        if not profile.container_mount_home:
+            argv.append("--no-container-mount-home")
+    removed = {flag.lstrip("-").replace("_", "-") for flag in profile.remove}
+    return [*(word for word in argv if word.lstrip("-").partition("=")[0] not in removed), *command]
 
 
 def worker_argv(stage: StagePlan) -> tuple[str, ...]:
@@ -126,7 +150,7 @@ def _script(plan: Plan, stage: StagePlan, first: bool) -> str:
         srun_args=_srun_args(profile),
         command=(python, "-m", LAUNCHER, str(folder.files / slurm_files.LAUNCH)),
         image=profile.image,
-        mounts=_mounts(plan, profile) if profile.image else (),
+        mounts=_mounts(plan.run_dir, plan.store, profile) if profile.image else (),
         container_env=tuple(profile.container_env),
         remove=tuple(profile.remove),
     )
@@ -153,6 +177,6 @@ def _srun_args(profile: SlurmProfile) -> tuple[str, ...]:
     return (*args, *profile.srun_args)
 
 
-def _mounts(plan: Plan, profile: SlurmProfile) -> tuple[str, ...]:
+def _mounts(run_dir: str, store: str, profile: SlurmProfile) -> tuple[str, ...]:
     """The profile's, and the two folders that a stage writes to, at their own paths."""
-    return tuple(dict.fromkeys([*profile.mounts, *(f"{path}:{path}" for path in (plan.run_dir, plan.store))]))
+    return tuple(dict.fromkeys([*profile.mounts, *(f"{path}:{path}" for path in (run_dir, store))]))

@@ -38,7 +38,8 @@ def probe_stage(
 ) -> StagePlan:
     """A stage that runs probe.py.
 
-    orders: exit, signal, failing_rank (which of them both apply to), sleep (s), record ("succeeded", ..., or None),
+    orders: exit, signal, failing_rank (which of them both apply to), sleep (s), lines (how many in its
+    log, five a second; -1: until a file `enough` lies in its folder), record ("succeeded", ..., or None),
     children (how many that ignore SIGTERM), deaf (it ignores SIGTERM itself),
     attempts (how many do all that; later ones succeed at once; 0: all).
     """
@@ -48,6 +49,7 @@ def probe_stage(
         "signal": 0,
         "failing_rank": "0",
         "sleep": 0,
+        "lines": 0,
         "record": "succeeded",
         "children": 0,
         "deaf": False,

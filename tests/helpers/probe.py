@@ -8,6 +8,7 @@ nemotron_recipes.rundir only.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -45,6 +46,15 @@ def main() -> int:
     partial.rename(f"received-{rank}.json")
     print("probe: on stdout", flush=True)
     print("probe: on stderr", file=sys.stderr, flush=True)
+    if orders["lines"]:
+        log = StageDir(Path.cwd()).log(attempt, int(rank))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", buffering=1) as lines:
+            for number in itertools.count() if orders["lines"] < 0 else range(orders["lines"]):
+                if Path("enough").exists():
+                    break
+                lines.write(f"line {number} of rank {rank}\n")
+                time.sleep(0.2)
     time.sleep(orders["sleep"])
     if orders["failing_rank"] != rank and (orders["signal"] or orders["exit"]):
         time.sleep(120)  # until torchrun stops it

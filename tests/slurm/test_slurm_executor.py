@@ -290,22 +290,6 @@ def test_a_submitter_that_dies_after_sbatch_leaves_a_job_that_can_be_found(
     assert cluster.job(handle.native["jobs"]["first"])["JobState"] == "CANCELLED"
 
 
-def test_ctrl_c_on_a_followed_run(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    (tmp_path / "env.toml").write_text('[lab]\nexecutor = "slurm"\naccount = "lab"\ntime = 5\n')
-    words = ("nano3", "data", "prep", "sft", "-c", "tiny", "--run", "lab", "data.sources=[{path: env.toml}]")
-    setup = "run.setup=['sleep 100']"
-    argv = [sys.executable, "-m", "nemotron_recipes", *words, setup]
-    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        runs = tmp_path / "nemotron-output" / "runs"
-        wait_for(lambda: cluster.run("squeue", "--noheader", "--states=R", "--format=%j").stdout.strip())
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "cancelled" in said
-    (run,) = runs.iterdir()
-    assert cluster.run("squeue", "--noheader", f"--name={run.name}.data-prep-sft").stdout == ""
-
-
 def test_scancel_by_somebody_else(cluster: slurm.Cluster, tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path / "run",
