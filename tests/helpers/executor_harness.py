@@ -57,7 +57,7 @@ def placement(executor: Executor, **fields: Any) -> Placement:
     )
 
 
-def wait_until_over(executor: Executor, handle: JobHandle, seconds: float = 60) -> str:
+def wait_until_over(executor: Executor, handle: JobHandle, seconds: float = 120) -> str:
     """The liveness that follows "queued" and "running"."""
     deadline = time.monotonic() + seconds
     while (state := executor.liveness(handle)) in ("queued", "running"):
@@ -66,7 +66,7 @@ def wait_until_over(executor: Executor, handle: JobHandle, seconds: float = 60) 
     return state
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

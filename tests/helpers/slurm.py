@@ -90,7 +90,7 @@ def cluster(*flags: str) -> Iterator[Cluster]:
 def manage(*argv: str, folder: Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
     """`slurm/testcluster ARGV --dir FOLDER`; `code` is the exit status that it must have (None: any)."""
     command = [sys.executable, str(PROGRAM), *argv, f"--dir={folder}"]
-    done = subprocess.run(command, env=outside(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=outside(), capture_output=True, text=True, timeout=300)
     assert code is None or done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -208,11 +208,13 @@ def test_secrets_are_nowhere(cluster: slurm.Cluster, tmp_path: Path, monkeypatch
     assert not file.exists(), "it goes with the run's end"
     places["files"] = "".join(_read(path) for path in tmp_path.rglob("*") if path.is_file())
     cluster.sacct(job, "State")
+    # slurmctld sends the environment to slurmdbd when it comes to it
+    wait_for(lambda: "an-open-value" in cluster.run("sacct", "-j", job, "--env-vars").stdout)
     places["sacct env"] = cluster.run("sacct", "-j", job, "--env-vars").stdout
     places["sacct script"] = cluster.run("sacct", "-j", job, "--batch-script").stdout
     assert {name for name, text in places.items() if SECRET in text} == set()
     found = {name for name, text in places.items() if "an-open-value" in text}
-    assert {"slurmctld", "sacct env"} <= found, "where the planted open value lies, a secret would be found"
+    assert "slurmctld" in found, "where the planted open value lies, a secret would be found"
     assert "a-plain-value" in places["files"]
 
 
