@@ -304,7 +304,8 @@ def test_scancel_by_somebody_else(cluster: slurm.Cluster, tmp_path: Path) -> Non
     cluster.run("scancel", handle.native["jobs"]["first"])
     assert wait_until_over(EXECUTOR, handle) == "ended"
     view = _settled(handle)
-    assert (view.state, view.stage("first").state, view.stage("second").state) == ("cancelled", "cancelled", "pending")
+    states = (view.state, view.stage("first").state, view.stage("second").state)
+    assert states == ("cancelled", "cancelled", "pending"), f"{view.explanation}\n{events(handle)}"
     assert events(handle)[-1]["event"] == "cancelled"
     assert len(events(handle, "cancelled")) == 1, "written once, however often it is looked at"
     assert _settled(handle).state == "cancelled"
