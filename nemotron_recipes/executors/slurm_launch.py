@@ -32,6 +32,7 @@ HOSTS_ENV = "NEMOTRON_HOSTS"  # the job's nodes, in order, as the batch script r
 
 OTHERS_SECONDS = 50.0  # for the other nodes to report; srun kills a step 60 s after its first task has ended
 CLAIM_SECONDS = 30.0
+STOP_ECHO_SECONDS = 5.0  # between the signal that ended a worker and the same one here
 NEWS_SECONDS = 3.0  # the same after a failure, when srun is about to stop everything
 
 _LIBC = ctypes.CDLL(None)
@@ -85,6 +86,8 @@ class Node:
             return self._refuse(f"{self.launch['argv'][0]} can't be started: {error.strerror}")
         failure = torchrun.first_failure(log) if code else None
         rank, rank_code = failure or (None, None)
+        if {code, rank_code} & {128 + number for number in STOP_SIGNALS}:
+            self._expect_stop()
         report = NodeReport(self.number, self.host, time.time(), code, self.stopping, "", rank, rank_code, self.overdue)
         slurm_files.write_report(self.stage, self.attempt, report)
         return self._conclude(report, time.monotonic() - began) if self.number == 0 else code
@@ -264,6 +267,12 @@ class Node:
 
     def _event(self, name: str, **fields: object) -> None:
         append_event(self.run.events, name, stage=self.launch["stage"], attempt=self.attempt, **fields)
+
+    def _expect_stop(self) -> None:
+        """Slurm signals each process of a step in turn: a worker may have ended of it before this one has heard."""
+        deadline = time.monotonic() + STOP_ECHO_SECONDS
+        while not self.stopping and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
