@@ -19,6 +19,8 @@ from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import NemotronError, Problem, UserError
 from nemotron_recipes.executors import Liveness, get_executor
 from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.mirror.journal import Journal, open_journal, pending, unmark
+from nemotron_recipes.mirror.sync import Outcome, replay_all
 from nemotron_recipes.redact import scrub, secret_values
 from nemotron_recipes.rundir import RunDir, append_event
 from nemotron_recipes.spec import JobHandle, Outlook, Plan, Rendered, Request, Tree, Wait, to_json
@@ -74,6 +76,7 @@ def submit(prepared: Prepared) -> JobHandle:
     except OSError as error:
         problem = Problem(f"the run folder {run.path} can't be written: {error.strerror}", fix="see [artifacts] output")
         raise UserError(problem) from None
+    open_journal(plan, run.path.parents[1])
     append_event(run.events, "submitted", executor=prepared.executor, mode=plan.request.mode)
     return get_executor(prepared.executor).submit(plan, prepared.rendered)
 
@@ -225,6 +228,33 @@ def load(run_dir: Path) -> RunView:
 def newest_runs(root: Path, number: int) -> list[RunView]:
     """The newest runs below `root`, newest first."""
     return list_runs(root, liveness, number, _settle)
+
+
+def mirror(output: Path) -> list[Outcome]:
+    """Tell W&B what is missing of every run below `output`; oldest first, up to the first failure."""
+    active = set()
+    for name in pending(output):
+        journal = Journal(output / "runs" / name)
+        if journal.target is not None:
+            view = load(journal.run_dir)
+            _note_ends(journal, view)
+            if view.state in ("running", "pending"):
+                active.add(name)
+    outcomes = replay_all(output, active)
+    for outcome in outcomes:
+        if not outcome.left and not outcome.why and outcome.run not in active:
+            unmark(output, outcome.run)
+    return outcomes
+
+
+def _note_ends(journal: Journal, view: RunView) -> None:
+    """Ends that no worker could write down: it was killed, or its machine died."""
+    known = {entry["key"] for entry in journal.entries()}
+    for stage in view.stages:
+        began, ended = (f"{word} {stage.name} {stage.attempt}" for word in ("started", "ended"))
+        if began in known and ended not in known and stage.state in ("failed", "cancelled", "lost"):
+            code = stage.exit_code if stage.exit_code is not None else 1
+            journal.ended(stage.name, stage.attempt, stage.state, code, stage.results)
 
 
 def _settle(handle: JobHandle) -> list[Tree]:

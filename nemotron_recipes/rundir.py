@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.fsio import fsync_folder, write_atomic
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ATTEMPT_ENV = "NEMOTRON_ATTEMPT"
@@ -134,6 +134,7 @@ def append_event(path: Path, event: str, **fields: Any) -> None:
     """
     line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=True) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -145,6 +146,8 @@ def append_event(path: Path, event: str, **fields: Any) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    if new:
+        fsync_folder(path.parent)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

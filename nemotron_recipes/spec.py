@@ -195,6 +195,7 @@ class Plan:
     created: str  # ISO 8601, UTC
     version: int = 1
     rerun_of: str | None = None  # the run whose plan this is once more
+    wandb: dict[str, str] = field(default_factory=dict)  # env.toml's [wandb]: where the run is mirrored to
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +16,7 @@ from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.cli.text import age, short, table
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
+from nemotron_recipes.mirror.journal import Journal, mark
 from nemotron_recipes.spec import Artifact
 
 NAME = click.argument("name", metavar="NAME[:VERSION]")
@@ -94,7 +97,29 @@ def alias(name: str, alias: str) -> None:
     store = _store()
     artifact = store.resolve(name)
     store.alias(artifact.name, alias, artifact.version or 0)
+    output = read_environment().output
+    if artifact.producer and Journal(output / "runs" / artifact.producer.run).target is not None:
+        mark(output, artifact.producer.run)
     click.echo(f"{artifact.name}:{alias} is v{artifact.version}")
+
+
+@artifacts.command()
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of runs  [default: env.toml's]")
+@click.option("--json", "as_json", is_flag=True, help="Print for programs.")
+def sync(output: Path | None, as_json: bool) -> int:
+    """Tell W&B what it doesn't know yet of runs that [wandb] of env.toml mirrors."""
+    from nemotron_recipes import lifecycle
+
+    outcomes = lifecycle.mirror(output or read_environment().output)
+    if as_json:
+        click.echo(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
+    for outcome in () if as_json else outcomes:
+        why = outcome.why or "the run goes on"
+        rest = f", {outcome.left} left: {why}" if outcome.why or outcome.left else ""
+        click.echo(printable(f"{outcome.run}: {outcome.told} told{rest}"))
+    if not outcomes and not as_json:
+        click.echo("nothing to tell W&B")
+    return 1 if any(outcome.why for outcome in outcomes) else 0
 
 
 @click.command()

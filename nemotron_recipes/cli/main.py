@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments, config_dirs = take_config_dirs(arguments)
         root = Root(Catalog(config_roots(config_dirs)), config_dirs)
         code = root.main(arguments, prog_name="nemotron", standalone_mode=False)
+        _mirror_in_background(arguments)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else error.format_message())
@@ -126,6 +127,16 @@ def main(argv: list[str] | None = None) -> None:
     except ReaderGone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _mirror_in_background(arguments: list[str]) -> None:
+    """After a command: replay what W&B doesn't know yet, in a process that nobody waits for."""
+    if {"--help", "--version", "--dry-run", "-d", "sync"} & set(arguments):
+        return
+    from nemotron_recipes.config.profiles import read_environment
+    from nemotron_recipes.mirror import sync
+
+    sync.in_background(read_environment().output)
 
 
 def take_config_dirs(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -21,6 +21,7 @@ def describe(prepared: Prepared) -> str:
         *_code(plan.code),
         f"  run dir   {plan.run_dir}",
         f"  store     {plan.store}",
+        *_mirror(plan.wandb),
     ]
     rendered = {stage.name: stage for stage in prepared.rendered.stages}
     for number, stage in enumerate(plan.stages, 1):
@@ -49,6 +50,10 @@ def nothing_to_do(prepared: Prepared, as_json: bool) -> str:
         return json.dumps({name: {"artifact": a.label, "digest": a.digest, "uri": a.uri} for name, a in made.items()})
     lines = ["nothing to run: the same config, inputs and code have made these already (--force makes them anew)"]
     return printable("\n".join([*lines, *(f"  {name:<16} {a.label}  {a.uri}" for name, a in made.items())]))
+
+
+def _mirror(wandb: dict[str, str]) -> list[str]:
+    return [f"  mirror    W&B {wandb.get('entity', 'your default entity')}/{wandb['project']}"] if wandb else []
 
 
 def _code(code: Code) -> list[str]:

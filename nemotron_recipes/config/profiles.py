@@ -1,6 +1,6 @@
 """env.toml: where runs go. Found upwards from the current folder, or named by $NEMOTRON_ENV.
 
-[wandb]           project, entity
+[wandb]           project, entity, data_name, model_name, upload ("references" or "files")
 [artifacts]       output (folder of runs), store (folder of artifacts); relative to the file
 [PROFILE]         executor = "...", extends = "OTHER", and the executor's own fields
 """
@@ -23,7 +23,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SETTINGS = {"wandb": ("entity", "project"), "artifacts": ("output", "store")}
+SETTINGS = {
+    "wandb": ("entity", "project", "data_name", "model_name", "upload"),
+    "artifacts": ("output", "store"),
+}
+UPLOADS = ("references", "files")
 DEFAULT_OUTPUT = "nemotron-output"
 
 
@@ -86,6 +90,7 @@ def read_environment(cwd: Path | None = None, environ: Mapping[str, str] = os.en
 
     problems: list[Problem] = []
     settings = {name: _settings(name, tables.pop(name, {}), path, problems) for name in SETTINGS}
+    problems += _mirror_problems(settings["wandb"], path)
     profiles: dict[str, Tree] = {}
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -115,6 +120,23 @@ def _settings(name: str, table: Any, path: Path, problems: list[Problem]) -> dic
         elif not isinstance(value, str) or not value:
             problems.append(Problem(f"[{name}] {key} must be a non-empty string, not {value!r}", str(path)))
     return table
+
+
+def _mirror_problems(wandb: Mapping[str, Any], path: Path) -> list[Problem]:
+    """What the mirror could not use."""
+    problems = []
+    if wandb and "project" not in wandb:
+        problems.append(Problem("[wandb] names no project", str(path), 'add project = "..."'))
+    if wandb.get("upload", UPLOADS[0]) not in UPLOADS:
+        fix = nearest(str(wandb["upload"]), UPLOADS)
+        problems.append(Problem(f"[wandb] upload = {wandb['upload']!r}", str(path), fix))
+    for key in ("data_name", "model_name"):
+        try:
+            str(wandb.get(key, "")).format(stage="", name="")
+        except (KeyError, IndexError, ValueError):
+            fix = "{stage} and {name} stand for themselves, no other braces"
+            problems.append(Problem(f"[wandb] {key} = {wandb[key]!r} is no template", str(path), fix))
+    return problems
 
 
 def _extended(name: str, raw: Mapping[str, Tree], path: Path, problems: list[Problem]) -> Tree | None:

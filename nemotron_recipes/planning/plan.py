@@ -104,6 +104,7 @@ def make_plan(request: Request, catalog: Catalog, environment: Environment) -> P
         run_dir=str(run_dir),
         store=str(environment.store),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        wandb=dict(environment.wandb),
     )
 
 

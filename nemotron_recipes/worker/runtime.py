@@ -19,16 +19,21 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from nemotron_recipes.artifacts.owner import this_process
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, Unfinished, UserError
 from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.mirror.journal import Journal
+from nemotron_recipes.mirror.sync import follow
 from nemotron_recipes.rundir import latest_checkpoint, read_jsonl, write_record
 from nemotron_recipes.spec import Artifact, Producer
 from nemotron_recipes.worker import room
@@ -123,6 +128,9 @@ class Attempt:
         context.inputs, context.artifacts = resolve_inputs(self.file.inputs, context.store, verify=context.is_main)
         labels = {key: artifact.label for key, artifact in context.artifacts.items()}
         context.event("inputs-verified", inputs=labels, seconds=round(time.monotonic() - began, 3))
+        if context.is_main:
+            self._mirror(lambda to: to.started(context.run["stage"], context.attempt, self._parents()))
+            self._mirror(lambda to: follow(to.run_dir, os.getpid()))
 
     def _work(self) -> None:
         context = self.context
@@ -158,6 +166,11 @@ class Attempt:
                 config=self.file.config,
             )
             context.event("registered", slot=slot, artifact=self.outputs[slot].label)
+            made = self.outputs[slot]
+            version = made.version or 0
+            self._mirror(
+                partial(Journal.output, stage=context.run["stage"], slot=slot, name=made.name, version=version)
+            )
 
     def _end_well(self) -> int:
         self.context.event("finished", seconds=round(time.time() - self.started, 3))
@@ -253,7 +266,7 @@ class Attempt:
                 "exit_code": code,
                 "started": round(self.started, 3),
                 "ended": round(time.time(), 3),
-                "parents": [{"input": key, **asdict(artifact)} for key, artifact in context.artifacts.items()],
+                "parents": self._parents(),
                 "outputs": outputs,
                 "results": _finite(context.results),
                 "error": error,
@@ -264,6 +277,21 @@ class Attempt:
                 "versions": _versions(),
             },
         )
+
+        results = _finite(context.results)
+        self._mirror(lambda to: to.ended(context.run["stage"], context.attempt, state, code, results))
+
+    def _mirror(self, note: Callable[[Journal], object]) -> None:
+        """Note something for W&B; nothing that goes wrong with that may end a stage."""
+        journal = Journal(self.file.dir.path.parent)
+        try:
+            if journal.target is not None:
+                note(journal)
+        except (OSError, ValueError, TypeError) as error:
+            print(f"warning: W&B will not be told: {error}", file=sys.stderr)
+
+    def _parents(self) -> list[dict[str, Any]]:
+        return [{"input": key, **asdict(artifact)} for key, artifact in self.context.artifacts.items()]
 
     def _producer(self, slot: str) -> Producer:
         run = self.context.run

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.mirror.journal import pending
 from nemotron_recipes.rundir import RunDir, read_json
 from tests.helpers.cli import ROOT, nemotron
+from tests.helpers.fake_wandb import KEY, FakeWandb
 
 pytestmark = pytest.mark.e2e
 SFT = ("nano3", "sft", "-c", "tiny", "train.train_iters=2", "evaluation.rows=0")
@@ -19,15 +23,26 @@ PLANTED = "planted-secret-4711"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data, an SFT run, and the same run made again. A secret lies in the environment all the while."""
+def wandb() -> Iterator[FakeWandb]:
+    with FakeWandb() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, wandb: FakeWandb) -> Path:
+    """Prepared data, an SFT run, and the same run made again; mirrored, with a secret in the environment."""
     folder = tmp_path_factory.mktemp("records")
+    (folder / "env.toml").write_text('[wandb]\nproject = "p"\nentity = "team"\n')
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_BASE_URL", wandb.url)
+        patch.setenv("WANDB_API_KEY", KEY)
+        patch.setenv("HOME", str(folder / "home"))
         patch.setenv("SOME_API_KEY", PLANTED)
         patch.setenv("NEMOTRON_NOTE", f"https://user:{PLANTED}@example.com")
         nemotron(folder, "nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40")
         nemotron(folder, *SFT)
         nemotron(folder, "rerun", runs(folder)[0]["id"])
+        nemotron(folder, "artifacts", "sync")
     return folder
 
 
@@ -64,6 +79,37 @@ def test_the_run_folder_says_where_it_ran_and_names_secrets_only(place: Path) ->
     (place / "leak").write_text(PLANTED)  # the search itself works
     assert subprocess.run(["grep", "-rl", PLANTED, str(place)], capture_output=True, text=True).stdout.strip()
     (place / "leak").unlink()
+
+
+def test_wandb_shows_the_same_graph_and_curves(place: Path, wandb: FakeWandb) -> None:
+    """Told by the processes beside the workers and by `artifacts sync`, whoever came first."""
+    assert wandb.unknown == [], "the SDK made a call that nobody has looked at"
+    output = place / "nemotron-output"
+    assert pending(output) == []
+    assert "nothing to tell" in nemotron(place, "artifacts", "sync")
+    store = Store(output / "store")
+    local = set()
+    for name in store.names():
+        for version in store.versions(name):
+            artifact = store.resolve(f"{name}:v{version}")
+            made = artifact.producer
+            assert made is not None
+            local.add(("made", f"{made.run}.{made.stage}", f"{name}.v{version}"))
+            parents = [parent for parent in store.describe(artifact)["parents"] if parent["source"] == "store"]
+            local |= {("used", f"{made.run}.{made.stage}", f"{p['name']}.v{p['version']}") for p in parents}
+    label = {
+        f"{a.collection}:v{a.number}": alias.rpartition(".")[0]
+        for a in wandb.artifacts.values()
+        for alias in a.aliases
+        if alias.count(".v") == 1
+    }
+    assert {(what, run, label[name]) for what, run, name in wandb.edges() if name in label} == local
+    for run in runs(place):
+        told = wandb.runs[f"{run['id']}.sft"]
+        assert [told.history[n]["_step"] for n in sorted(told.history)] == [1, 2]
+        assert told.complete and told.exit_code == 0 and told.group == run["id"]
+    leaked = [body for body in [*wandb.bodies, *wandb.blobs.values()] if PLANTED.encode() in body]
+    assert leaked == []
 
 
 def test_compare_shows_figures_and_draws_one_picture(place: Path) -> None:

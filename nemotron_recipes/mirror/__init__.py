@@ -1,0 +1,8 @@
+"""W&B as a mirror of the file store. The files are the truth; training never waits for it nor fails by it.
+
+journal.py  what is to be mirrored, and what has been: append-only files in the run folder. Standard library only
+sync.py     starts a process a run that replays the journal, and ends one that gets stuck
+replay.py   that process: the only place where wandb is imported
+names.py    which W&B names, aliases and types artifacts get
+pull.py     an artifact that exists only in W&B becomes a version in the store
+"""

@@ -1,0 +1,149 @@
+"""Start the replay of journals in processes of their own, and end those that get stuck. wandb is not imported here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemotron_recipes.mirror.journal import Journal, pending, unmark
+from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RUN_ID_ENV
+
+STALL_SECONDS = 120.0  # without a new acknowledgement: the SDK itself would wait for days
+PAUSE_SECONDS = 60.0  # between two attempts in the background
+BUSY = 3
+MODULE = "nemotron_recipes.mirror.replay"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one run's journal: how many entries were told now, how many are left, and why."""
+
+    run: str
+    told: int
+    left: int
+    why: str = ""
+
+
+def replay(run_dir: Path, stall: float = STALL_SECONDS, wait: bool = True) -> Outcome:
+    """Tell W&B what is missing of one run. Returns when all is told, or nothing more arrives.
+
+    wait: for another process that is at it, such as the one beside a worker; it ends soon after the run.
+    """
+    journal = Journal(run_dir)
+    before = len(journal.done())
+    with open(journal.folder / "replay.log", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", MODULE, str(run_dir), *(["--wait"] if wait else [])],
+            env=_environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    stuck = False
+    try:
+        stuck = not _wait(process, journal, stall)
+    finally:
+        _end_group(process)
+    left = len(journal.missing())
+    if process.returncode == BUSY:
+        return Outcome(run_dir.name, 0, left)
+    why = f"W&B did not answer for {stall:.0f} s" if stuck else journal.last_failure()
+    return Outcome(run_dir.name, len(journal.done()) - before, left, why)
+
+
+def replay_all(output: Path, active: Collection[str] = (), stall: float = STALL_SECONDS) -> list[Outcome]:
+    """Every run that may have something to mirror, oldest first: what a run read was told before it.
+
+    active: runs that go on; the process beside such a worker is not waited for.
+    """
+    runs = [output / "runs" / name for name in pending(output)]
+    for gone in [run for run in runs if Journal(run).target is None]:
+        unmark(output, gone.name)
+    found = [run for run in runs if Journal(run).target is not None]
+    outcomes = []
+    for run in sorted(found, key=lambda run: (run / "plan.json").stat().st_mtime):
+        outcome = replay(run, stall, wait=run.name not in active)
+        outcomes.append(outcome)
+        if outcome.why:
+            break  # in order: a later run may have read what this one made
+    return outcomes
+
+
+def in_background(output: Path, environ: Mapping[str, str] = os.environ) -> bool:
+    """Replay what is pending in a process that nobody waits for; whether one was started."""
+    if not pending(output) or not can_reach(environ):
+        return False
+    mark = output / "mirror" / "attempted"
+    try:
+        if time.time() - mark.stat().st_mtime < PAUSE_SECONDS:
+            return False
+    except FileNotFoundError:
+        pass
+    mark.touch()
+    _detached(["-m", "nemotron_recipes", "artifacts", "sync", "--output", str(output)], environ)
+    return True
+
+
+def follow(run_dir: Path, pid: int, environ: Mapping[str, str] = os.environ) -> bool:
+    """Beside a worker: tell W&B what comes while process `pid` lives. Nobody waits for it, nothing depends on it."""
+    if Journal(run_dir).target is None or not can_reach(environ):
+        return False
+    _detached(["-m", MODULE, str(run_dir), "--wait", "--follow", str(pid)], environ)
+    return True
+
+
+def can_reach(environ: Mapping[str, str]) -> bool:
+    """Whether an attempt makes sense: the SDK is here, it has a key, and nobody asked it to stay offline."""
+    if importlib.util.find_spec("wandb") is None or environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return False
+    return bool(environ.get("WANDB_API_KEY")) or any(
+        Path(path).expanduser().exists() for path in (environ.get("NETRC") or "~/.netrc", "~/_netrc")
+    )
+
+
+def _detached(arguments: list[str], environ: Mapping[str, str]) -> None:
+    subprocess.Popen(
+        [sys.executable, *arguments],
+        env=_environment(environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what makes a process part of a run: who looks for the run's processes must not find this one."""
+    own = (RUN_ID_ENV, ATTEMPT_ENV, DEADLINE_ENV, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return {name: value for name, value in environ.items() if name not in own}
+
+
+def _wait(process: subprocess.Popen[bytes], journal: Journal, stall: float) -> bool:
+    """Until the end; False when nothing was acknowledged for `stall` seconds."""
+    size, since = -1, time.monotonic()
+    while True:
+        try:
+            process.wait(timeout=min(1.0, stall))
+            return True
+        except subprocess.TimeoutExpired:
+            now = journal.done_file.stat().st_size if journal.done_file.exists() else 0
+            if now != size:
+                size, since = now, time.monotonic()
+            elif time.monotonic() - since > stall:
+                return False
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """The SDK's own service process, too."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,188 @@
+"""The mirror in W&B: the real SDK against FakeWandb. The same graph and curves, once, whatever interrupts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.mirror import sync
+from nemotron_recipes.mirror.journal import Journal, mark, pending
+from nemotron_recipes.rundir import RunDir
+from nemotron_recipes.spec import Artifact, Producer
+from tests.helpers.fake_wandb import KEY, FakeWandb
+
+pytest.importorskip("wandb")
+ROOT = Path(__file__).parents[2]
+RAW = Artifact("path", "data", uri="/data/raw.jsonl", digest="sha256:" + "a" * 64)
+TINY = Artifact("builtin", "model", "tiny")
+STEPS = 5
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    with FakeWandb() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        yield server
+        assert server.unknown == [], "the SDK made a call that nobody has looked at"
+
+
+def a_run(output: Path, run: str = "run-1", **target: str) -> Journal:
+    """data prep and sft of one run, as lifecycle and worker leave them."""
+    store = Store(output / "store")
+    journal = Journal(output / "runs" / run)
+    config = {"optimizer": {"lr": 0.1}}
+    stages = [{"name": n, "fingerprint": f"f-{n}", "config": config} for n in ("data-prep-sft", "sft")]
+    plan = {"id": run, "store": str(store.root), "stages": stages, "code": {"digest": "sha256:c"}}
+    journal.folder.mkdir(parents=True)
+    RunDir(journal.run_dir).plan.write_text(json.dumps(plan))
+    runs = {stage["name"]: f"{run}.{stage['name']}" for stage in stages}
+    (journal.folder / "target.json").write_text(json.dumps({"entity": "team", "project": "p", "runs": runs, **target}))
+    mark(output, run)
+
+    def register(name: str, kind: str, stage: str, parents: dict[str, Artifact]) -> Artifact:
+        staged = store.stage(name)
+        (staged.content / "x").write_text(f"{name} of {run}")
+        producer = Producer(f"f-{stage}", run, stage, kind)
+        return store.commit(staged, kind=kind, producer=producer, parents=parents, metadata={"tokens": 12})
+
+    def stage(name: str, made: str, kind: str, parents: dict[str, Artifact]) -> Artifact:
+        journal.started(name, 1, [{"input": key, **asdict(parent)} for key, parent in parents.items()])
+        artifact = register(made, kind, name, parents)
+        journal.output(name, kind, made, artifact.version or 0)
+        journal.ended(name, 1, "succeeded", 0, {"loss": 0.2})
+        return artifact
+
+    rows = stage("data-prep-sft", "rows", "data", {"data.sources.0.path": RAW})
+    metrics = RunDir(journal.run_dir).stage("sft").metrics
+    metrics.parent.mkdir()
+    lines = [{"step": n, "steps": STEPS, "loss": 1 / n} for n in range(1, STEPS + 1)]
+    lines.append({"step": STEPS, "steps": STEPS, "validation_loss": 0.5})  # a row of its own for the same step
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stage("sft", "model", "model", {"model.path": TINY, "data.path": rows})
+    return journal
+
+
+def whole(server: FakeWandb, run: str = "run-1", version: int = 0) -> None:
+    """W&B shows the run: its graph, its curve with every step once, its end."""
+    rows, model = f"DataBlendsArtifact-sft:v{version}", f"ModelArtifact-sft:v{version}"
+    expected = {
+        ("used", f"{run}.data-prep-sft", "path-raw.jsonl:v0"),
+        ("made", f"{run}.data-prep-sft", rows),
+        ("used", f"{run}.sft", "builtin-model-tiny:v0"),
+        ("used", f"{run}.sft", rows),
+        ("made", f"{run}.sft", model),
+    }
+    assert {edge for edge in server.edges() if edge[1].startswith(run)} == expected
+    history = server.runs[f"{run}.sft"].history
+    assert [history[n]["_step"] for n in sorted(history)] == list(range(1, STEPS + 1))
+    assert history[STEPS - 1]["validation_loss"] == 0.5 and history[STEPS - 1]["loss"] == 1 / STEPS
+    for name in ("data-prep-sft", "sft"):
+        told = server.runs[f"{run}.{name}"]
+        assert told.complete and told.exit_code == 0 and told.group == run and told.job_type == name
+    assert server.runs[f"{run}.sft"].summary["loss"] == 0.2
+
+
+def test_a_run_is_mirrored_once_and_runs_share_versions(wandb: FakeWandb, tmp_path: Path) -> None:
+    journal = a_run(tmp_path)
+    outcome = sync.replay(journal.run_dir)
+    assert (outcome.told, outcome.left, outcome.why) == (6, 0, "")
+    whole(wandb)
+    model = wandb.named("ModelArtifact-sft:v0")
+    assert [alias for alias in model.aliases if alias.startswith("model.v1.")]
+    facts = json.loads(model.metadata)
+    store = Store(tmp_path / "store")
+    assert facts["digest"] == store.resolve("model").digest and facts["uri"] == store.resolve("model").uri
+    assert facts["metadata"] == {"tokens": 12} and "latest" in model.aliases
+    assert wandb.runs["run-1.sft"].config["optimizer"] == {"value": {"lr": 0.1}}
+    requests = len(wandb.artifacts)
+    journal.done_file.unlink()  # as if no acknowledgement had ever reached the disk
+    assert sync.replay(journal.run_dir).left == 0
+    whole(wandb)
+    assert len(wandb.artifacts) == requests, "told twice is told once"
+
+    again = a_run(tmp_path, "run-2")
+    store.alias("model", "best", 2)
+    assert sync.replay(again.run_dir).left == 0
+    whole(wandb, "run-2", version=1)
+    assert wandb.named("ModelArtifact-sft:best").number == 1
+    assert not any(b"x of" in blob for blob in wandb.blobs.values()), "references, no uploads"
+
+
+@pytest.mark.parametrize("of", [2, pytest.param(1000, marks=pytest.mark.long)], ids=["some", "all"])
+def test_a_lost_answer_or_a_killed_process_at_a_request(wandb: FakeWandb, tmp_path: Path, of: int) -> None:
+    """The connection is cut when W&B has done what it was asked, or the process dies: at each request in turn."""
+    reference = a_run(tmp_path / "reference")
+    sync.replay(reference.run_dir)
+    count = len(wandb.asked)
+    points = range(max(1, count // (of + 1)), count, max(1, count // (of + 1)))
+    for number, point in enumerate(points[:of]):
+        journal = a_run(tmp_path / f"cut-{point}", f"run-{point}")
+        if number % 2:
+            wandb.cut_at = point
+        else:
+            _kill_at(wandb, journal, point)
+        outcomes = [sync.replay(journal.run_dir) for _ in range(2)]
+        assert (outcomes[-1].left, outcomes[-1].why) == (0, ""), f"request {point}: {outcomes}"
+        edges = {edge[:2] for edge in wandb.edges() if edge[1].startswith(f"run-{point}.")}
+        assert len(edges) == 4, f"request {point}"
+        history = wandb.runs[f"run-{point}.sft"].history
+        assert [history[n]["_step"] for n in sorted(history)] == list(range(1, STEPS + 1)), f"request {point}"
+
+
+def _kill_at(server: FakeWandb, journal: Journal, point: int) -> None:
+    """SIGKILL a replay, its SDK's service included, when the server has had `point` requests more."""
+    process = subprocess.Popen([sys.executable, "-m", sync.MODULE, str(journal.run_dir)], start_new_session=True)
+    server.wait_for(point, process)
+    with suppress(ProcessLookupError):  # it was done already
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ({"down": True}, "did not answer for 3 s"),
+        ({"refuse_key": True}, "credentials"),
+        pytest.param({"delay": 60.0}, "did not answer for 3 s", marks=pytest.mark.long),
+    ],
+)
+def test_wandb_that_fails_leaves_the_journal_for_later(
+    wandb: FakeWandb, tmp_path: Path, fault: dict[str, Any], text: str
+) -> None:
+    journal = a_run(tmp_path)
+    for name, value in fault.items():
+        setattr(wandb, name, value)
+    outcome = sync.replay(journal.run_dir, stall=60 if "refuse_key" in fault else 3)
+    assert outcome.left == 6 and outcome.why and text in outcome.why
+    assert KEY not in outcome.why
+    for name in fault:
+        setattr(wandb, name, False if name != "delay" else 0.0)
+    assert sync.replay(journal.run_dir).left == 0
+    whole(wandb)
+
+
+def test_without_a_key_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    journal = a_run(tmp_path)
+    assert not sync.can_reach(os.environ) and not sync.in_background(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    outcome = sync.replay(journal.run_dir)
+    assert outcome.left == 6 and "api_key" in outcome.why.lower().replace("api key", "api_key"), outcome
+    assert pending(tmp_path) == ["run-1"]
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert sync.can_reach(os.environ) and not sync.can_reach({**os.environ, "WANDB_MODE": "offline"})
