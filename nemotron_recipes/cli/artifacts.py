@@ -13,7 +13,7 @@ import click
 from nemotron_recipes.artifacts.lineage import RENDERERS
 from nemotron_recipes.artifacts.lineage import lineage as read_lineage
 from nemotron_recipes.artifacts.store import Store
-from nemotron_recipes.cli.text import age, short, table
+from nemotron_recipes.cli.text import age, short, table, write_page
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
 from nemotron_recipes.mirror.journal import Journal, mark
@@ -126,11 +126,17 @@ def sync(output: Path | None, as_json: bool) -> int:
 @NAME
 @click.option("--format", "form", type=click.Choice(sorted(RENDERERS)), default="tree", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
-def lineage(name: str, form: str, as_json: bool) -> None:
+@click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page.")
+def lineage(name: str, form: str, as_json: bool, page: Path | None) -> None:
     """Draw what an artifact came from, back to the data."""
-    if as_json and form != "tree":
-        raise UserError(Problem("--json and --format exclude each other", "command line"))
+    if ((as_json or page) and form != "tree") or (as_json and page):
+        raise UserError(Problem("--json, --html and --format exclude each other", "command line"))
     store = _store()
+    if page is not None:
+        from nemotron_recipes.report.html import lineage_page
+
+        write_page(page, lineage_page(read_lineage(store, store.resolve(name))))
+        return
     click.echo(RENDERERS["json" if as_json else form](read_lineage(store, store.resolve(name))))
 
 

@@ -12,7 +12,7 @@ import click
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts import records
 from nemotron_recipes.cli import attach, compare, follow, summary
-from nemotron_recipes.cli.text import age, table
+from nemotron_recipes.cli.text import age, table, write_page
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
 from nemotron_recipes.rundir import RunDir
@@ -41,9 +41,15 @@ def list_command(as_json: bool, number: int) -> None:
 @runs.command()
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
-def show(run: str, as_json: bool) -> None:
+@click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page.")
+def show(run: str, as_json: bool, page: Path | None) -> None:
     """Show a run: states, inputs, outputs, results, and why it failed."""
     view = lifecycle.load(_find(run))
+    if page is not None:
+        from nemotron_recipes.report.html import run_page
+
+        write_page(page, run_page(view))
+        return
     differences = lifecycle.differences(view.handle) if view.handle else []
     if as_json:
         click.echo(json.dumps({**summary.as_tree(view), "differences": differences}, indent=2))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
-from nemotron_recipes.errors import printable
+import click
+
+from nemotron_recipes.errors import Problem, UserError, printable
+from nemotron_recipes.fsio import write_atomic
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -14,6 +18,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join(lines)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page or report, and say where. UserError: the file can't be written."""
+    try:
+        write_atomic(path, text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(Problem(f"{path} can't be written: {error.strerror}")) from None
+    click.echo(f"written: {path}")
 
 
 def short(digest: str, length: int = 12) -> str:

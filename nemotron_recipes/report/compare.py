@@ -39,7 +39,7 @@ def comparison(views: Iterable[RunView]) -> Tree:
 
 def config_of(view: RunView) -> Tree:
     """Every leaf of every stage's config."""
-    return _by_stage(view, lambda planned, _: _flatten(planned["config"]))
+    return _by_stage(view, lambda planned, _: flatten(planned["config"]))
 
 
 def metrics_of(view: RunView, stage: str) -> list[Tree]:
@@ -122,12 +122,12 @@ def _inputs_of(view: RunView) -> Tree:
 
 
 def _placement_of(view: RunView) -> Tree:
-    return _by_stage(view, lambda planned, _: _flatten(planned["placement"]))
+    return _by_stage(view, lambda planned, _: flatten(planned["placement"]))
 
 
 def _environment_of(view: RunView) -> Tree:
     """Every fact; the run's own folder and id read the same in all runs."""
-    found = _by_stage(view, lambda _, stage: _flatten(environment_of(view, stage)))
+    found = _by_stage(view, lambda _, stage: flatten(environment_of(view, stage)))
     text = {key: value for key, value in found.items() if isinstance(value, str)}
     return {**found, **{k: v.replace(view.path, "<run>").replace(view.id, "<run id>") for k, v in text.items()}}
 
@@ -151,8 +151,8 @@ def _differing(trees: list[Tree]) -> Tree:
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values[1:])}
 
 
-def _flatten(tree: Any, prefix: str = "") -> Tree:
+def flatten(tree: Any, prefix: str = "") -> Tree:
     """Leaves by dotted path; an empty mapping and a list are leaves."""
     if not isinstance(tree, dict) or not tree:
         return {prefix.rstrip("."): tree} if prefix else {}
-    return {key: leaf for name, value in tree.items() for key, leaf in _flatten(value, f"{prefix}{name}.").items()}
+    return {key: leaf for name, value in tree.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from nemotron_recipes.artifacts.records import RunView
-from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.errors import Problem, UserError, printable
 from nemotron_recipes.report.compare import metrics_of
 
 # Keys of metrics.jsonl that get a panel of their own, in this order; whatever else was logged follows.
@@ -18,22 +19,33 @@ MOST = 9  # panels
 
 def draw_metrics(views: Sequence[RunView], form: str = "svg") -> bytes:
     """One picture: a panel for each metric, a line for each run and stage. UserError: nothing was logged."""
-    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}  # metric -> run and stage -> points
-    for view in views:
-        for stage in view.stages:
-            label = f"{view.id} {stage.name}"
-            for row in metrics_of(view, stage.name):
-                for key, value in row.items():
-                    if not key.startswith(NO_CURVE) and isinstance(value, (int, float)):
-                        lines.setdefault(key, {}).setdefault(label, []).append((row["step"], value))
+    lines = _lines(views)
     if not lines:
         raise UserError(Problem(f"no metrics were logged by {', '.join(view.id for view in views)}"))
     order = sorted(lines, key=lambda key: (FIRST.index(key) if key in FIRST else len(FIRST), key))[:MOST]
     return _draw({key: lines[key] for key in order}, form)
 
 
+def has_metrics(views: Sequence[RunView]) -> bool:
+    """Whether there is anything to draw."""
+    return bool(_lines(views))
+
+
+def _lines(views: Sequence[RunView]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """metric -> run and stage -> points"""
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for view in views:
+        for stage in view.stages:
+            label = printable(f"{view.id} {stage.name}")
+            for row in metrics_of(view, stage.name):
+                for key, value in row.items():
+                    if not key.startswith(NO_CURVE) and isinstance(value, (int, float)):
+                        lines.setdefault(printable(key), {}).setdefault(label, []).append((row["step"], value))
+    return lines
+
+
 def _draw(panels: dict[str, dict[str, list[tuple[int, float]]]], form: str) -> bytes:
-    matplotlib, figure_class = _matplotlib()
+    matplotlib, figure_class = drawing()
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemotron", "text.parse_math": False}):
@@ -56,7 +68,10 @@ def _draw(panels: dict[str, dict[str, list[tuple[int, float]]]], form: str) -> b
     return picture.getvalue()
 
 
-def _matplotlib() -> Any:
+def drawing() -> Any:
+    """(matplotlib, its Figure). UserError: it isn't installed."""
+    # Text stays text in an SVG: the reader's own fonts show what matplotlib's lacks.
+    warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
     try:
         import matplotlib
         from matplotlib.figure import Figure
