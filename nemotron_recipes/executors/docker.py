@@ -9,7 +9,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,20 +56,42 @@ class DockerExecutor(DrivenExecutor):
         return Rendered(stages, driver_command(plan))
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
-        """Hold the plan against the daemon, then start the driver. UserError: no daemon, or not with this plan."""
-        profile = _profile(plan.stages[0])
-        try:
-            problems = [*_unfit(Docker(endpoint(profile.docker_host)), profile, plan.stages[0])]
-        except Unreachable as error:
-            problems = [
-                Problem(f"docker can't be used: {error}", checks.where(plan.stages[0]), _how_to_reach(str(error)))
-            ]
-        if problems:
-            append_event(RunDir(Path(plan.run_dir)).events, "cancelled", stage=None, attempt=None)
-            raise UserError(*problems)
-        for folder in (plan.store, _hf_cache(profile)):  # docker would make them, but for root
+        """As every driven executor; docker would make missing folders itself, but for root."""
+        for folder in (plan.store, _hf_cache(_profile(plan.stages[0]))):
             Path(folder).mkdir(parents=True, exist_ok=True)
         return super().submit(plan, rendered)
+
+    def _unfit(self, plan: Plan) -> Iterator[Problem]:
+        """The daemon can't be reached, or can't do what a stage asks for."""
+        for stage in (stage for stage in plan.stages if stage.reused is None):
+            profile = _profile(stage)
+            try:
+                docker = Docker(endpoint(profile.docker_host))
+                if not docker.host.startswith("unix://"):
+                    what = f"docker's daemon is at {docker.host}: folders of this machine can't be mounted there"
+                    yield Problem(what, checks.where(stage, "docker_host"), "start the run on that machine")
+                    return
+                if docker.is_podman():
+                    what = f"{docker.host} is Podman's socket, on which this executor's tests do not pass"
+                    yield Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon")
+                    return
+                yield from _misfits(docker, profile, stage)
+            except Unreachable as error:
+                what = f"docker can't be used: {error}"
+                yield Problem(what, checks.where(stage), _how_to_reach(str(error)))
+                return
+
+    def shell(self, handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
+        """The command in the stage's container."""
+        docker = Docker(handle.native["docker_host"])
+        try:
+            found = [docker.container(container) for container in docker.containers(handle.run, stage)]
+        except (Refused, Unreachable) as error:
+            raise UserError(Problem(f"docker can't be asked for run {handle.run}: {error}")) from None
+        running = [container.id for container in found if container and container.running]
+        if not running:
+            raise UserError(Problem(f"stage {stage} of run {handle.run} has no container that runs"))
+        return ["docker", "--host", docker.host, "exec", "--interactive", "--tty", running[0], *command]
 
     def settle(self, handle: JobHandle) -> list[Tree]:
         """Of a container that outlived its driver: how its stage ended, and with it the run."""
@@ -216,12 +238,8 @@ def _hf_cache(profile: DockerProfile) -> str:
     return os.path.abspath(os.path.expanduser(found))
 
 
-def _unfit(docker: Docker, profile: DockerProfile, stage: StagePlan) -> Iterator[Problem]:
+def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan) -> Iterator[Problem]:
     """What the daemon could not do of the plan, before anything is started."""
-    if not docker.host.startswith("unix://"):
-        what = f"docker's daemon is at {docker.host}: folders of this machine can't be mounted there"
-        yield Problem(what, checks.where(stage, "docker_host"), "start the run on that machine")
-        return
     info = docker.info()
     rootless = any("rootless" in option for option in info.get("SecurityOptions") or [])
     if rootless and profile.user is None and os.getuid() != 0:

@@ -1,9 +1,8 @@
 """Docker's own command, asked without a shell and never for long.
 
-The command, not the SDK: what a dry run prints is then what runs, byte for byte, and `docker context`, rootless daemons
-and Podman's socket work as its users expect. NeMo-Run's DockerExecutor (0.11.1) reports every container as succeeded,
-puts secrets into the container's environment, where `docker inspect` shows them, and loses a container whose
-connection breaks.
+The command, not the SDK: what a dry run prints is then what runs, byte for byte, and contexts and rootless daemons work
+as their users expect. NeMo-Run's DockerExecutor (0.11.1) reports every container as succeeded, puts secrets into the
+container's environment, where `docker inspect` shows them, and loses a container whose connection breaks.
 """
 
 from __future__ import annotations
@@ -89,10 +88,11 @@ class Docker:
         running = bool(state["Running"]) or state.get("Status") in ("created", "restarting", "removing")
         return Container(told["Id"], running, int(state["ExitCode"]), bool(state.get("OOMKilled")))
 
-    def containers(self, run_id: str) -> list[str]:
-        """Ids of the containers of a run, ended ones too."""
-        label = f"label={RUN_LABEL}={run_id}"
-        return self.ask("ps", "--all", "--no-trunc", "--filter", label, "--format", "{{.ID}}").split()
+    def containers(self, run_id: str, stage: str | None = None) -> list[str]:
+        """Ids of the containers of a run, or of one of its stages; ended ones too."""
+        labels = [f"{RUN_LABEL}={run_id}", *([f"{STAGE_LABEL}={stage}"] if stage else [])]
+        filters = [word for label in labels for word in ("--filter", f"label={label}")]
+        return self.ask("ps", "--all", "--no-trunc", *filters, "--format", "{{.ID}}").split()
 
     def image(self, reference: str) -> dict[str, Any] | None:
         """What docker says of an image on this machine; None when it is not here."""
@@ -107,6 +107,11 @@ class Docker:
     def info(self) -> dict[str, Any]:
         """`docker info` as JSON."""
         return dict(json.loads(self.ask("info", "--format", "{{json .}}")))
+
+    def is_podman(self) -> bool:
+        """Whether Podman's service answers in docker's place."""
+        told = json.loads(self.ask("version", "--format", "{{json .Server}}"))
+        return any("podman" in component["Name"].lower() for component in told.get("Components") or [])
 
     def stop(self, name: str, grace: float) -> None:
         """SIGTERM, and SIGKILL after `grace` seconds; returns when it has ended. Fine when it is gone."""

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS
+from nemotron_recipes.executors.driven import DrivenProfile
 
 # Flags of `docker run` that are not to be had through `options`, each with what to set instead.
 OWN_FLAGS = {
@@ -30,31 +30,21 @@ OWN_FLAGS = {
 }
 
 
-class DockerProfile(BaseModel):
+class DockerProfile(DrivenProfile):
     """This machine, one container a stage. The defaults are the flags that NVIDIA's guides for its images give."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
     executor: Literal["docker"] = "docker"
-    nodes: Literal[1] = 1
-    nproc_per_node: Annotated[int, Field(ge=1)] = 1  # processes that train together: one per GPU
     container_image: Annotated[str, Field(min_length=1)]  # as docker wants it; it must be on this machine
     python: str = "python3"  # interpreter in the image
     gpus: Literal["auto", "all", "none"] | list[str] = "auto"  # auto: all where there are some; else numbers or UUIDs
-    mounts: list[
-        str
-    ] = []  # HOST:CONTAINER[:ro]; run folder, store, Hugging Face cache and local inputs are there anyway
+    mounts: list[str] = Field(default=[])  # HOST:CONTAINER[:ro]; what a stage writes and reads is there anyway
     hf_cache: str | None = None  # unset: $HF_HOME, or ~/.cache/huggingface
     network: str | None = None  # unset: docker's default
     ipc: str = "host"  # shared memory for data loaders and NCCL; --shm-size has no effect beside "host"
-    ulimits: list[str] = ["memlock=-1", "stack=67108864"]
+    ulimits: list[str] = Field(default=["memlock=-1", "stack=67108864"])
     user: str | None = None  # UID:GID; unset: yours. A rootless daemon needs "0:0", which is you there
-    options: list[str] = []  # further flags of docker run, one word each
+    options: list[str] = Field(default=[])  # further flags of docker run, one word each
     docker_host: str | None = None  # unset: $DOCKER_HOST, or the current docker context
-    env: dict[str, str] = {}  # set for every stage; kept in the run folder in plain text
-    secrets: list[str] = []  # names of variables that must be set where the run is started; the container reads them
-    # from a file of mode 0600 that goes with the stage's end
-    grace_seconds: Annotated[float, Field(ge=0)] = DEFAULT_GRACE_SECONDS  # between SIGTERM and SIGKILL
     max_restarts: Annotated[int, Field(ge=0)] = 3  # how often a stage goes on when the docker daemon has ended it
 
 

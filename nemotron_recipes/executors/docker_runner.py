@@ -115,6 +115,11 @@ class StageContainer:
         self._code = self._ended_with(found.exit_code if found else None)
         return True
 
+    def ask(self) -> None:
+        self._asked = True
+        with suppress(Refused, Unreachable):  # it has just ended, or `stop` sees to it
+            self.docker.ask("kill", "--signal", "TERM", self.id)
+
     def stop(self, grace: float) -> None:
         if self.wait(0.0):
             return

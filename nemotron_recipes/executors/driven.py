@@ -7,11 +7,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness, checks, memory
 from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event, read_json, read_jsonl
 from nemotron_recipes.spec import JobHandle, Outlook, Plan, Rendered, Tree, Wait
 
@@ -22,6 +25,22 @@ _STOP_SLACK_SECONDS = 15.0  # beyond the grace, for SIGKILL and for NeMo-Run to 
 _DRIVERS: list[subprocess.Popen[bytes]] = []  # started by this process; polled so that a dead one is no zombie
 
 
+class DrivenProfile(BaseModel):
+    """What the profiles of such executors have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    executor: str = ""
+    nodes: Literal[1] = 1
+    nproc_per_node: Annotated[int, Field(ge=1)] = 1  # processes that train together, one per GPU if there are any
+    env: dict[str, str] = {}  # set for every stage; written to the run folder in plain text
+    secrets: list[str] = []  # names of variables that must be set where the run is started; never shown
+    grace_seconds: Annotated[float, Field(ge=0)] = DEFAULT_GRACE_SECONDS  # between SIGTERM and SIGKILL
+    # For machines whose GPU uses the host's memory, and which hang when it is used up. Unset: not looked at.
+    memory_reserve_gib: Annotated[float, Field(ge=0)] | None = None  # a stage that does not leave that much is refused
+    memory_stop_gib: Annotated[float, Field(gt=0)] | None = None  # a run is stopped when less than that is available
+
+
 class DrivenExecutor:
     """What an `Executor` does with a submitted run, by means of a driver."""
 
@@ -29,8 +48,15 @@ class DrivenExecutor:
     ask_seconds = 0.2
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
-        """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start."""
+        """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start.
+
+        UserError: the plan asks for what this machine can't do; nothing has been started.
+        """
         run = RunDir(Path(plan.run_dir))
+        problems = [*_misfits(plan), *self._unfit(plan)]
+        if problems:
+            append_event(run.events, "cancelled", stage=None, attempt=None)
+            raise UserError(*problems)
         earlier = len(list(read_jsonl(run.events)))
         (command,) = rendered.submit
         with open(run.driver_log, "ab") as log:
@@ -117,6 +143,10 @@ class DrivenExecutor:
         if not has_ended(handle):  # the driver was killed before it could say so
             append_event(RunDir(Path(handle.run_dir)).events, "cancelled", stage=None, attempt=None)
 
+    def _unfit(self, plan: Plan) -> Iterator[Problem]:
+        """What the machine can't do of the plan, looked at before anything is started."""
+        yield from ()
+
     def _without_driver(self, handle: JobHandle) -> Liveness:
         """Of a run of this machine whose driver and processes are gone, and which nobody ended."""
         return "lost"
@@ -142,6 +172,15 @@ def has_ended(handle: JobHandle) -> bool:
 def is_of_this_host(handle: JobHandle) -> bool:
     """Whether the run was started here, going by this machine's name."""
     return bool(handle.native["host"] == socket.gethostname())
+
+
+def _misfits(plan: Plan) -> Iterator[Problem]:
+    now = memory.read_memory()
+    for stage in plan.stages:
+        reserve = stage.placement.options.get("memory_reserve_gib")
+        if reserve is not None and stage.reused is None:
+            problem = memory.misfit(stage, reserve, checks.where(stage, "memory_reserve_gib"), now)
+            yield from [problem] if problem else []
 
 
 def _wait_for_start(run: RunDir, driver: subprocess.Popen[bytes], earlier: int) -> None:

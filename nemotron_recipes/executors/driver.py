@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, process_tree, torchrun
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, memory, process_tree, torchrun
 from nemotron_recipes.executors.verdict import failure_cause, is_done
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import RunDir, StageDir, append_event, latest_checkpoint, read_json
@@ -34,6 +34,7 @@ RUNNERS = {
 
 _LEAVING_SECONDS = 3.0
 _POLL_SECONDS = 0.5
+_MEMORY_POLL_SECONDS = 0.1  # a load fills several GiB a second
 
 
 class Stopped(Exception):
@@ -41,7 +42,12 @@ class Stopped(Exception):
 
 
 class StageFailed(Exception):
-    """The stage did not succeed; the text is the cause."""
+    """The stage did not succeed; the text is the cause. `ended_by`: who ended it, where neither the stage did nor a
+    person, so that its exit code and its record don't say why."""
+
+    def __init__(self, cause: str, ended_by: str = ""):
+        super().__init__(cause)
+        self.ended_by = ended_by
 
 
 class Started(Protocol):
@@ -51,6 +57,10 @@ class Started(Protocol):
 
     def wait(self, seconds: float) -> bool:
         """Whether it has ended, looked at for at most that long."""
+        ...
+
+    def ask(self) -> None:
+        """SIGTERM; does not wait."""
         ...
 
     def stop(self, grace: float) -> None:
@@ -113,7 +123,8 @@ class Driver:
             except Stopped:
                 return self._cancelled(stage.name, attempt)
             except StageFailed as cause:
-                append_event(self.run.events, "finished", state="failed", stage=stage.name, cause=str(cause))
+                how = {"scheduler": cause.ended_by} if cause.ended_by else {}
+                append_event(self.run.events, "finished", state="failed", stage=stage.name, cause=str(cause), **how)
                 return 1
         append_event(self.run.events, "finished", state="succeeded")
         return 0
@@ -131,8 +142,7 @@ class Driver:
         with self.runner.launched(stage, attempt, f"{self.plan['id']}-{attempt}", log) as started:
             try:
                 append_event(self.run.events, "stage-started", stage=stage.name, attempt=attempt, **started.told)
-                while not self.stopping and not started.wait(_POLL_SECONDS):
-                    pass
+                short = self._wait(started, self._options(stage.name))
             finally:  # also when this very code fails: nobody would be left who could stop it
                 started.stop(self._options(stage.name).get("grace_seconds", DEFAULT_GRACE_SECONDS))
         code, interrupted = started.ended()
@@ -143,11 +153,30 @@ class Driver:
         append_event(self.run.events, "stage-exited", stage=stage.name, attempt=attempt, **told)
         if self.stopping:
             raise Stopped
+        if short:
+            raise StageFailed(memory.ended_for(short, folder), memory.STOPPED_BY)
         fingerprint = self._stage_plan(stage.name)["fingerprint"]
         cause = failure_cause(folder, fingerprint, attempt, code, failure, log)
         if cause and not interrupted:
             raise StageFailed(cause)
         return interrupted if cause else ""
+
+    def _wait(self, started: Started, options: Tree) -> str:
+        """Until it has ended or must; why for lack of memory, "" otherwise. Then it has been asked to save and end."""
+        limit: float | None = options.get("memory_stop_gib")
+        grace = options.get("grace_seconds", DEFAULT_GRACE_SECONDS)
+        seconds = _POLL_SECONDS if limit is None else _MEMORY_POLL_SECONDS
+        while not self.stopping and not started.wait(seconds):
+            short = memory.shortage(limit, memory.read_memory())
+            if short and limit is not None:
+                started.ask()
+                deadline = time.monotonic() + grace
+                while time.monotonic() < deadline and not started.wait(seconds):
+                    if memory.shortage(limit / 2, memory.read_memory()):  # saving takes more than is left
+                        break
+                started.stop(0.0)
+                return short
+        return ""
 
     def _restart(self, name: str, folder: StageDir, attempt: int, cause: str, restarts: int) -> None:
         """Note it; StageFailed when there were enough of them."""

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, checks, torchrun
-from nemotron_recipes.executors.driven import DrivenExecutor, driver_command
+from nemotron_recipes.executors import checks, torchrun
+from nemotron_recipes.executors.driven import DrivenExecutor, DrivenProfile, driver_command
 from nemotron_recipes.rundir import RUN_ID_ENV, StageDir
 from nemotron_recipes.spec import Plan, Rendered, RenderedStage, StagePlan
 
 
-class LocalProfile(BaseModel):
+class LocalProfile(DrivenProfile):
     """What a profile in env.toml, or `run.*` on the command line, may set."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
     executor: Literal["local"] = "local"
-    nodes: Literal[1] = 1
-    nproc_per_node: Annotated[int, Field(ge=1)] = 1  # processes that train together, one per GPU if there are any
-    env: dict[str, str] = {}  # set for every stage; written to the run folder in plain text
-    secrets: list[str] = []  # names of variables that must be set where the run is started; never written anywhere
-    grace_seconds: Annotated[float, Field(ge=0)] = DEFAULT_GRACE_SECONDS  # between SIGTERM and SIGKILL
 
 
 class LocalExecutor(DrivenExecutor):

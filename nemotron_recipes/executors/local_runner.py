@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -48,6 +48,10 @@ class Process:
         except subprocess.TimeoutExpired:
             return False
         return True
+
+    def ask(self) -> None:
+        with suppress(psutil.NoSuchProcess):
+            process_tree.ask(psutil.Process(self.process.pid))
 
     def stop(self, grace: float) -> None:
         if self.process.poll() is not None:

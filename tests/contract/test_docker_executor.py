@@ -196,6 +196,18 @@ def test_what_the_daemon_can_not_do_is_refused_before_anything_starts(
     refused(tmp_path / "r5", {}, "no docker command", "install docker")
 
 
+def test_podman_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its service, faked by a command that says what docker 28 said of Podman 4.3.1."""
+    told = json.dumps({"Version": "4.3.1", "Components": [{"Name": "Podman Engine", "Version": "4.3.1"}]})
+    fake_docker = tmp_path / "bin" / "docker"
+    fake_docker.parent.mkdir()
+    fake_docker.write_text(f"#!/bin/sh\necho '{told}'\n")
+    fake_docker.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake_docker.parent), prepend=os.pathsep)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///run/user/1000/podman/podman.sock")
+    refused(tmp_path / "run", {}, "is Podman's socket", "use docker's own daemon")
+
+
 def refused(run_dir: Path, fields: dict[str, Any], *told: str) -> None:
     with pytest.raises(UserError) as error:
         submit(EXECUTOR, plan_of(run_dir, stage_of(fields=fields)))

@@ -116,7 +116,8 @@ class Daemon:
         archive = self.folder / "image.tar"
         with tarfile.open(archive, "w") as tar:
             tar.add(root, arcname=".")
-        lines = (f"ENV PATH={os.path.dirname(sys.executable)}:/usr/bin:/bin PYTHONPATH={ROOT} LC_ALL=C.UTF-8", *changes)
+        path = f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
+        lines = (f"ENV PATH={path}", f"ENV PYTHONPATH={ROOT}", "ENV LC_ALL=C.UTF-8", *changes)
         self.docker("import", *(word for line in lines for word in ("--change", line)), str(archive), name)
         shutil.rmtree(root)
 
