@@ -91,7 +91,8 @@ class DockerExecutor(DrivenExecutor):
         running = [container.id for container in found if container and container.running]
         if not running:
             raise UserError(Problem(f"stage {stage} of run {handle.run} has no container that runs"))
-        return ["docker", "--host", docker.host, "exec", "--interactive", "--tty", running[0], *command]
+        terminal = ["--tty"] if os.isatty(0) else []
+        return ["docker", "--host", docker.host, "exec", "--interactive", *terminal, running[0], *command]
 
     def settle(self, handle: JobHandle) -> list[Tree]:
         """Of a container that outlived its driver: how its stage ended, and with it the run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -94,10 +95,15 @@ def test_files_belong_to_the_user(daemon: docker.Daemon, tmp_path: Path) -> None
     assert (made.st_uid, made.st_gid) == (os.getuid(), 12345)
 
 
-def test_a_stage_gets_its_grace(daemon: docker.Daemon, tmp_path: Path) -> None:
+def test_a_stage_gets_its_grace_and_a_shell(daemon: docker.Daemon, tmp_path: Path) -> None:
     handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120)))
     wait_for_probe(tmp_path / "run")
+    shell = EXECUTOR.shell(handle, "first", ["sh", "-c", "echo $NEMOTRON_RUN_ID; exit 5"])
+    done = subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (5, f"{handle.run}\n"), done.stderr
     EXECUTOR.cancel(handle)
+    with pytest.raises(UserError, match="no container that runs"):
+        EXECUTOR.shell(handle, "first", ["sh"])
     assert [e["event"] for e in events(handle)] == ["driver-started", "stage-started", "stage-exited", "cancelled"]
     assert events(handle, "stage-exited")[0]["exit_code"] == 128 + signal.SIGTERM
 
