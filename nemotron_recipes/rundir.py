@@ -86,6 +86,12 @@ class StageDir:
     def launcher_log(self, attempt: int) -> Path:
         return self.logs(attempt) / "launcher.log"
 
+    def job_logs(self) -> list[Path]:
+        """What a scheduler's job printed around the stage: of its newest job alone."""
+        found = sorted((self.path / "logs").glob("*.out"), key=lambda path: path.stat().st_mtime)
+        newest = found[-1].stem.rpartition("-")[2] if found else ""
+        return [path for path in found if path.stem.rpartition("-")[2] == newest]
+
     def ranks_with_logs(self, attempt: int) -> list[int]:
         """The ranks that have written a log in that attempt."""
         names = (path.stem.removeprefix("rank-") for path in self.logs(attempt).glob("rank-*.log"))

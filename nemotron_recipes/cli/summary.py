@@ -23,7 +23,12 @@ def closing(view: RunView) -> str:
     lines = ["", f"{view.id}: {view.state}"]
     if view.state != "succeeded":
         lines += [view.explanation] if view.explanation else []
-        lines += ["", f"look closer  nemotron runs show {view.id}", f"logs         nemotron runs logs {view.id}"]
+        lines += [
+            "",
+            f"why          nemotron runs explain {view.id}",
+            f"look closer  nemotron runs show {view.id}",
+            f"logs         nemotron runs logs {view.id}",
+        ]
         lines += _continue(view)
         return printable("\n".join(lines))
     lines += ["", "what was made"]

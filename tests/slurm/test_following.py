@@ -101,6 +101,9 @@ def test_the_queue_then_the_log_then_the_exit_code(cluster: slurm.Cluster, tmp_p
     following = Command(tmp_path, "runs", "logs", "-f", "run")
     job = handle.native["jobs"]["first"]
     following.says(f"first is job {job}, PENDING: it is held by its owner (JobHeldUser)")
+    why = Command(tmp_path, "runs", "explain", "run").end(0)
+    assert f"first waits (job {job}): it is held by its owner (JobHeldUser)" in why
+    assert f"scontrol release {job}" in why
     cluster.run("scontrol", "release", job)
     following.says("line 1 of rank 0")
     following.process.kill()
@@ -154,6 +157,15 @@ def test_waiting_quietly(cluster: slurm.Cluster, tmp_path: Path) -> None:
     bad = Command(tmp_path, *words, "data.sources=[{path: env.toml}]", "--batch", "lab", "--wait").end(1)
     assert "failed" in bad
     assert "--batch PROFILE" in Command(tmp_path, *words, "--run", "lab", "--wait").end(2)
+
+
+def test_a_cluster_without_pyxis(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    place = placement(EXECUTOR, container_image="nvcr.io/nvidia/nemo:25.07")
+    submitted(tmp_path, probe_stage("first", placement=place))
+    Command(tmp_path, "runs", "logs", "-f", "run").end(1)
+    why = Command(tmp_path, "runs", "explain", "run").end(0)
+    assert "first failed: Slurm has no Pyxis here" in why
+    assert "unrecognized option '--container-" in why
 
 
 def test_a_shell_where_the_run_is(cluster: slurm.Cluster, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors.slurm import SlurmExecutor
@@ -375,6 +376,9 @@ def test_a_node_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert (view.state, view.stage("first").state, view.stage("second").state) == ("failed", "failed", "pending")
         assert "node failed" in view.explanation
         assert "NODE_FAIL" in view.explanation
+        found = diagnose(RunDir(tmp_path / "run"), "first", 1)
+        assert found.cause is not None
+        assert found.cause.name == "node-failure"
         assert view == _settled(handle)
 
 
@@ -408,6 +412,9 @@ def test_the_time_limit(cluster: slurm.Cluster, tmp_path: Path) -> None:
     view = _settled(handle)
     assert view.state == "failed"
     assert "time limit of 00:01:00" in view.explanation
+    found = diagnose(RunDir(tmp_path / "run"), "first", 1)
+    assert found.cause is not None
+    assert found.cause.name == "time-limit"
     assert "train.resume" in view.explanation
 
 
