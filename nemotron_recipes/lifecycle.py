@@ -225,8 +225,8 @@ def load(run_dir: Path) -> RunView:
     return load_run(run_dir, liveness, _settle)
 
 
-def newest_runs(root: Path, number: int) -> list[RunView]:
-    """The newest runs below `root`, newest first."""
+def newest_runs(root: Path, number: int | None) -> list[RunView]:
+    """The newest runs below `root` (None: all), newest first."""
     return list_runs(root, liveness, number, _settle)
 
 

@@ -6,14 +6,13 @@ import json
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import click
 
 from nemotron_recipes.artifacts.lineage import RENDERERS
 from nemotron_recipes.artifacts.lineage import lineage as read_lineage
 from nemotron_recipes.artifacts.store import Store
-from nemotron_recipes.cli.text import age, short, table, write_page
+from nemotron_recipes.cli.text import age, short, size, table, write_page
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
 from nemotron_recipes.mirror.journal import Journal, mark
@@ -46,7 +45,7 @@ def list_command(as_json: bool) -> None:
             (
                 f"{a.name}:v{a.version}",
                 a.kind,
-                _size(m["size"]),
+                size(m["size"]),
                 age(_iso(m["created"])),
                 (m["producer"] or {}).get("run", ""),
             )
@@ -74,7 +73,7 @@ def show(name: str, verify: bool, as_json: bool) -> None:
         f"{artifact.label}  ({manifest['kind']}{', verified' if verify else ''})",
         f"  folder    {artifact.uri}",
         f"  digest    {manifest['digest']}",
-        f"  size      {_size(manifest['size'])} in {manifest['files']} files",
+        f"  size      {size(manifest['size'])} in {manifest['files']} files",
         f"  created   {_iso(manifest['created'])}",
     ]
     if made:
@@ -142,15 +141,6 @@ def lineage(name: str, form: str, as_json: bool, page: Path | None) -> None:
 
 def _store() -> Store:
     return Store(read_environment().store)
-
-
-def _size(size: Any) -> str:
-    number = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
 
 
 def _iso(created: float) -> str:

@@ -31,6 +31,8 @@ FIXED = {
     "runs": "nemotron_recipes.cli.runs:runs",
     "artifacts": "nemotron_recipes.cli.artifacts:artifacts",
     "lineage": "nemotron_recipes.cli.artifacts:lineage",
+    "report": "nemotron_recipes.cli.report:report",
+    "gc": "nemotron_recipes.cli.gc:gc",
     "env": "nemotron_recipes.cli.environment:env",
 }
 HELP = {
@@ -39,6 +41,8 @@ HELP = {
     "runs": "List, show, follow, compare and cancel runs.",
     "artifacts": "List and show what the store holds.",
     "lineage": "Draw what a model or data set came from.",
+    "report": "Write what is known of a model, or what changed between two versions.",
+    "gc": "Put into quarantine what nothing kept descends from.",
     "env": "Show the profiles of env.toml.",
 }
 

@@ -20,6 +20,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def size(count: float) -> str:
+    """Bytes for people: `512 B`, `2.5 MB`."""
+    number = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
 def write_page(path: Path, text: str) -> None:
     """Write a page or report, and say where. UserError: the file can't be written."""
     try:

@@ -1,0 +1,117 @@
+"""What can go: never what something kept descends from; quarantine first, and a way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemotron_recipes.artifacts.gc import Policy, find, purge, quarantine, restore
+from nemotron_recipes.artifacts.records import RunView, load_run
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.errors import UserError
+from nemotron_recipes.rundir import TRACKER, RunDir, append_event, write_record
+from nemotron_recipes.spec import Artifact, Producer
+from tests.helpers.cli import nemotron
+
+LATER = 4e9  # everything is old by then
+
+
+def register(store: Store, name: str, **parents: Artifact) -> Artifact:
+    staged = store.stage(name)
+    (staged.content / "x").write_text(f"{name} {len(store.versions(name))}")
+    producer = Producer(f"f-{name}", "run-1", "sft", "model")
+    return store.commit(staged, kind="model", producer=producer, parents=parents)
+
+
+def going(store: Store, runs: list[RunView] | None = None, keep: int = 1, older_than: float = 0) -> list[str]:
+    return sorted(item.what for item in find(store, runs or [], Policy(keep, older_than), LATER))
+
+
+def test_ancestors_aliases_the_newest_and_the_young_stay(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = [register(store, "rows") for _ in range(4)]
+    sft = [register(store, "sft", data=rows[n]) for n in (0, 1, 1)]
+    register(store, "rl", model=sft[1], data=rows[2])
+    # rl:v1 <- sft:v2 <- rows:v2, rl:v1 <- rows:v3; sft:v3 and rows:v4 are the newest
+    assert going(store) == ["rows:v1", "sft:v1"]
+    assert going(store, keep=3) == []
+    assert going(store, older_than=2 * LATER) == []
+    store.alias("sft", "best", 1)
+    assert going(store) == [], "sft:v1 has a name now, and rows:v1 is what it was made from"
+
+
+def test_what_a_run_that_goes_on_reads_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    first = register(store, "rows")
+    register(store, "rows")
+    assert going(store) == ["rows:v1"]
+    run = RunDir(tmp_path / "run")
+    pinned = {"source": "store", "name": first.name, "version": first.version}
+    stage = {"name": "sft", "reused": None, "fingerprint": "f", "inputs": {"data.path": pinned}}
+    run.path.mkdir()
+    run.plan.write_text(json.dumps({"id": "r", "title": "", "created": "2026-01-01", "stages": [stage]}))
+    assert going(store, [load_run(run.path)]) == []
+    append_event(run.events, "finished", state="failed", stage=None, cause="x")
+    assert going(store, [load_run(run.path)]) == ["rows:v1"]
+
+
+def test_old_checkpoints_of_a_stage_that_succeeded_but_the_last_and_what_a_model_started_from(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    run = RunDir(tmp_path / "runs" / "r")
+    stage = run.stage("sft")
+    for step in (1, 2, 3):
+        (stage.checkpoints / f"iter_{step:07d}").mkdir(parents=True)
+        (stage.checkpoints / f"iter_{step:07d}" / "w").write_bytes(bytes(100 * step))
+    (stage.checkpoints / TRACKER).write_text("3\n")
+    planned = {"name": "sft", "reused": None, "fingerprint": "f", "inputs": {}}
+    run.plan.write_text(json.dumps({"id": "r", "title": "", "created": "2026-01-01", "stages": [planned]}))
+    assert going(store, [load_run(run.path)]) == [], "it may go on"
+    ended = {"attempt": 1, "exit_code": 0, "started": 1.0, "ended": 2.0, "parents": [], "outputs": {}, "results": {}}
+    write_record(stage, {"state": "succeeded", **ended})
+    assert going(store, [load_run(run.path)]) == ["r/sft/iter_0000001", "r/sft/iter_0000002"]
+    uri = str(stage.checkpoints / "iter_0000002")
+    register(store, "model", load=Artifact("path", "checkpoint", uri=uri, digest="sha256:x"))
+    assert going(store, [load_run(run.path)]) == ["r/sft/iter_0000001"]
+
+
+def test_quarantine_restore_and_deletion(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for _ in range(2):
+        register(store, "rows")
+    found = find(store, [], Policy(1, 0), LATER)
+    assert [item.what for item in quarantine(store.root, found, now=100.0)] == ["rows:v1"]
+    assert store.versions("rows") == [2] and store.names() == ["rows"]
+    assert quarantine(store.root, found, now=100.0) == [], "it is gone already"
+    assert store.find("f-rows", "model", "rows").version == 2  # type: ignore[union-attr]
+    assert purge(store.root, before=100.0) == []
+    restore(store.root, "rows:v1")
+    store.verify(store.resolve("rows:v1"))
+    with pytest.raises(UserError, match="holds: nothing"):
+        restore(store.root, "rows:v1")
+    quarantine(store.root, found, now=100.0)
+    assert purge(store.root, before=101.0) == ["rows:v1"]
+    assert list((tmp_path / ".quarantine").iterdir()) == []
+    assert register(store, "rows").version == 3, "a number is never given twice"
+
+
+def test_a_damaged_manifest_stops_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for _ in range(2):
+        register(store, "rows")
+    (tmp_path / "rows/v1/artifact.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        find(store, [], Policy(1, 0), LATER)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    store = Store(tmp_path / "nemotron-output/store")
+    for _ in range(2):
+        register(store, "rows")
+    wanted = ("--keep", "1", "--older-than", "0")
+    assert "rows:v1" in nemotron(tmp_path, "gc", "--dry-run", *wanted) and store.versions("rows") == [1, 2]
+    told = json.loads(nemotron(tmp_path, "gc", "--json", *wanted))
+    assert [item["what"] for item in told["items"]] == ["rows:v1"] and store.versions("rows") == [2]
+    nemotron(tmp_path, "gc", "--restore", "rows:v1")
+    assert store.versions("rows") == [1, 2]
