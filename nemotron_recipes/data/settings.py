@@ -6,12 +6,13 @@ from these dataclasses. A hand-written prep.yaml is checked here and deserves a 
 
 from __future__ import annotations
 
-import math
 import re
 import types
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from nemotron_recipes.data.gate_settings import GateSettings, gate_problems
+from nemotron_recipes.data.rules import Fraction, Positive, Rule
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Tree
 
@@ -26,33 +27,6 @@ USED_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What values of an annotated type are possible. Numbers are always finite. None: no bound."""
-
-    gt: float | None = None
-    ge: float | None = None
-    le: float | None = None
-    min_length: int | None = None  # of a list
-
-    def broken(self, value: Any) -> str:
-        """What `value` must be, or an empty text when it is."""
-        if self.min_length is not None:
-            return "" if len(value) >= self.min_length else f"have at least {self.min_length} element(s)"
-        bad = not math.isfinite(value)
-        bad = bad or (self.gt is not None and value <= self.gt) or (self.ge is not None and value < self.ge)
-        bad = bad or (self.le is not None and value > self.le)
-        if not bad:
-            return ""
-        if self.le is not None:
-            return f"be between {self.ge:g} and {self.le:g}"
-        return f"be above {self.gt:g}" if self.gt is not None else f"be {self.ge:g} or more"
-
-
-Positive = Annotated[int, Rule(gt=0)]
-Fraction = Annotated[float, Rule(ge=0, le=1)]
-
-
-@dataclass(frozen=True)
 class Source:
     """One data source. `path`: a reference (docs/contracts.md); `split` pins all its rows to one split."""
 
@@ -62,6 +36,8 @@ class Source:
     weight: Annotated[float, Rule(gt=0)] = 1.0  # share in the blend, relative to its size
     subset: str | None = None  # hub data sets only: the configuration name
     hub_split: str = "train"  # hub data sets only: the split that is read
+    origin: str | None = None  # for the data card: who made the rows, and how
+    license: str | None = None  # for the data card
     rows: Positive | None = None  # sample: how many rows to generate; else: read at most this many
     seed: int = 0  # sample: only
 
@@ -107,6 +83,7 @@ class Settings:
     chat_template: str = "nemotron3"  # nemotron3, or a path to a .jinja file
     thinking: bool = True  # the generation prompt opens a reasoning block
     answer_pattern: str | None = None  # regex with one group that finds the final answer in a reference answer
+    gates: GateSettings = GateSettings()  # noqa: RUF009  frozen
 
 
 def read_settings(data: Any, method: Any) -> Settings:
@@ -126,6 +103,7 @@ def cross_problems(data: Tree, method: str) -> list[Problem]:
     """What single fields can't show, of a `data` section whose fields are valid. Defaults may be left out."""
     settings = _section(Settings, data, "data", [])
     problems = _split_problems(settings) + _pattern_problems(settings.answer_pattern, method)
+    problems += gate_problems(settings.gates, method)
     for index, source in enumerate(settings.sources):
         if source.path.startswith("sample:") and source.rows is None and settings.sample is None:
             fix = f"set data.sources.{index}.rows"
@@ -209,6 +187,10 @@ def _value(hint: Any, value: Any, where: str, problems: list[Problem]) -> Any:
             problems.append(Problem(f"{where}: a list is expected, not {value!r}"))
             return []
         return [_value(get_args(hint)[0], item, f"{where}.{i}", problems) for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            problems.append(Problem(f"{where}: a section is expected, not {value!r}"))
+        return value
     if is_dataclass(hint):
         return _section(hint, value, where, problems)
     if origin is Literal:

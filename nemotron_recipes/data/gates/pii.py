@@ -1,0 +1,156 @@
+"""Personal data and credentials in the texts of a row: report, redact or drop.
+
+Patterns find candidates, and a check that the format itself offers thins them out: Luhn's sum for cards, `ipaddress`
+for addresses, libphonenumber's plans for phone numbers. What no format gives away (names, addresses) is not found.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nemotron_recipes.data.gate_settings import PII_KINDS, Pii
+from nemotron_recipes.data.gates import Candidate, Change, Drop, Note, Verdict
+from nemotron_recipes.data.gates.simple import Gate
+from nemotron_recipes.data.gates.text import replaced, texts
+from nemotron_recipes.errors import Problem, UserError
+
+Span = tuple[int, int]
+
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w-])")
+_CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-]|\.\d)")
+_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:)[0-9A-Fa-f:.]{3,45}(?![\w:])")
+_PHONE = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}")  # seven digits close together: worth a real look
+# Formats that issuers document, so that a match is a credential and no accident.
+_KEY = re.compile(
+    r"-----BEGIN (?:[A-Z0-9]{2,20} ){0,3}PRIVATE KEY-----.{0,16384}?(?:-----END [A-Z0-9 ]{0,80}PRIVATE KEY-----|\Z)"
+    r"|(?<![A-Za-z0-9])(?:"
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}"  # Amazon
+    r"|AIza[\w-]{35}"  # Google
+    r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_\w{22,255}|glpat-[\w-]{20,64}"
+    r"|hf_[A-Za-z0-9]{30,64}|nvapi-[\w-]{20,128}|sk-[\w-]{20,256}"
+    r"|xox[abeprs]-[A-Za-z0-9-]{10,256}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,512}|[rs]k_live_[A-Za-z0-9]{16,128}"
+    r"|eyJ[\w-]{8,2048}\.eyJ[\w-]{8,8192}\.[\w-]{8,2048}"  # JSON web token (RFC 7519)
+    r")(?![A-Za-z0-9])",
+    re.DOTALL,
+)
+
+
+class PiiGate(Gate):
+    """Reasons: one per combination of kinds that a row holds, as pii_email or pii_email_phone."""
+
+    settings: Pii
+    name = "pii"
+
+    def open(self) -> None:
+        if "phone" in self._kinds:
+            _phonenumbers()
+
+    def check(self, candidate: Candidate) -> Verdict:
+        counts: Counter[str] = Counter()
+        first = ""
+        for where, text in texts(candidate.row):
+            for kind, _ in self.find(text):
+                counts[kind] += 1
+                first = first or where
+        if not counts:
+            return None
+        kinds = [kind for kind in PII_KINDS if counts[kind]]
+        reason = "pii_" + "_".join(kinds)
+        # Never the data themselves: the report goes further than the rows do.
+        example = ", ".join(f"{counts[kind]} {kind}" for kind in kinds) + f"; first in {first}"
+        if self.settings.action == "drop":
+            return Drop(reason, example)
+        if self.settings.action == "redact":
+            return Change(replaced(candidate.row, self.redact), reason, example)
+        return Note(reason, example)
+
+    def redact(self, text: str) -> str:
+        """`text` with `[EMAIL]` and the like in place of what was found."""
+        pieces, done = [], 0
+        for kind, (start, end) in self.find(text):
+            pieces += [text[done:start], f"[{kind.upper()}]"]
+            done = end
+        return "".join([*pieces, text[done:]])
+
+    def find(self, text: str) -> list[tuple[str, Span]]:
+        """(kind, span) in order, without overlaps. Where kinds overlap, the one that is checked harder wins."""
+        found: list[tuple[str, Span]] = []
+        for kind in ("key", "email", "card", "ip", "phone"):
+            if kind in self._kinds:
+                taken = [span for _, span in found]
+                spans = self._phones(text) if kind == "phone" else _FIND[kind](text)
+                found += [(kind, span) for span in spans if not any(_overlap(span, other) for other in taken)]
+        return sorted(found, key=lambda one: one[1])
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return tuple(self.settings.kinds or PII_KINDS)
+
+    def _phones(self, text: str) -> list[Span]:
+        if not _PHONE.search(text) or (self.settings.phone_region is None and "+" not in text):
+            return []
+        phonenumbers = _phonenumbers()
+        matches = phonenumbers.PhoneNumberMatcher(text, self.settings.phone_region)
+        return [(match.start, match.end) for match in matches]
+
+
+def luhn(digits: str) -> bool:
+    """The checksum of card numbers (ISO/IEC 7812-1, annex B)."""
+    total = 0
+    for place, digit in enumerate(reversed(digits)):
+        value = int(digit) * (1 + place % 2)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def _keys(text: str) -> Iterator[Span]:
+    return (match.span() for match in _KEY.finditer(text))
+
+
+def _emails(text: str) -> Iterator[Span]:
+    return (match.span() for match in _EMAIL.finditer(text)) if "@" in text else iter(())
+
+
+def _cards(text: str) -> Iterator[Span]:
+    for match in _CARD.finditer(text):
+        digits = re.sub(r"\D", "", match.group())
+        if digits.isascii() and len(set(digits)) > 1 and digits[0] in "23456" and luhn(digits):
+            yield match.span()
+
+
+def _addresses(text: str) -> Iterator[Span]:
+    """Addresses that are somebody's: private, loopback and documentation ranges are not."""
+    for pattern in (_IPV4, _IPV6):
+        for match in pattern.finditer(text):
+            word = match.group().rstrip(".")
+            try:
+                address = ipaddress.ip_address(word)
+            except ValueError:
+                continue
+            if address.is_global:
+                yield match.start(), match.start() + len(word)
+
+
+_FIND: dict[str, Callable[[str], Iterator[Span]]] = {
+    "key": _keys, "email": _emails, "card": _cards, "ip": _addresses
+}  # fmt: skip
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _phonenumbers() -> Any:
+    try:
+        import phonenumbers
+    except ImportError:
+        fix = "pip install 'nemotron-recipes[gates]', or set data.gates.pii.kinds without phone"
+        raise UserError(
+            Problem("data.gates.pii: finding phone numbers needs the 'phonenumbers' library", fix=fix)
+        ) from None
+    return phonenumbers
