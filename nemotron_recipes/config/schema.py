@@ -232,6 +232,7 @@ REFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
         ("data.tokenizer", "tokenizer"),
         ("data.sources[].path", "data"),
         ("data.chat_template", "template"),
+        ("data.gates.contamination.files[]", "data"),
     ),
     "train": (
         ("model.path", "model"),

@@ -171,9 +171,11 @@ def read_condition(text: str) -> Condition | None:
     return None if match is None else Condition(match[1], match[2], float(match[3]))
 
 
-def gate_problems(settings: GateSettings, method: str) -> list[Problem]:
+def gate_problems(settings: GateSettings | None, method: str) -> list[Problem]:
     """What types alone can't show."""
     problems: list[Problem] = []
+    if settings is None:
+        return problems
     for text in settings.quality.where if settings.quality else ():
         if read_condition(text) is None:
             fix = "write FIELD OPERATOR NUMBER, for example 'score >= 7'"
@@ -189,6 +191,10 @@ def gate_problems(settings: GateSettings, method: str) -> list[Problem]:
         problems.append(Problem("data.gates.length has no limit", fix=f"set one of {limits}"))
     if method == "rl" and settings.repetition is not None:
         problems.append(Problem("data.gates.repetition has no meaning for rl: its rows have no answers"))
+    for index, file in enumerate(settings.contamination.files if settings.contamination else ()):
+        if file.startswith(("hf://", "sample:")):
+            fix = "download it, and give the file, a folder with .jsonl files, or artifact:NAME"
+            problems.append(Problem(f"data.gates.contamination.files.{index}: {file} is not a file", fix=fix))
     region = settings.pii.phone_region if settings.pii else None
     if region is not None and not re.fullmatch("[A-Z]{2}", region):
         problems.append(Problem(f"data.gates.pii.phone_region: '{region}' is no ISO 3166 code such as DE or US"))

@@ -58,9 +58,12 @@ def _key(job: Job, report: Report) -> dict[str, str]:
         source.pop("path")  # where it lies; `data` says what it holds
     for name in ("tokenizer", "chat_template", "on_bad_row", "workers"):
         settings.pop(name)
+    if settings["gates"] and settings["gates"]["contamination"]:
+        settings["gates"]["contamination"].pop("files")  # the gate's key says what they hold
+    gates = [[gate.name, gate.key] for gate in job.gates.rows] + [[gate.name, gate.key] for gate in job.gates.corpus]
     return {
         "data": sha256_text(to_json([[file["identity"] for file in source["files"]] for source in report.sources])),
-        "settings": sha256_text(to_json({"method": job.method, **settings})),
+        "settings": sha256_text(to_json({"method": job.method, **settings, "gates_by_key": gates})),
         "tokenizer": report.encoder.digest,
         "template": report.encoder.template.digest,
         "code": code_digest(),

@@ -48,6 +48,7 @@ _MERGED_LATER = (
     "tokenizer",
     "chat_template",
     "workers",
+    "gates",  # by their own keys
 )
 
 

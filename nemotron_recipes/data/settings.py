@@ -83,7 +83,7 @@ class Settings:
     chat_template: str = "nemotron3"  # nemotron3, or a path to a .jinja file
     thinking: bool = True  # the generation prompt opens a reasoning block
     answer_pattern: str | None = None  # regex with one group that finds the final answer in a reference answer
-    gates: GateSettings = GateSettings()  # noqa: RUF009  frozen
+    gates: GateSettings | None = None  # curation; null: none
 
 
 def read_settings(data: Any, method: Any) -> Settings:

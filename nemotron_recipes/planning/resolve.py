@@ -130,6 +130,8 @@ def _values(node: Any, parts: list[str], prefix: str) -> Iterator[tuple[str, Any
     if not parts:
         yield prefix.rstrip("."), node
         return
+    if node is None:  # a section that is left out
+        return
     name, rest = parts[0], parts[1:]
     if name.endswith("[]"):
         name = name[:-2]

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.data.gates.build import build_gates
 from nemotron_recipes.data.metadata import write_metadata
 from nemotron_recipes.data.prepare import Hub, Job, Progress, Report, prepare
 from nemotron_recipes.data.settings import Settings, read_settings
@@ -37,6 +38,7 @@ def run(config: Tree, ctx: Context) -> None:
             locations=tuple(_location(index, settings, ctx) for index in range(len(settings.sources))),
             tokenizer=_tokenizer(settings.tokenizer, ctx, Path(scratch)),
             template_source=template_source(str(ctx.inputs.get("data.chat_template", settings.chat_template))),
+            gates=build_gates(settings.gates, _evaluations(settings, ctx)),
             spools=ctx.store.root / ".spools",
         )
         output = ctx.output(SLOT)
@@ -64,6 +66,19 @@ def _location(index: int, settings: Settings, ctx: Context) -> Path | Hub | None
     if settings.sources[index].path.startswith("sample:"):
         return None
     raise UserError(Problem(f"the worker file has no input {key} for {settings.sources[index].path}"))
+
+
+def _evaluations(settings: Settings, ctx: Context) -> tuple[Path, ...]:
+    """Where the files of the contamination gate lie."""
+    section = settings.gates.contamination if settings.gates else None
+    found = []
+    for index, reference in enumerate(section.files if section else ()):
+        location = ctx.inputs.get(f"data.gates.contamination.files.{index}")
+        if location is None:
+            what = f"data.gates.contamination.files.{index}: {reference} is not on this machine"
+            raise UserError(Problem(what, fix="give a .jsonl file, a folder with some, or artifact:NAME"))
+        found.append(location)
+    return tuple(found)
 
 
 def _tokenizer(reference: str, ctx: Context, scratch: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemotron_recipes.data.encoder import Encoder
+from nemotron_recipes.data.gates.build import build_gates
 from nemotron_recipes.data.metadata import write_metadata
 from nemotron_recipes.data.prepare import Job, Report, prepare
 from nemotron_recipes.data.rows import RowReader
@@ -82,7 +83,9 @@ def run_prepare(
     sources = [{"path": str(file), **(source or {"split": "train"})} for file in files]
     tree = {"sources": sources, "tokenizer": "tiny", "pack_size": 128, "thinking": False, **data}
     settings = read_settings(tree, method)
-    job = Job(method, settings, tuple(files), tiny_folder(), TEMPLATE)
+    contamination = settings.gates and settings.gates.contamination
+    evaluations = tuple(Path(file) for file in contamination.files) if contamination else ()
+    job = Job(method, settings, tuple(files), tiny_folder(), TEMPLATE, build_gates(settings.gates, evaluations))
     report = prepare(job, output)
     return report, write_metadata(job, report, output)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 
+import nemotron_recipes.data.gates
 from nemotron_recipes.data.gate_settings import (
     Contamination,
     GateSettings,
@@ -24,7 +26,7 @@ from nemotron_recipes.data.gate_settings import (
     Repetition,
     Structure,
 )
-from nemotron_recipes.data.gates import Candidate, Change, Drop, Note
+from nemotron_recipes.data.gates import Candidate, Change, Drop, Note, duplicates
 from nemotron_recipes.data.gates.build import build_gates
 from nemotron_recipes.data.gates.pii import PiiGate, luhn
 from nemotron_recipes.data.rows import Row
@@ -33,6 +35,8 @@ from nemotron_recipes.errors import UserError
 from tests.helpers.data_prep import chat, read_row
 
 Turn = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
 
 
 def user(text: str) -> Turn:
@@ -377,3 +381,21 @@ def test_repetition_needs_answers() -> None:
     tree = {"sources": [{"path": "x", "split": "train"}], "tokenizer": "tiny", "gates": {"repetition": {}}}
     with pytest.raises(UserError, match="no meaning for rl"):
         read_settings(tree, "rl")
+
+
+def test_every_reason_is_documented() -> None:
+    package = Path(str(nemotron_recipes.data.gates.__file__)).parent
+    source = "".join(path.read_text(encoding="utf-8") for path in package.glob("*.py"))
+    used = set(re.findall(r'Drop\(\s*"(\w+)"', source)) | {duplicates.DUPLICATE, duplicates.IN_TRAINING}
+    used |= {duplicates.NEAR_DUPLICATE, duplicates.NEAR_TRAINING}
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table = page[page.index("## Gates") :]
+    assert used - set(re.findall(r"`(\w+)`", table)) == set()
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert [re.findall(r"`(\w+)`", line)[0] for line in rows[: len(fields(GateSettings))]] == [
+        field.name for field in fields(GateSettings)
+    ]
+    for line, field in zip(rows, fields(GateSettings), strict=False):
+        section = get_args(get_type_hints(GateSettings)[field.name])[0]
+        section = OwnGate if field.name == "own" else section
+        assert all(f"`{setting.name}" in line for setting in fields(section)), field.name

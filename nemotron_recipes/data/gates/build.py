@@ -39,12 +39,12 @@ _ROWS: dict[str, Callable[[Any], Any]] = {
 _CORPUS: dict[str, Callable[[Any], Any]] = {"exact_duplicates": ExactGate, "near_duplicates": NearGate}
 
 
-def build_gates(settings: GateSettings, evaluations: tuple[Path, ...] = ()) -> Gates:
+def build_gates(settings: GateSettings | None, evaluations: tuple[Path, ...] = ()) -> Gates:
     """`evaluations`: where the files of `contamination` lie. UserError: an own gate can't be had."""
     rows: list[Any] = []
     corpus: list[Any] = []
-    for field in fields(settings):
-        section = getattr(settings, field.name)
+    for field in fields(GateSettings):
+        section = getattr(settings, field.name, None)
         if section is None:
             continue
         if field.name == "contamination":
