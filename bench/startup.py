@@ -22,7 +22,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-FORBIDDEN = ("torch", "nemo_run", "transformers")
+FORBIDDEN = ("torch", "nemo_run", "transformers", "leptonai")
 NEMOTRON = str(Path(sys.executable).parent / "nemotron")
 
 
@@ -38,6 +38,7 @@ COMMANDS = (
     Command("`python -c 'import hydra'`", (sys.executable, "-c", "import hydra")),
     Command("`nemotron --help`", (NEMOTRON, "--help"), 0.25),
     Command("`nemotron nano3 sft --help`", (NEMOTRON, "nano3", "sft", "--help"), 0.4),
+    Command("`nemotron runs list`", (NEMOTRON, "runs", "list"), 0.4),
     Command(
         "`nemotron nano3 data prep sft -c tiny --dry-run`",
         (NEMOTRON, "nano3", "data", "prep", "sft", "-c", "tiny", "--dry-run"),

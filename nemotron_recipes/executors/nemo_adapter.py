@@ -14,20 +14,23 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from nemotron_recipes.spec import RenderedStage
 
 HOME_ENV = "NEMORUN_HOME"
+LEFT_OUT = "leptonai"
 _SCHEDULER = "local_persistent"  # the name under which NeMo-Run registers its local scheduler
 
 
 def load(home: Path) -> None:
     """Import NeMo-Run (a second or more) with `home` for its own files, unless the user has set NEMORUN_HOME.
 
-    The home counts at import time only: a path below it is a module constant of NeMo-Run. NeMo-Run imports torch, where
-    it is installed, only to write dtypes to YAML; without that the import takes half the time and 200 MB less.
+    The home counts at import time only: a path below it is a module constant of NeMo-Run.
     """
     os.environ.setdefault(HOME_ENV, str(home))
     with imported():
@@ -36,19 +39,28 @@ def load(home: Path) -> None:
 
 @contextmanager
 def imported() -> Iterator[None]:
-    """NeMo-Run without torch, for who reads or renders with it: with no home set, none is named or made.
+    """NeMo-Run without torch and leptonai, for who reads or renders with it: with no home set, none is named or made.
 
-    Modules that the body imports from NeMo-Run don't find torch either, unless it was there before.
+    NeMo-Run imports torch, where it is installed, only to write dtypes to YAML, and leptonai for an executor that is
+    not used here; either takes about as long as all the rest (docs/bench.md). The body does not find torch, and finds
+    a stand-in for leptonai; afterwards both can be imported as ever. What is loaded already stays as it is.
     """
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
+    finder = _StandIns(LEFT_OUT)
+    if LEFT_OUT not in sys.modules:
+        sys.meta_path.insert(0, finder)
     try:
         import_module("nemo_run")
         yield
     finally:
         if hidden:
             del sys.modules["torch"]
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+        for name in finder.made:
+            sys.modules.pop(name, None)
 
 
 @contextmanager
@@ -88,6 +100,33 @@ def launched(
         experiment.run()
         (process,) = schedulers[0].processes
         yield process
+
+
+class _StandIns(MetaPathFinder, Loader):
+    """In place of a package and all below it: modules in which every name is a class that can't be made."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self.made: list[str] = []
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] == self.package else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.made.append(module.__name__)
+        module.__getattr__ = _stand_in  # type: ignore[method-assign]  # https://peps.python.org/pep-0562/
+
+
+def _stand_in(name: str) -> type:
+    def refuse(self: object, *args: object, **options: object) -> None:
+        raise ImportError(f"{LEFT_OUT} was left out when NeMo-Run was imported; {name} is a stand-in")
+
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {"__init__": refuse})
 
 
 def _factory(stage: RenderedStage, environ: Mapping[str, str], log: Path, made: list[Any]) -> Any:
