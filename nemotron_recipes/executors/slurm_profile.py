@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Fields with two names: NeMo-Run's, and the one that this project uses for the same thing everywhere.
 # One Slurm task runs per node whatever is asked for; `ntasks_per_node` has always meant the processes of a node.
-OTHER_NAMES = {"ntasks_per_node": "nproc_per_node", "container_mounts": "mounts", "setup_lines": "setup"}
+OTHER_NAMES = {
+    "ntasks_per_node": "nproc_per_node",
+    "container_mounts": "mounts",
+    "setup_lines": "setup",
+    "env_vars": "env",
+}
+
+# Fields of NeMo-Run's `SlurmExecutor` that are not to be set here, each with why, and what to set.
+_ARRAY = (
+    "one run folder holds one run: for 1-N%1, the same work going on in N jobs one after another, set max_requeues; "
+    "for different work side by side start a run each"
+)
+_ONE_COMMAND = "a stage is one command on all its nodes, of one kind"
+NOT_HERE = {
+    "array": _ARRAY,
+    "dependencies": 'set dependency = "afterok:JOB"',
+    "dependency_type": 'set dependency = "afterok:JOB"',
+    "het_group_indices": _ONE_COMMAND,
+    "heterogeneous": _ONE_COMMAND,
+    "job_details": "names and logs are the run folder's; job_name_prefix is yours",
+    "launcher": "the recipe decides whether a stage runs under torchrun",
+    "memory_measure": "put a command that measures into setup",
+    "monitor_group_job": _ONE_COMMAND,
+    "monitor_group_job_wait_time": _ONE_COMMAND,
+    "packager": "the run takes the sources along as they lie on disk",
+    "poll_estimated_start_time": "--run shows the estimate",
+    "ray_template": _ONE_COMMAND,
+    "retries": "set max_requeues",
+    "torchrun_nproc_per_node": "set nproc_per_node",
+    "tunnel": "start the run where sbatch works",
+    "wait_time_for_group_job": _ONE_COMMAND,
+}
 
 # Fields that become an `#SBATCH` line of the same name. What is not set has no line: the site's own default holds.
 SBATCH_FIELDS = (
@@ -21,7 +52,7 @@ SBATCH_FIELDS = (
 
 # sbatch flags that are not to be had through `additional_parameters`, each with what to set instead.
 OWN_FLAGS = {
-    "array": "nothing: one run folder holds one run; start several runs instead",
+    "array": f"nothing: {_ARRAY}",
     "nodes": "nodes",
     "ntasks": "nodes and nproc_per_node",
     "ntasks-per-node": "nproc_per_node",
@@ -44,6 +75,7 @@ class SlurmProfile(BaseModel):
     """A Slurm cluster. A field that is not set leaves no trace in the script."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    NOT_HERE: ClassVar[dict[str, str]] = NOT_HERE
 
     executor: Literal["slurm"] = "slurm"
     nodes: Positive = 1

@@ -122,8 +122,9 @@ def _problems(
         kind, value = item["type"], item.get("input")
         fix = ""
         if kind == "extra_forbidden":
-            fix = _suggest(tuple(item["loc"]), model, key.removesuffix(".".join(str(part) for part in item["loc"])))
-            what = f"unknown key '{key}'"
+            words = getattr(model, "NOT_HERE", {}).get(item["loc"][-1])  # known elsewhere, and left out on purpose
+            suggested = _suggest(tuple(item["loc"]), model, key.removesuffix(".".join(str(p) for p in item["loc"])))
+            what, fix = (f"'{key}' is not to be set here", words) if words else (f"unknown key '{key}'", suggested)
         elif kind == "missing":
             what = f"'{key}' has no default and must be set"
             fix = f"add '{key}=...'" if not _in_list(item["loc"]) else f"add '{item['loc'][-1]}: ...' to that element"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from nemotron_recipes.executors import nemo_adapter
 from nemotron_recipes.executors.slurm import SlurmExecutor
 from nemotron_recipes.executors.slurm_meeting import FIRST_PORT, PORTS, NoMeeting, hold_port, told_port
-from nemotron_recipes.executors.slurm_profile import SlurmProfile
+from nemotron_recipes.executors.slurm_profile import NOT_HERE, OTHER_NAMES, SlurmProfile
+from nemotron_recipes.planning.validate import check_run
 from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Placement, Plan, Rendered, Request
 from tests.helpers.plans import plan_of, probe_stage
@@ -176,6 +180,30 @@ def test_check_refuses(fields: dict[str, Any], told: str, monkeypatch: pytest.Mo
     assert told in problem.what
     assert problem.where
     assert problem.fix
+
+
+def test_every_field_of_nemo_runs_executor_is_taken_or_refused_with_a_reason() -> None:
+    with nemo_adapter.imported():
+        from nemo_run.core.execution.slurm import SlurmExecutor as Theirs
+    base = {"experiment_id", "job_dir", "experiment_dir"}  # how NeMo-Run hands itself down
+    theirs = {f.name for f in fields_of(Theirs) if f.init and not f.name.startswith("_")} - base
+    assert theirs - {*SlurmProfile.model_fields, *OTHER_NAMES} == {*NOT_HERE}
+    (problem,) = check_run({"executor": "slurm", "array": "0-3"}, lambda key: "command line")[1]
+    assert (problem.what, "max_requeues" in problem.fix) == ("'run.array' is not to be set here", True)
+
+
+def test_leptonai_is_left_out_of_nemo_run_for_a_while_only() -> None:
+    code = (
+        "import sys; from nemotron_recipes.executors import nemo_adapter\n"
+        "with nemo_adapter.imported():\n"
+        "    from nemo_run.core.execution.lepton import APIClient\n"
+        "assert not {'leptonai', 'torch'} & {name.partition('.')[0] for name in sys.modules}\n"
+        "try:\n    APIClient()\nexcept ImportError as error:\n    print(error)\n"
+        "import leptonai; assert leptonai.__file__"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "left out" in done.stdout) == (0, True), done.stderr
 
 
 def test_one_process_on_two_nodes_is_refused() -> None:
