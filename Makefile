@@ -11,7 +11,7 @@ SETUP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	$(PYTHON) tools/venv.py --venv "$(VENV)"
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart slurm-demo test test-system test-long lint bench lock clean
+.PHONY: help quickstart slurm-demo test test-system test-long lint bench bench-slurm lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -55,6 +55,10 @@ lint: ## ruff, the import rules, the type checker
 bench: ## CPU seconds of the commands that must start fast
 	@$(SETUP) --extra trl
 	"$(BIN)/python" bench/startup.py
+
+bench-slurm: ## command to accepted job, beside sbatch and NeMo-Run (needs `make test-system`)
+	@$(SETUP) --extra trl
+	"$(BIN)/python" bench/submission.py
 
 lock: ## pin anew after a change of dependencies in pyproject.toml
 	@$(SETUP) --extra test

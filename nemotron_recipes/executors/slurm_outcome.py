@@ -103,7 +103,8 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
     elif not code:
         return f"{what}{f' ({state.reason})' if state.reason else ''}"
     if state.state != "COMPLETED" and began is None and first is None:
-        return f"{what} with exit code {verdict.named(code)} before anything was started:{_tail(log)}"
+        said = _tail(log) + _tail(nodes) if (nodes := slurm_files.nodes_log(stage, state.job)).exists() else _tail(log)
+        return f"{what} with exit code {verdict.named(code)} before anything was started:{said}"
     failure = None
     if first and first.rank is not None and first.rank_exit_code is not None:
         failure = RankFailure(first.rank, first.rank_exit_code)
@@ -115,5 +116,5 @@ def _tail(log: Path, lines: int = 8) -> str:
     try:
         text = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return f" it left no log {log}"
+        return f" it left no log {log}: does the node see that folder, and has this user room there?"
     return "".join(f"\n  | {line}" for line in text[-lines:]) + f"\n  log: {log}"
