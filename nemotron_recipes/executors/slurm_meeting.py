@@ -53,9 +53,7 @@ def told_port(stage: StageDir, attempt: int, job: str, stopping: Callable[[], bo
         if told.get("job") == job and isinstance(told.get("port"), int):
             return int(str(told["port"]))
         time.sleep(0.1)
-    raise NoMeeting(
-        f"the first node told no port to meet at ({path}): do all nodes see one and the same run folder?"
-    )
+    raise NoMeeting(f"the first node told no port to meet at ({path}): do all nodes see one and the same run folder?")
 
 
 def _bound(port: int) -> socket.socket:
