@@ -31,7 +31,7 @@ secrets = ["MY_LICENCE"]
 
 
 def test_a_run_of_somebody_who_is_no_administrator() -> None:
-    """A run from start to end; its secrets file is theirs alone; a waiting run is cancelled, and no other job with it."""
+    """A run from start to end; its secrets file is theirs alone; a waiting run is cancelled, no other job."""
     slurm.require()
     if os.geteuid():
         pytest.skip("this is an ordinary user already: every other test of Slurm has shown the same")
