@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -62,15 +63,14 @@ def run_parallel(
             process.start()
             theirs.close()
             processes[ours] = process
-            busy[ours] = task = left.pop()
-            ours.send(task)
+            _give(ours, left.pop(), busy)
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
                 task = busy.pop(ready)
                 try:
                     outcome = ready.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     outcome = _died(processes[ready], task)
                 if isinstance(outcome, Exception):
                     failures.append((task.number, outcome))
@@ -78,8 +78,7 @@ def run_parallel(
                 if outcome.bad_rows and recipe.settings.on_bad_row == "fail":
                     left.clear()
                 if left and not failures:
-                    busy[ready] = left.pop()
-                    ready.send(busy[ready])
+                    _give(ready, left.pop(), busy)
                 yield task, outcome
         if failures:
             raise min(failures, key=lambda failure: failure[0])[1]
@@ -89,6 +88,12 @@ def run_parallel(
             connection.close()
         for process in processes.values():
             process.join()
+
+
+def _give(connection: Connection, task: Task, busy: dict[Connection, Task]) -> None:
+    busy[connection] = task
+    with suppress(BrokenPipeError):  # the process has died: the next read says so
+        connection.send(task)
 
 
 def _serve(connection: Connection, recipe: Recipe, root: Path) -> None:

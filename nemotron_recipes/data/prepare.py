@@ -137,7 +137,7 @@ class _Preparation:
     def run(self) -> Report:
         encoder = ShardEncoder(self.recipe)
         shards = self._shards()
-        before = self._states()
+        before = [_state(file) for file in self._all_files()]
         with ExitStack() as stack:
             base = self._key(encoder.encoder)
             scratch = self.output / ".spool"
@@ -149,8 +149,9 @@ class _Preparation:
                 raise _nothing(_total(merged))
             splits = self._write(merged, [Spool(spools.folder / key) for key in keys])
             sources = self._sources(merged, identities.result())
-        if self._states() != before:
-            raise UserError(Problem("an input has changed while it was read", fix="run again"))
+        changed = [file.place for file, state in zip(self._all_files(), before, strict=True) if _state(file) != state]
+        if changed:
+            raise UserError(Problem(f"changed while it was read: {', '.join(changed)}", fix="run again"))
         shutil.rmtree(scratch, ignore_errors=True)
         (self.output / "chat_template.jinja").write_text(self.job.template_source, encoding="utf-8", newline="\n")
         return Report(
@@ -277,8 +278,8 @@ class _Preparation:
     def _identities(self) -> list[list[str]]:
         return [[file.identity for file in files] for files in self.files]
 
-    def _states(self) -> list[Any]:
-        return [file.state for files in self.files for file in files]
+    def _all_files(self) -> list[Input]:
+        return [file for files in self.files for file in files]
 
     def _sources(self, merged: Merged, identities: list[list[str]]) -> list[dict[str, Any]]:
         """For each source: its name, its files with their counts, the counts of all."""
@@ -305,6 +306,13 @@ def code_digest() -> str:
     """Identity of the code that prepares: the sources and templates of this package."""
     root = Path(__file__).parent
     return tree_digest(root, [path for path in files_below(root) if path.suffix in (".py", ".jinja")])
+
+
+def _state(file: Input) -> Any:
+    try:
+        return file.state
+    except OSError as error:
+        return str(error)
 
 
 def _hub_shards(number: int, hub: Hub, source: Source, limit: int | None) -> list[Shard]:

@@ -60,7 +60,7 @@ def _lines(shard: Shard) -> Iterator[Line]:
             handle.seek(position - 1)
             while piece := handle.readline(MAX_LINE):
                 position += len(piece)
-                if piece.endswith(b"\n"):
+                if piece.endswith(b"\n") or position > shard.hi:
                     break
             position -= 1
         yield from _text_lines(handle, shard.first, shard.hi - position, None)

@@ -23,6 +23,7 @@ from nemotron_recipes.data.settings import SPLITS, Settings
 from nemotron_recipes.data.shards import Shard, content_digest
 from nemotron_recipes.data.splits import content_key, split_of, weight_point
 from nemotron_recipes.data.spool import Spool, SpoolWriter, Tally, is_whole
+from nemotron_recipes.errors import Problem, UserError
 
 BLOCK_ROWS = 256  # encoded at once
 BLOCK_BYTES = 2 << 20  # of text, roughly: large rows make smaller blocks
@@ -78,7 +79,11 @@ class ShardEncoder:
     def run(self, shard: Shard, root: Path, base: str) -> Done:
         """See that the shard's spool is below `root`; `base` is what it follows from besides its content.
         UserError: a damaged input; OSError: the disk."""
-        key = hashlib.sha256(f"{base} {content_digest(shard)}".encode()).hexdigest()[:32]
+        try:
+            content = content_digest(shard)
+        except OSError as error:
+            raise UserError(Problem(f"{shard.place} can't be read: {error}")) from None
+        key = hashlib.sha256(f"{base} {content}".encode()).hexdigest()[:32]
         if is_whole(root / key):
             os.utime(root / key)
             facts = Spool(root / key).facts

@@ -84,10 +84,12 @@ def _pieces(handle: IO[bytes], lo: int, hi: int) -> Iterator[bytes]:
     handle.seek(max(lo - 1, 0))
     left = hi - max(lo - 1, 0)
     piece = b""
+    begun = lo == 0  # a line starts in the range
     while left > 0 and (piece := handle.read(min(_PIECE, left))):
         left -= len(piece)
+        begun = begun or b"\n" in (piece if left else piece[:-1])
         yield piece
-    if piece.endswith(b"\n"):
+    if not begun or piece.endswith(b"\n"):
         return
     while piece := handle.readline(_PIECE):
         yield piece
