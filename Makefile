@@ -36,7 +36,8 @@ test-long: ## the tests marked long as well
 	@$(SETUP) --extra test
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
 
-SYSTEM_PACKAGES = chromium slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core docker.io
+SYSTEM_PACKAGES = chromium slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core docker.io \
+	docker-registry squashfs-tools
 test-system: ## the Debian packages that the tests need: a real Slurm, a real docker, a browser (as root, by apt-get)
 	@missing=$$(for package in $(SYSTEM_PACKAGES); do \
 		dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || echo $$package; done); \

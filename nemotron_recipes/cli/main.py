@@ -33,6 +33,7 @@ FIXED = {
     "lineage": "nemotron_recipes.cli.artifacts:lineage",
     "report": "nemotron_recipes.cli.report:report",
     "gc": "nemotron_recipes.cli.gc:gc",
+    "images": "nemotron_recipes.cli.images:images",
     "env": "nemotron_recipes.cli.environment:env",
 }
 HELP = {
@@ -43,6 +44,7 @@ HELP = {
     "lineage": "Draw what a model or data set came from.",
     "report": "Write what is known of a model, or what changed between two versions.",
     "gc": "Put into quarantine what nothing kept descends from.",
+    "images": "List, check and import the images that stages run in.",
     "env": "Show the profiles of env.toml.",
 }
 

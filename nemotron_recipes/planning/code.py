@@ -21,6 +21,7 @@ from nemotron_recipes.spec import Code, sha256_text
 
 PACKAGE = Path(__file__).resolve().parent.parent
 TRAVELS = {".py", ".typed", ".jinja", ".json"}
+DATA = ("conf", "containers")  # folders of the installed package that hold no code
 LARGEST = 1_000_000  # bytes; no source file comes near, data that was left there does
 SNAPSHOT = "code"  # folder in the run folder; it goes on the workers' PYTHONPATH
 
@@ -109,7 +110,8 @@ def _sorted_out(package: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     travel: list[Path] = []
     left: list[tuple[str, str]] = []
     for folder, folders, names in os.walk(package):
-        folders[:] = sorted(f for f in folders if f != "__pycache__" and not (folder == str(package) and f == "conf"))
+        data = DATA if folder == str(package) else ()
+        folders[:] = sorted(f for f in folders if f != "__pycache__" and f not in data)
         for name in sorted(names):
             path = Path(folder, name)
             if path.suffix not in TRAVELS:

@@ -1,0 +1,130 @@
+"""`nemotron images list | check | import`: what stages run in, held against the registry, brought here once."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import click
+
+from nemotron_recipes.cli.text import short, table
+from nemotron_recipes.config.profiles import read_environment
+from nemotron_recipes.errors import Problem, UserError, printable
+
+
+@click.group()
+def images() -> None:
+    """List the images that stages run in, check them, import one."""
+
+
+@images.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print for programs.")
+def list_images(as_json: bool) -> None:
+    """What is known of each image, and how."""
+    from dataclasses import asdict
+
+    from nemotron_recipes.executors.images import known_images
+
+    known = known_images()
+    if as_json:
+        click.echo(json.dumps([asdict(image) for image in known], indent=2))
+        return
+    rows = [
+        (
+            image.reference,
+            ", ".join(image.backends) or "-",
+            ", ".join(image.stages) or "-",
+            ", ".join(image.architectures) or "not known",
+            short(image.digest) if image.digest else "not known",
+            ", ".join(f"{name} {version}" for name, version in image.versions.items()),
+        )
+        for image in known
+    ]
+    click.echo(table(("IMAGE", "BACKEND", "STAGES", "ARCHITECTURES", "DIGEST", "VERSIONS"), rows))
+
+
+@images.command("check")
+@click.argument("references", nargs=-1, metavar="[IMAGE]...")
+@click.option("--arch", metavar="NAME", help="amd64 or arm64; this machine's, unless you say another, or any.")
+@click.option("--json", "as_json", is_flag=True, help="Print for programs.")
+def check(references: tuple[str, ...], arch: str | None, as_json: bool) -> None:
+    """Ask the registries: does each image exist, for this machine, and is it still the one that is listed?
+
+    Without IMAGE, all that are listed and come from a registry.
+    """
+    from nemotron_recipes.executors import registry
+    from nemotron_recipes.executors.images import Image, differences, find, known_images, reference
+
+    known = known_images()
+    if references:
+        chosen = [find(written, known) or Image(written, (), ()) for written in references]
+    else:
+        chosen = [image for image in known if not image.recipe]
+    wanted = None if arch == "any" else arch or _this_machine()
+    problems: list[Problem] = []
+    rows, tree = [], []
+    for image in chosen:
+        try:
+            found = registry.look_up(reference(image.reference))
+        except UserError as error:
+            problems += error.problems
+            continue
+        problems += differences(image, found, wanted)
+        rows.append(
+            (image.reference, ", ".join(found.architectures), found.digest, "" if image.digest else "not listed")
+        )
+        tree.append({"image": image.reference, "digest": found.digest, "architectures": found.architectures})
+    if as_json:
+        click.echo(json.dumps({"images": tree, "problems": [str(problem) for problem in problems]}, indent=2))
+    elif rows:
+        click.echo(table(("IMAGE", "ARCHITECTURES", "DIGEST NOW", ""), rows))
+    if problems:
+        raise UserError(*problems)
+
+
+@images.command("import")
+@click.argument("written", metavar="IMAGE")
+@click.option("--to", "target", type=click.Path(file_okay=False, path_type=Path), help="Folder for the .sqsh file.")
+@click.option("-r", "--run", "profile", metavar="PROFILE", help="Let a node of this Slurm profile do it.")
+@click.option("--docker", "by_docker", is_flag=True, help="Pull it into this machine's docker, by its digest.")
+def import_image(written: str, target: Path | None, profile: str | None, by_docker: bool) -> None:
+    """Bring an image here once, pinned to the digest that its tag has now: as a .sqsh file, or into docker."""
+    from nemotron_recipes.executors import images as catalogue
+    from nemotron_recipes.executors import registry
+    from nemotron_recipes.executors.enroot import Reference
+
+    if by_docker and (target or profile):
+        raise UserError(Problem("--docker takes neither --to nor --run", "command line", "the image goes to docker"))
+    if not by_docker and target is None:
+        raise UserError(Problem("where to?", "command line", "--to FOLDER, which all nodes see; or --docker"))
+    image = catalogue.reference(written)
+    found = registry.look_up(image)
+    listed = catalogue.find(written, catalogue.known_images()) or catalogue.Image(written, (), ())
+    problems = [*catalogue.differences(listed, found, None if profile else _this_machine())]
+    if problems:
+        raise UserError(*problems)
+    if by_docker:
+        pinned = Reference(image.registry, image.repository, "", found.digest).for_docker
+        catalogue.pull(pinned)
+        click.echo(f"container_image = {json.dumps(pinned)}")
+        return
+    assert target is not None
+    before = _srun(profile) if profile else []
+    file = catalogue.import_squashfs(image, found.digest, target.absolute(), before)
+    click.echo(f"container_image = {json.dumps(str(file))}")
+
+
+def _srun(name: str) -> list[str]:
+    """One task on one node, without GPUs where the profile names a partition for that."""
+    profile = read_environment().profile(name)
+    if profile["executor"] != "slurm":
+        what = f"profile {name} is of executor {profile['executor']}"
+        raise UserError(Problem(what, "command line", "leave --run out: the image is imported here"))
+    flags = [f"--{key}={profile[key]}" for key in ("account", "partition", "qos") if profile.get(key)]
+    return ["srun", "--nodes=1", "--ntasks=1", "--job-name=nemotron-images", *flags]
+
+
+def _this_machine() -> str:
+    machine = platform.machine().lower()
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, printable(machine))

@@ -1,0 +1,164 @@
+"""The images that stages run in: what is known of them, what the registry says now, and a squashfs file of one.
+
+Facts stand in containers/images.toml. A file that was imported carries the digest in its name, so that a tag that has
+moved never hides behind an old file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemotron_recipes.errors import JobFailed, Problem, UserError, nearest
+from nemotron_recipes.executors.enroot import Reference, Unusable, parse_reference
+from nemotron_recipes.executors.registry import Found
+from nemotron_recipes.spec import Tree
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_MAGIC = b"hsqs"  # https://dr-emann.github.io/squashfs/#_the_superblock
+_HEAD = 96  # bytes of the superblock; the size that is used stands at 40
+_FIELDS = ("reference", "backends", "stages", "digest", "architectures", "versions", "recipe", "sources")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An entry of images.toml; see there."""
+
+    reference: str
+    backends: tuple[str, ...]
+    stages: tuple[str, ...]
+    digest: str = ""
+    architectures: tuple[str, ...] = ()
+    versions: Tree = field(default_factory=dict)
+    recipe: str = ""
+    sources: Tree = field(default_factory=dict)
+
+
+def folder() -> Path:
+    """`containers/` as installed with the package, or the checkout's."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "containers"
+    return installed if installed.is_dir() else package.parent / "containers"
+
+
+def known_images(file: Path | None = None) -> tuple[Image, ...]:
+    """Every entry. UserError: the file holds something else."""
+    file = file or folder() / "images.toml"
+    try:
+        entries = tomllib.loads(file.read_text(encoding="utf-8"))["image"]
+        return tuple(_image(entry, file) for entry in entries)
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, Unusable) as error:
+        raise UserError(Problem(f"the list of images can't be read: {error}", str(file))) from None
+
+
+def _image(entry: Tree, file: Path) -> Image:
+    for key in entry:
+        if key not in _FIELDS:
+            raise UserError(Problem(f"unknown key '{key}'", str(file), nearest(key, _FIELDS)))
+    parse_reference(entry["reference"])
+    fields: Tree = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Image(**fields)
+
+
+def find(written: str, images: Sequence[Image]) -> Image | None:
+    """The entry of that image and tag, in whatever form it is written."""
+    wanted = reference(written)
+    for image in images:
+        known = parse_reference(image.reference)
+        if (known.registry, known.repository, known.tag) == (wanted.registry, wanted.repository, wanted.tag):
+            return image
+    return None
+
+
+def reference(written: str) -> Reference:
+    """UserError where it is none."""
+    try:
+        return parse_reference(written)
+    except Unusable as error:
+        raise UserError(Problem(error.what, "image", error.fix)) from None
+
+
+def differences(image: Image, found: Found, architecture: str | None) -> Iterator[Problem]:
+    """Where the registry, the file, and the machine (amd64, arm64) disagree."""
+    name = image.reference
+    if image.digest and image.digest != found.digest:
+        what = f"the tag has moved: {name} was {image.digest}, and is {found.digest} now"
+        yield Problem(what, "images.toml", f"use {name}@{image.digest}, or look at what changed and pin anew")
+    gone = sorted(set(image.architectures) - set(found.architectures))
+    if gone:
+        yield Problem(f"{name} is not there for {', '.join(gone)}", "images.toml", "mend architectures")
+    if architecture and architecture not in found.architectures:
+        what = f"{name} is for {', '.join(found.architectures)}, not for {architecture}"
+        yield Problem(what, fix="choose one for this machine")
+
+
+def squashfs_name(image: Reference, digest: str) -> str:
+    """`nvidia+nemo+26.04.00@sha256-<hex>.sqsh`"""
+    name = image.repository.replace("/", "+") + (f"+{image.tag}" if image.tag else "")
+    return f"{name}@{digest.replace(':', '-')}.sqsh"
+
+
+def import_squashfs(image: Reference, digest: str, target: Path, before: Sequence[str] = ()) -> Path:
+    """The image as a squashfs file in the folder `target`, made by `enroot import` unless it is there.
+
+    before   words in front of the command: `srun ...`, to have it done on a node
+    Of several imports at once one works, the others wait for it. What is not whole never has the file's name.
+    JobFailed: enroot's own words.
+    """
+    final = target / squashfs_name(image, digest)
+    target.mkdir(parents=True, exist_ok=True)
+    with open(final.with_suffix(".lock"), "ab") as lock:
+        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+        if final.exists():
+            return final
+        partial = final.with_suffix(".partial")
+        partial.unlink(missing_ok=True)  # of an import that was killed: the lock is ours
+        pinned = Reference(image.registry, image.repository, "", digest, image.user)
+        argv = [*before, "enroot", "import", "--output", str(partial), f"docker://{pinned.for_pyxis}"]
+        try:
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        except FileNotFoundError:
+            what = f"there is no {argv[0]} here"
+            fix = "run it where enroot is, on a node with --run PROFILE, or use docker: nemotron images import --docker"
+            raise UserError(Problem(what, fix=fix)) from None
+        try:
+            if done.returncode:
+                raise JobFailed(f"{' '.join(argv)} ended with {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+            if not is_whole(partial):
+                raise JobFailed(f"{argv[0]} ended well, but what it wrote is no whole squashfs file")
+            os.replace(partial, final)
+        finally:
+            partial.unlink(missing_ok=True)
+    return final
+
+
+def pull(pinned: str) -> None:
+    """Into this machine's docker. JobFailed: docker's own words."""
+    try:
+        done = subprocess.run(("docker", "pull", pinned), stdout=sys.stderr, check=False)
+    except FileNotFoundError:
+        what = "there is no docker command here"
+        raise UserError(Problem(what, fix="install docker: https://docs.docker.com/engine/install")) from None
+    if done.returncode:
+        raise JobFailed(f"docker pull {pinned} ended with {done.returncode}")
+
+
+def is_whole(file: Path) -> bool:
+    """Whether it is a squashfs file, and as long as it says."""
+    try:
+        with open(file, "rb") as handle:
+            head = handle.read(_HEAD)
+    except OSError:
+        return False
+    return (
+        len(head) == _HEAD and head.startswith(_MAGIC) and int.from_bytes(head[40:48], "little") <= file.stat().st_size
+    )

@@ -1,0 +1,213 @@
+"""The list of images; what a real registry says of one; a squashfs file that is imported once, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_recipes.backends import REGISTRY as BACKENDS
+from nemotron_recipes.errors import UserError
+from nemotron_recipes.executors import images
+from nemotron_recipes.executors.enroot import Reference, parse_reference
+from nemotron_recipes.executors.registry import Found, find_credentials, look_up
+from tests.helpers.cli import ROOT, nemotron
+from tests.helpers.executor_harness import wait_for
+from tests.helpers.registry import PASSWORD, USER, Registry, registry
+
+pytestmark = pytest.mark.docker
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with registry(tmp_path_factory.mktemp("registry") / "public") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with registry(tmp_path_factory.mktemp("registry") / "private", private=True) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("NGC_API_KEY", "DOCKER_CONFIG", "ENROOT_CONFIG_PATH", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def fake_enroot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fake of enroot, which packs a folder as a real squashfs file; it waits while the file `hold` is there."""
+    folder = tmp_path / "fake_enroot"
+    folder.mkdir()
+    (folder / "content").mkdir()
+    packs = shutil.which("mksquashfs", path=f"{os.environ['PATH']}:/usr/sbin")
+    if packs is None:
+        pytest.skip("no mksquashfs here; make test-system")
+    (folder / "enroot").write_text(
+        f'#!/bin/sh\necho "$@" >> \'{folder}/calls\'\nhead -c 100 /dev/zero > "$3"\n'
+        f"while [ -e '{folder}/hold' ]; do sleep 0.05; done\n"
+        f"[ -e '{folder}/half' ] && exit 0\n"
+        f"rm \"$3\"; exec '{packs}' '{folder}/content' \"$3\" -quiet -no-progress\n"
+    )
+    (folder / "enroot").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder
+
+
+def test_the_list_is_sound() -> None:
+    known = images.known_images()
+    assert len({image.reference for image in known}) == len(known)
+    made = [backend for image in known for backend in image.backends]
+    assert {name for name in BACKENDS if name != "data_prep"} <= set(made), "every backend has an image"
+    for image in known:
+        for fact in ("digest", "architectures", "versions"):
+            assert not getattr(image, fact) or fact in image.sources, f"{image.reference}: where is {fact} from?"
+        assert not image.recipe or (images.folder() / image.recipe).is_file()
+
+
+def test_a_key_that_no_image_has_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "images.toml"
+    file.write_text('[[image]]\nreference = "a/b:1"\nbackends = []\nstages = []\narchitecture = ["arm64"]\n')
+    with pytest.raises(UserError, match="did you mean 'architectures'"):
+        images.known_images(file)
+
+
+def test_an_image_is_found_in_whatever_form_it_is_written() -> None:
+    known = images.known_images()
+    for written in ("nvcr.io/nvidia/nemo:26.04.00", "docker://nvcr.io#nvidia/nemo:26.04.00"):
+        found = images.find(written, known)
+        assert found is not None
+        assert found.reference == "nvcr.io/nvidia/nemo:26.04.00"
+    assert images.find("nvcr.io/nvidia/nemo:1", known) is None
+    assert parse_reference("ubuntu:24.04").for_docker == "docker.io/ubuntu:24.04"
+    assert parse_reference("docker.io/library/ubuntu").for_pyxis == "library/ubuntu"
+
+
+def test_what_a_registry_says(public: Registry) -> None:
+    digest = public.put_image("team/one", "1", "arm64")
+    assert look_up(parse_reference(f"{public.host}/team/one:1")) == Found(digest, ("arm64",))
+    digest = public.put_image("team/both", "1", "amd64", "arm64")
+    assert look_up(parse_reference(f"{public.host}/team/both:1")) == Found(digest, ("amd64", "arm64"))
+    assert look_up(parse_reference(f"{public.host}/team/both@{digest}")).digest == digest
+    with pytest.raises(UserError, match="there is no image"):
+        look_up(parse_reference(f"{public.host}/team/both:2"))
+    with pytest.raises(UserError, match="does not answer"):
+        look_up(parse_reference("127.0.0.1:1/team/both:1"))
+
+
+def test_credentials_are_found_and_never_shown(private: Registry, tmp_path: Path) -> None:
+    digest = private.put_image("team/secret", "1", "amd64")
+    image = parse_reference(f"{private.host}/team/secret:1")
+    with pytest.raises(UserError, match="no credentials were used"):
+        look_up(image)
+    for place, text in (
+        (".docker/config.json", json.dumps({"auths": {private.host: {"auth": private.auth}}})),
+        (".config/enroot/.credentials", f"machine {private.host} login {USER} password {PASSWORD}\n"),
+    ):
+        file = tmp_path / "home" / place
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        assert look_up(image).digest == digest
+        found = find_credentials(private.host)
+        assert found is not None
+        assert (found.user, found.source) == (USER, str(file))
+        assert PASSWORD not in repr(found)
+        file.write_text(text.replace(PASSWORD, "wrong-secret").replace(private.auth, "d3Jvbmc6d3Jvbmc="))
+        with pytest.raises(UserError) as refused:
+            look_up(image)
+        assert str(file) in str(refused.value)
+        assert "wrong" not in str(refused.value).replace(str(file), "")
+        file.unlink()
+    key = find_credentials("nvcr.io", {"NGC_API_KEY": PASSWORD, "HOME": str(tmp_path)})
+    assert key is not None
+    assert (key.user, key.source) == ("$oauthtoken", "$NGC_API_KEY")
+    assert PASSWORD not in repr(key)
+
+
+def test_a_moved_tag_and_a_wrong_architecture_are_told() -> None:
+    pinned = images.Image("r.io/a:1", (), (), digest="sha256:old", architectures=("amd64", "arm64"))
+    told = [str(problem) for problem in images.differences(pinned, Found("sha256:new", ("amd64",)), "arm64")]
+    assert len(told) == 3
+    assert "the tag has moved" in told[0]
+    assert "r.io/a:1@sha256:old" in told[0]
+    assert "not there for arm64" in told[1]
+    assert "is for amd64, not for arm64" in told[2]
+    assert not [*images.differences(pinned, Found("sha256:old", ("amd64", "arm64")), "arm64")]
+
+
+def test_check_on_the_command_line(public: Registry, tmp_path: Path) -> None:
+    digest = public.put_image("team/check", "1", "amd64")
+    said = nemotron(tmp_path, "images", "check", f"{public.host}/team/check:1", "--arch", "amd64", "--json")
+    (told,) = json.loads(said)["images"]
+    assert (told["digest"], told["architectures"]) == (digest, ["amd64"])
+    nemotron(tmp_path, "images", "check", f"{public.host}/team/check:1", "--arch", "arm64", code=2)
+    nemotron(tmp_path, "images", "check", "not an image", code=2)
+    assert "nvcr.io/nvidia/nemo:26.04.00" in nemotron(tmp_path, "images", "list")
+
+
+def test_an_import_carries_the_digest_in_its_name(public: Registry, tmp_path: Path, fake_enroot: Path) -> None:
+    for note in ("first", "second", "second"):
+        digest = public.put_image("team/import", "1", "amd64", "arm64", note=note)
+        said = nemotron(tmp_path, "images", "import", f"{public.host}/team/import:1", "--to", "images")
+        file = tmp_path / "images" / f"team+import+1@{digest.replace(':', '-')}.sqsh"
+        assert said == f'container_image = "{file}"\n'
+        assert images.is_whole(file)
+    calls = (fake_enroot / "calls").read_text().splitlines()
+    assert len(calls) == 2, "what is there already is not imported again"
+    assert f"docker://{public.host}#team/import@{digest}" in calls[-1]
+    assert len([*(tmp_path / "images").glob("*.sqsh")]) == 2, "a moved tag does not hide behind the old file"
+
+
+def test_of_imports_at_once_one_works_and_a_killed_one_leaves_nothing_to_use(tmp_path: Path, fake_enroot: Path) -> None:
+    (fake_enroot / "hold").touch()
+    target = tmp_path / "images"
+    killed = _importing(target)
+    wait_for((fake_enroot / "calls").exists)
+    waiting = [_importing(target) for _ in range(3)]
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait(60)
+    wait_for(lambda: len((fake_enroot / "calls").read_text().splitlines()) == 2)
+    assert not [*target.glob("*.sqsh")]
+    (fake_enroot / "hold").unlink()
+    assert [process.wait(120) for process in waiting] == [0, 0, 0]
+    assert len((fake_enroot / "calls").read_text().splitlines()) == 2
+    (made,) = target.glob("*.sqsh")
+    assert images.is_whole(made)
+    assert not [*target.glob("*.partial")]
+
+
+def test_half_a_file_is_no_import(tmp_path: Path, fake_enroot: Path) -> None:
+    (fake_enroot / "half").touch()
+    process = _importing(tmp_path / "images", stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode
+    assert "no whole squashfs file" in said
+    assert not [path for path in (tmp_path / "images").iterdir() if path.suffix != ".lock"]
+    cut = tmp_path / "cut.sqsh"
+    subprocess.run(("mksquashfs", ROOT / "tests" / "helpers", cut, "-quiet", "-no-progress"), check=True)
+    assert images.is_whole(cut)
+    cut.write_bytes(cut.read_bytes()[:-5000])
+    assert not images.is_whole(cut)
+
+
+def _importing(target: Path, **options: Any) -> subprocess.Popen[Any]:
+    """An import in a process group of its own."""
+    code = (
+        "import sys; from pathlib import Path; from nemotron_recipes.executors import images\n"
+        "from nemotron_recipes.executors.enroot import Reference\n"
+        "images.import_squashfs(Reference('r.io', 'a', '1'), 'sha256:' + 'ab' * 32, Path(sys.argv[1]))"
+    )
+    assert Reference("r.io", "a", "1").for_pyxis == "r.io#a:1"
+    argv = [sys.executable, "-c", code, str(target)]
+    return subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, **options)
