@@ -20,6 +20,7 @@ class Account:
     sequences: int = 0  # more than rows where conversations were split or a weight repeats rows
     sequences_dropped: Counter[str] = field(default_factory=Counter)  # of rows that were written in part
     sequences_truncated: int = 0
+    sequences_split: int = 0  # into pieces, which `sequences` counts
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -29,6 +30,7 @@ class Account:
             "sequences_written": self.sequences,
             "sequences_dropped": dict(sorted(self.sequences_dropped.items())),
             "sequences_truncated": self.sequences_truncated,
+            "sequences_split": self.sequences_split,
         }
 
     def __add__(self, other: Account) -> Account:
@@ -39,6 +41,7 @@ class Account:
             self.sequences + other.sequences,
             self.sequences_dropped + other.sequences_dropped,
             self.sequences_truncated + other.sequences_truncated,
+            self.sequences_split + other.sequences_split,
         )
 
 

@@ -127,6 +127,9 @@ class Merger:
         row: np.ndarray = np.repeat(np.arange(len(alive)), index["sequences"])
         length, first = index["seq_length"], index["seq_first"]
         start = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])[:-1]
+        if self.settings.overlong == "split":
+            account.sequences_split += int((alive[row] & (length > size)).sum())
+            row, start, length, first = _split(spool, size, row, start, length, first)
         overlong = length > size
         learns = (first >= 0) & (first < np.minimum(length, size) - 1)  # the last position of a sequence has no label
         cut = overlong & learns & (self.settings.overlong == "truncate")
@@ -185,6 +188,25 @@ class Merger:
                 bad = json.loads(text)
                 line = base + bad["line"]
                 self.bad_rows.add(self.names[shard.source], shard.name, shard.place, line, bad["reason"], bad["detail"])
+
+
+def _split(
+    spool: Spool, size: int, row: np.ndarray, start: np.ndarray, length: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The same columns with each overlong sequence as pieces of at most `size` tokens. A piece begins with the last
+    token of the one before, so that every label stands in one of them."""
+    counts = np.where(length > size, -(-(length - 1) // (size - 1)), 1)
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    row, start, length, first, counts = (np.repeat(one, counts) for one in (row, start, length, first, counts))
+    start = start + place * (size - 1)
+    length = np.minimum(length - place * (size - 1), size)
+    cut = np.flatnonzero(counts > 1)
+    if len(cut):
+        mask = np.memmap(spool.folder / "mask", dtype=np.uint8, mode="r")
+        for piece in cut.tolist():
+            learned = np.flatnonzero(mask[start[piece] : start[piece] + length[piece]])
+            first[piece] = learned[0] if len(learned) else -1
+    return row, start, length, first
 
 
 class _Corpus:

@@ -74,7 +74,7 @@ class Settings:
     splits: Splits = Splits()
     sample: Positive | None = None  # at most this many rows of each source
     pack_size: Annotated[int, Rule(ge=8)] = 4096  # tokens
-    overlong: Literal["drop", "truncate"] = "drop"  # rows longer than pack_size; counted either way
+    overlong: Literal["drop", "truncate", "split"] = "drop"  # rows longer than pack_size; counted either way
     format: Literal["native", "parquet", "megatron_npy"] = "native"
     on_bad_row: Literal["count", "fail"] = "count"
     tokenizer: str  # a reference
@@ -117,7 +117,7 @@ def cross_problems(data: Tree, method: str) -> list[Problem]:
     if method != "sft":
         if settings.format != "native":
             problems.append(Problem(f"data.format: {settings.format} is for sft; {method} rows are written as JSONL"))
-        if settings.overlong == "truncate":
+        if settings.overlong != "drop":
             fix = "leave data.overlong=drop"
             problems.append(Problem(f"data.overlong: a cut {method} row would mean something else", fix=fix))
     return problems

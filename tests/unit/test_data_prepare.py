@@ -62,6 +62,7 @@ def test_every_row_is_somewhere_and_the_counts_balance(tmp_path: Path) -> None:
         "sequences_written": 7,
         "sequences_dropped": {"overlong": 1},
         "sequences_truncated": 0,
+        "sequences_split": 0,
     }
     assert total["rows_read"] == total["rows_written"] + sum(total["rows_dropped"].values())
     split = PackedSplit(tmp_path / "out" / "train")
