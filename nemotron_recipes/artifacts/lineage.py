@@ -81,7 +81,8 @@ def _read(store: Store, artifact: Artifact, known: dict[str, Node]) -> Node:
     try:
         manifest = store.describe(artifact)
     except UserError:
-        return Node(artifact, note="not in this store")
+        there = artifact.version in store.versions(artifact.name)
+        return Node(artifact, note="its manifest is damaged" if there else "not in this store")
     if artifact.digest and manifest["digest"] != artifact.digest:
         return Node(artifact, note=f"this store has other content: {manifest['digest']}")
     parents = []

@@ -32,6 +32,10 @@ from nemotron_recipes.rundir import read_json
 from nemotron_recipes.spec import Artifact, Producer, Tree, sha256_text
 
 LATEST = "latest"
+KEYS = frozenset(
+    ("name", "kind", "version", "digest", "size", "files", "created", "producer", "parents", "metadata", "results")
+)
+SEAL = "sealed"  # digest of the rest of the manifest; versions made before there were seals have none
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
@@ -181,7 +185,8 @@ class Store:
         version = 0
         while True:
             version = max([version, *self._numbers(staged.name)]) + 1
-            text = json.dumps({**manifest, "version": version}, indent=2, sort_keys=True)
+            numbered = {**manifest, "version": version}
+            text = json.dumps({**numbered, SEAL: _seal(numbered)}, indent=2, sort_keys=True)
             write_atomic(staged.version / "artifact.json", text)
             if producer:
                 self._index(f"{producer.fingerprint}/{producer.slot}", staged.name, version)
@@ -236,9 +241,14 @@ class Store:
         except ValueError as error:
             reason = str(error)
         else:
-            if manifest is None or {"digest", "kind", "producer"} <= manifest.keys():
+            if manifest is None:
+                return None
+            if not {"digest", "kind", "producer"} <= manifest.keys():
+                reason = "it says neither what it is nor who made it"
+            elif _is_changed(manifest):
+                reason = "it isn't what was registered"
+            else:
                 return manifest
-            reason = "it says neither what it is nor who made it"
         fix = f"restore the file, or remove the folder {path.parent}"
         raise UserError(Problem(f"the manifest of {name}:v{version} is damaged: {reason}", str(path), fix))
 
@@ -262,6 +272,16 @@ def name_problems(name: str, what: str = "artifact name") -> list[Problem]:
         return []
     fix = "use letters, digits, '.', '_' and '-', a letter or digit first, at most 128 of them"
     return [Problem(f"'{name}' can't be an {what}", fix=fix)]
+
+
+def _seal(manifest: Tree) -> str:
+    return sha256_text(json.dumps(manifest, sort_keys=True))
+
+
+def _is_changed(manifest: Tree) -> bool:
+    """Whether somebody changed a registered manifest; takes the seal off."""
+    sealed = manifest.pop(SEAL, None)
+    return manifest.keys() != KEYS if sealed is None else sealed != _seal(manifest)
 
 
 def _listdir(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_recipes.artifacts.lineage import RENDERERS, lineage, render_json, render_mermaid, render_tree
-from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.artifacts.store import SEAL, Store
 from nemotron_recipes.spec import Artifact, Producer
 
 RAW = Artifact("path", "data", uri="/data/raw.jsonl", digest="sha256:" + "a" * 64)
@@ -26,6 +26,11 @@ def register(store: Store, name: str, kind: str, stage: str, **parents: Artifact
         parents={key.replace("__", "."): parent for key, parent in parents.items()},
         results={"loss": 0.5},
     )
+
+
+def unsealed(manifest: str) -> str:
+    """As from before manifests had seals."""
+    return json.dumps({key: value for key, value in json.loads(manifest).items() if key != SEAL})
 
 
 @pytest.fixture
@@ -86,7 +91,10 @@ def test_a_parent_that_is_gone_or_another_one_is_named(store: Store, tmp_path: P
     root = store.resolve("rl")
     manifest = tmp_path / "sft" / "v1" / "artifact.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace(store.resolve("sft").digest, "sha256:other"))
+    changed = text.replace(store.resolve("sft").digest, "sha256:other")
+    manifest.write_text(changed)
+    assert "its manifest is damaged" in render_tree(lineage(store, root))
+    manifest.write_text(unsealed(changed))
     assert "this store has other content: sha256:other" in render_tree(lineage(store, root))
     manifest.unlink()
     assert "sft:v1  model" in (tree := render_tree(lineage(store, root))) and "not in this store" in tree
@@ -97,7 +105,7 @@ def test_a_manifest_changed_by_hand_into_a_cycle_ends(store: Store, tmp_path: Pa
     tree = json.loads(manifest.read_text())
     child = json.loads((tmp_path / "sft" / "v1" / "artifact.json").read_text())["parents"][1]
     tree["parents"] = [{**child, "input": "data.source"}]  # rows made from rows
-    manifest.write_text(json.dumps(tree))
+    manifest.write_text(unsealed(json.dumps(tree)))
     assert "a cycle" in render_tree(lineage(store, store.resolve("rl")))
 
 
