@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError, printable
@@ -33,12 +33,12 @@ class Node:
 
 def lineage(store: Store, artifact: Artifact) -> Node:
     """Everything that went into a registered version, back to the sources."""
-    return _node(store, artifact, {})
+    return _node(store, artifact)
 
 
 def render_tree(root: Node) -> str:
     """Unicode text; the final artifact on top, what it was made from below. A part met again is not repeated."""
-    return "\n".join(_tree_lines(root, "", "", set()))
+    return "\n".join(_tree_lines(root))
 
 
 def render_mermaid(root: Node) -> str:
@@ -68,47 +68,62 @@ def render_json(root: Node) -> str:
 RENDERERS = {"tree": render_tree, "mermaid": render_mermaid, "json": render_json}
 
 
-def _node(store: Store, artifact: Artifact, known: dict[str, Node]) -> Node:
-    """Depth first; every version is read once. A version is younger than its parents, so there are no cycles."""
-    key = Node(artifact).id
-    if key not in known:
-        known[key] = Node(artifact, note="a cycle: this manifest was changed by hand")
-        known[key] = _read(store, artifact, known) if artifact.source == "store" else Node(artifact)
-    return known[key]
+def _node(store: Store, artifact: Artifact) -> Node:
+    """Depth first, parents before children, every version read once. A chain may be thousands of versions long."""
+    known: dict[str, Node] = {}
+    read: dict[str, tuple[Node, list[tuple[str, Artifact]]]] = {}  # what a manifest says, its parents still to come
+    stack = [artifact]
+    while stack:
+        top = stack[-1]
+        key = Node(top).id
+        if key in known:
+            stack.pop()
+        elif key not in read:
+            read[key] = _read(store, top) if top.source == "store" else (Node(top), [])
+            stack += [parent for _, parent in read[key][1] if Node(parent).id not in known]
+        else:  # its parents are known by now; one that isn't stands further down in the stack
+            stack.pop()
+            node, parents = read[key]
+            cycle = "a cycle: this manifest was changed by hand"
+            known[key] = replace(
+                node, parents=tuple((name, known.get(Node(p).id) or Node(p, note=cycle)) for name, p in parents)
+            )
+    return known[Node(artifact).id]
 
 
-def _read(store: Store, artifact: Artifact, known: dict[str, Node]) -> Node:
+def _read(store: Store, artifact: Artifact) -> tuple[Node, list[tuple[str, Artifact]]]:
+    """(the node without its parents, the parents)"""
     try:
         manifest = store.describe(artifact)
     except UserError:
         there = artifact.version in store.versions(artifact.name)
-        return Node(artifact, note="its manifest is damaged" if there else "not in this store")
+        return Node(artifact, note="its manifest is damaged" if there else "not in this store"), []
     if artifact.digest and manifest["digest"] != artifact.digest:
-        return Node(artifact, note=f"this store has other content: {manifest['digest']}")
-    parents = []
-    for entry in manifest["parents"]:
-        key, fields = entry["input"], {name: value for name, value in entry.items() if name != "input"}
-        parents.append((key, _node(store, Artifact.from_tree(fields), known)))
-    return Node(artifact, tuple(parents), manifest["created"], tuple(manifest["results"].items()))
+        return Node(artifact, note=f"this store has other content: {manifest['digest']}"), []
+    parents = [
+        (p["input"], Artifact.from_tree({k: v for k, v in p.items() if k != "input"})) for p in manifest["parents"]
+    ]
+    return Node(artifact, (), manifest["created"], tuple(manifest["results"].items())), parents
 
 
-def _tree_lines(node: Node, lead: str, below: str, shown: set[str], key: str = "") -> Iterator[str]:
-    """lead: what stands before this node's own line; below: before the lines of its parents."""
-    digest = node.artifact.digest.removeprefix("sha256:")[:12]
-    facts = [node.artifact.kind, digest and f"sha256 {digest}", _made_by(node), node.note and f"({node.note})"]
-    again = bool(node.parents) and node.id in shown
-    if again:
-        facts = ["(shown above)"]
-    label = printable(node.artifact.label).replace("\n", "\\n")
-    yield f"{lead}{key + ': ' if key else ''}{label}  {', '.join(fact for fact in facts if fact)}"
-    if again:
-        return
-    shown.add(node.id)
-    for index, (name, parent) in enumerate(node.parents):
-        last = index == len(node.parents) - 1
-        yield from _tree_lines(
-            parent, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "), shown, name
-        )
+def _tree_lines(root: Node) -> Iterator[str]:
+    shown: set[str] = set()
+    stack = [(root, "", "", "")]  # node, what stands before its own line, before the lines of its parents, config key
+    while stack:
+        node, lead, below, key = stack.pop()
+        digest = node.artifact.digest.removeprefix("sha256:")[:12]
+        facts = [node.artifact.kind, digest and f"sha256 {digest}", _made_by(node), node.note and f"({node.note})"]
+        again = bool(node.parents) and node.id in shown
+        if again:
+            facts = ["(shown above)"]
+        label = printable(node.artifact.label).replace("\n", "\\n")
+        yield f"{lead}{key + ': ' if key else ''}{label}  {', '.join(fact for fact in facts if fact)}"
+        if again:
+            continue
+        shown.add(node.id)
+        for index, (name, parent) in reversed(list(enumerate(node.parents))):
+            last = index == len(node.parents) - 1
+            stack.append((parent, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "), name))
 
 
 def _made_by(node: Node) -> str:
@@ -119,14 +134,17 @@ def _made_by(node: Node) -> str:
 def _unique(root: Node) -> list[Node]:
     """Every node once, parents before children."""
     found: dict[str, Node] = {}
-
-    def visit(node: Node) -> None:
-        if node.id not in found:
-            for _, parent in node.parents:
-                visit(parent)
-            found[node.id] = node
-
-    visit(root)
+    entered: set[str] = set()
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        waiting = [parent for _, parent in reversed(node.parents) if parent.id not in found]
+        if node.id in entered or not waiting:
+            stack.pop()
+            found.setdefault(node.id, node)
+        else:
+            entered.add(node.id)
+            stack += waiting
     return list(found.values())
 
 

@@ -77,6 +77,26 @@ def test_json_and_mermaid_have_every_node_once_and_every_edge(store: Store) -> N
     assert chart.count('["') == 6 and chart.count("-->") == 6
 
 
+def test_a_chain_may_be_long(tmp_path: Path) -> None:
+    """Each version continues the one before: more of them than Python has stack frames."""
+    store = Store(tmp_path)
+    newest = first = register(store, "model", "model", "sft")
+    for _ in range(40):
+        newest = register(store, "model", "model", "sft", model__path=newest)
+    manifest = json.loads((tmp_path / "model/v41/artifact.json").read_text())
+    for version in range(42, 1500):
+        folder = tmp_path / "model" / f"v{version}"
+        folder.mkdir()
+        parent = {**manifest["parents"][0], "version": version - 1}
+        (folder / "artifact.json").write_text(
+            unsealed(json.dumps({**manifest, "version": version, "parents": [parent]}))
+        )
+    root = lineage(store, store.resolve("model"))
+    assert len(json.loads(render_json(root))["nodes"]) == 1499
+    lines = render_tree(root).splitlines()
+    assert len(lines) == 1499 and first.label in lines[-1]
+
+
 def test_a_name_that_stands_for_a_model_and_for_a_tokenizer_stays_two_things(tmp_path: Path) -> None:
     store = Store(tmp_path)
     tokenizer = Artifact("builtin", "tokenizer", "tiny")

@@ -1,0 +1,127 @@
+"""Power cuts, for real: an ext4 on a loop device is shut down in the middle of commits and mounted again.
+
+    unshare --mount --propagation private python -m tests.helpers.power_cuts FOLDER CUTS
+
+In a mount namespace of its own: a copy of the mount in somebody else's would keep the dead file system alive. It proves
+our order of writes on ext4, not on a network file system.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.fsio import files_below
+from nemotron_recipes.mirror.journal import Journal
+from nemotron_recipes.rundir import StageDir, read_json, write_record
+
+EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), linux/fs/ext4/ext4.h
+NO_LOG_FLUSH = 2
+
+
+class Disk:
+    """An ext4 in a file, mounted at `path`."""
+
+    def __init__(self, folder: Path):
+        self.image, self.path = folder / "image", folder / "disk"
+        self.path.mkdir()
+        with open(self.image, "wb") as image:
+            image.truncate(64 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(self.image)], check=True)
+        self.mount()
+
+    def mount(self) -> None:
+        subprocess.run(["mount", "-o", "loop", str(self.image), str(self.path)], check=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", str(self.path)], check=True)
+
+    def cut(self) -> None:
+        """Nothing that isn't on the disk by now gets there any more."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, EXT4_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
+        finally:
+            os.close(descriptor)
+
+
+def write_for_ever(root: Path, turn: int, report: int) -> None:
+    """Versions, records and journal entries; each is reported once it is acknowledged."""
+    store, stage, journal = Store(root / "store"), StageDir(root / "stage"), Journal(root)
+    for number in range(1000):
+        staged = store.stage("rows")
+        (staged.content / "a").write_bytes(os.urandom(3000))
+        version = store.commit(staged, kind="data").version
+        os.write(report, f"v{version}\n".encode())
+        write_record(stage, {"attempt": turn * 1000 + number})
+        os.write(report, f"r{turn * 1000 + number}\n".encode())
+        journal.output("sft", "model", f"m{turn}", number)
+        os.write(report, f"joutput m{turn}:v{number}\n".encode())
+
+
+def cut_often(disk: Disk, cuts: int) -> None:
+    """AssertionError: something acknowledged was lost, or something is neither whole nor absent."""
+    seed = random.Random(4)
+    told: set[str] = set()
+    acknowledged = 0
+    for turn in range(cuts):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                write_for_ever(disk.path, turn, writer)
+            finally:
+                os._exit(0)
+        os.close(writer)
+        time.sleep(seed.uniform(0.02, 0.15))
+        lines = _said_so_far(reader)  # a process that outlives the power, as this one does, may be told anything
+        disk.cut()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        acknowledged += len(lines)
+        told |= {line[1:] for line in lines if line.startswith("j")}
+        disk.unmount()
+        disk.mount()
+        _check(disk.path, lines, told)
+    assert acknowledged > cuts / 2, "the cuts have to come between commits, not before all of them"
+    print(f"{cuts} cuts, {acknowledged} acknowledged writes")
+
+
+def _said_so_far(reader: int) -> list[str]:
+    os.set_blocking(reader, False)
+    try:
+        text = os.read(reader, 1 << 16).decode()
+    except BlockingIOError:
+        return []
+    return text.split("\n")[:-1]
+
+
+def _check(root: Path, lines: list[str], told: set[str]) -> None:
+    store = Store(root / "store")
+    versions = store.versions("rows")
+    assert versions == list(range(1, len(versions) + 1))
+    for line in lines:
+        if line.startswith("v"):
+            assert int(line[1:]) in versions, f"{line} was acknowledged"
+    for version in versions[-5:]:
+        store.verify(store.resolve(f"rows:v{version}"))
+    records = [int(line[1:]) for line in lines if line.startswith("r")]
+    if records:
+        record = read_json(StageDir(root / "stage").record)
+        assert record is not None and record["attempt"] >= records[-1]
+    assert told <= {entry["key"] for entry in Journal(root).entries()}
+    before = sorted(files_below(root))
+    assert store.versions("rows") == versions and sorted(files_below(root)) == before, "a second look repairs nothing"
+
+
+if __name__ == "__main__":
+    cut_often(Disk(Path(sys.argv[1])), int(sys.argv[2]))
