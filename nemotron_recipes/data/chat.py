@@ -90,7 +90,7 @@ class ChatEncoder:
         reference = ChatEncoder(self.encoder, self.thinking, quick=False)
         answers = [one for one in (row.chosen, row.rejected, row.completion) if one] or [[]]
         talks = [row.messages] if row.messages else [row.prompt + answer for answer in answers]
-        jobs = [_Job(messages, row.tools, prompt, self.thinking) for messages in talks for prompt in (False, True)]
+        jobs = [_Job(messages, row.tools, False, self.thinking) for messages in talks]
         pairs = zip(self._encode(jobs), reference._encode(jobs), strict=True)
         return not all(_same(one, other) for one, other in pairs)
 

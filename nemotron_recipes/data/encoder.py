@@ -10,7 +10,6 @@ from a few array operations, and any engine that only gives ids will do. Other t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from nemotron_recipes.data.engine import PROBES, Engine, Fastokens, Reference, agree, byte_widths
 from nemotron_recipes.data.fast_render import fast_renderer
@@ -48,8 +48,7 @@ class Encoder:
     def __init__(self, folder: Path, template_source: str, engine: str = "tokenizers"):
         path = folder / "tokenizer.json"
         try:
-            text = path.read_text(encoding="utf-8")
-            tree = json.loads(text)
+            tree = orjson.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             fix = "save one with AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
             raise UserError(Problem(f"no usable tokenizer.json in {folder}: {error}", fix=fix)) from None
@@ -73,7 +72,7 @@ class Encoder:
         # Tokens that swallow the whitespace beside them, as in Phi-3.
         self._left = {token["content"] for token in control if token.get("lstrip")}
         self._right = {token["content"] for token in control if token.get("rstrip")}
-        self._pieces_are_exact = self._probe()
+        self._probed = self._probe()
 
     def encode(self, rendered: Sequence[Rendered], quick: bool = True) -> list[Encoded | BadRow | None]:
         """One result per text, in order. None: rendered by `fast_render`, and the reference has to have a look.
@@ -166,6 +165,9 @@ class Encoder:
         """The template's control tokens by id, the stretches between them as plain text."""
         if not self._pieces_are_exact:
             return BadRow("control_text", "a control token in the content, and this tokenizer can't encode in pieces")
+        return self._pieces(rendered)
+
+    def _pieces(self, rendered: Rendered) -> Encoded | BadRow:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         done = 0
@@ -190,8 +192,8 @@ class Encoder:
             done = end
         return _encoded(np.array(ids, dtype=np.int32), offsets, rendered)
 
-    def _probe(self) -> bool:
-        """Check that template and tokenizer belong together; say whether encoding in pieces equals encoding at once."""
+    def _probe(self) -> Rendered:
+        """Check that template and tokenizer belong together; returns a plain question and answer, rendered."""
         try:
             rendered = self.template.render(_PROBE, [], add_generation_prompt=False)
         except BadRow as error:
@@ -205,9 +207,13 @@ class Encoder:
             what = "no token of this tokenizer ends a turn of this chat template: a model would never learn to stop"
             fix = "choose data.chat_template and data.tokenizer that belong together, the end of turn inside the block"
             raise UserError(Problem(what, fix=fix))
-        self._pieces_are_exact = True
-        pieces = self._in_pieces(rendered)
-        whole = self._tokenizer.encode(rendered.text, add_special_tokens=False).ids
+        return rendered
+
+    @cached_property
+    def _pieces_are_exact(self) -> bool:
+        """Whether encoding in pieces equals encoding at once."""
+        pieces = self._pieces(self._probed)
+        whole = self._tokenizer.encode(self._probed.text, add_special_tokens=False).ids
         return isinstance(pieces, Encoded) and pieces.ids.tolist() == whole
 
 
@@ -222,7 +228,9 @@ def keep_blocks(encoded: Encoded, blocks: Sequence[int]) -> Encoded:
 
 def label_mask(mask: np.ndarray) -> np.ndarray:
     """Aligned to labels (position i says whether token i+1 counts): shifted left, the last position is 0."""
-    return np.append(mask[1:], np.uint8(0)).astype(np.uint8)
+    labels: np.ndarray = np.zeros(len(mask), dtype=np.uint8)
+    labels[:-1] = mask[1:]
+    return labels
 
 
 def _encodable(text: str) -> bool:
@@ -267,7 +275,7 @@ def _load(tree: dict[str, Any], path: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(json.dumps(tree))
+        return Tokenizer.from_str(orjson.dumps(tree).decode("utf-8"))
     except Exception as error:
         if type(error) is not Exception:  # for every defect of the file the library raises just this
             raise

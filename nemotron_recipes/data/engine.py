@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 from nemotron_recipes.errors import Problem, UserError
 
@@ -68,7 +68,7 @@ class Fastokens:
             what = "data.engine=fastokens: the package is not installed"
             raise UserError(Problem(what, fix="pip install 'nemotron-recipes[fastokens]'")) from None
         try:
-            self._tokenizer = fastokens.Tokenizer.from_json_str(json.dumps(tree))
+            self._tokenizer = fastokens.Tokenizer.from_json_str(orjson.dumps(tree).decode("utf-8"))
         except (ValueError, RuntimeError) as error:
             fix = "leave data.engine=tokenizers"
             raise UserError(Problem(f"fastokens can't read this tokenizer: {error}", str(path), fix)) from None

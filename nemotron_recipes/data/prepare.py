@@ -135,15 +135,20 @@ class _Preparation:
         self.reused = 0
 
     def run(self) -> Report:
-        encoder = ShardEncoder(self.recipe)
         shards = self._shards()
+        workers = min(self.settings.workers or usable_cpus(), len(shards))
+        # Where processes do the work, this one needs no second engine, only who the tokenizer is.
+        recipe = (
+            self.recipe if workers <= 1 else replace(self.recipe, settings=replace(self.settings, engine="tokenizers"))
+        )
+        encoder = ShardEncoder(recipe)
         before = [_state(file) for file in self._all_files()]
         with ExitStack() as stack:
             base = self._key(encoder.encoder)
             scratch = self.output / ".spool"
             spools = stack.enter_context(Spools(self.job.spools or scratch, base, self.progress.note))
             identities = stack.enter_context(ThreadPoolExecutor(1)).submit(self._identities)
-            keys = self._encode(encoder, shards, spools)
+            keys = self._encode(encoder, shards, spools, workers)
             merged, bad_rows = self._merge(shards, [Spool(spools.folder / key) for key in keys], scratch)
             if not merged.rows["train"]:
                 raise _nothing(_total(merged))
@@ -186,10 +191,9 @@ class _Preparation:
                 shards += cut_inputs(number, self.files[number], limit, target)
         return shards
 
-    def _encode(self, encoder: ShardEncoder, shards: list[Shard], spools: Spools) -> list[str]:
+    def _encode(self, encoder: ShardEncoder, shards: list[Shard], spools: Spools, workers: int) -> list[str]:
         """Every shard's spool is there; returns their names in order."""
         tasks = [Task(number, shard, spools.key(shard.source)) for number, shard in enumerate(shards)]
-        workers = min(self.settings.workers or usable_cpus(), len(tasks))
         if workers > 1:
             running = run_parallel(self.recipe, tasks, spools.folder, workers)
         else:

@@ -256,11 +256,14 @@ def _has_large_number(value: Any) -> bool:
     stack = [value]
     while stack:
         one = stack.pop()
-        if isinstance(one, dict):
+        kind = type(one)
+        if kind is str:
+            continue
+        if kind is dict:
             stack += one.values()
-        elif isinstance(one, list):
+        elif kind is list:
             stack += one
-        elif isinstance(one, float) and abs(one) >= _INT64:
+        elif kind is float and abs(one) >= _INT64:
             return True
     return False
 

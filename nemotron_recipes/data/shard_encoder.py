@@ -27,7 +27,8 @@ from nemotron_recipes.errors import Problem, UserError
 
 BLOCK_ROWS = 256  # encoded at once
 BLOCK_BYTES = 2 << 20  # of text, roughly: large rows make smaller blocks
-STRIDE = 97  # of each block one row is encoded by the reference as well: not always the first
+EVERY = 3  # of each third block (so of every shard) the reference encodes one row as well,
+STRIDE = 97  # and not always the first one
 ANSWERS = {"dpo": ("chosen", "rejected"), "kto": ("completion",), "rl": ()}
 # Reasons that are a choice, not a defect of the row: counted, but not listed as bad.
 POLICY = frozenset({"overlong", "nothing_to_train", "sampled_out"})
@@ -123,7 +124,7 @@ class ShardEncoder:
             else:
                 results[line.number] = one
         rows = [one.candidate.row for one in placed]
-        if chat.quick and rows and chat.differs(rows[number * STRIDE % len(rows)]):
+        if chat.quick and rows and number % EVERY == 0 and chat.differs(rows[number * STRIDE % len(rows)]):
             return False
         encoded = _sft(chat, placed) if self.recipe.method == "sft" else _answers(chat, self.recipe.method, rows)
         ready = iter(zip(placed, encoded, strict=True))
