@@ -23,6 +23,7 @@ from nemotron_recipes.data.splits import copies
 from nemotron_recipes.data.spool import KEPT, Spool
 
 TRAIN = SPLITS.index("train")
+BINS = 32  # of the histograms of lengths
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Merged:
     entries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # lines of rows.jsonl
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of those lines
     longest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    lengths: dict[str, np.ndarray] = field(default_factory=lambda: {s: np.zeros((2, BINS), np.int64) for s in SPLITS})
 
     def sequences(self, split: str) -> Sequences:
         parts = self.parts[split]
@@ -167,6 +169,9 @@ class Merger:
             mine = fits & (index["split"] == code)
             self.merged.entries[split] += int(times[mine].sum())
             self.merged.tokens[split] += int((times * index["tokens"])[mine].sum())
+            self.merged.lengths[split] += by_length(
+                np.repeat(index["length"][mine], times[mine]), self.settings.pack_size
+            )
             longest = int(index["length"][mine].max(initial=0))
             self.merged.longest[split] = max(self.merged.longest[split], longest)
         return fits
@@ -274,6 +279,13 @@ def note(counts: dict[str, dict[str, list[Any]]], gate: str, reason: str, count:
     counted = counts.setdefault(gate, {}).setdefault(reason, [0, []])
     counted[0] += count
     counted[1] += examples[: max(0, EXAMPLES - len(counted[1]))]
+
+
+def by_length(lengths: np.ndarray, size: int) -> np.ndarray:
+    """int64 [2, BINS]: how many of the lengths, none above `size`, fall into each of the equal bins, and their sums."""
+    place = np.minimum(lengths.astype(np.int64) * BINS // size, BINS - 1)
+    sums = np.bincount(place, weights=lengths, minlength=BINS).astype(np.int64)
+    return np.stack([np.bincount(place, minlength=BINS), sums])
 
 
 def _any(flags: np.ndarray, row: np.ndarray, rows: int) -> np.ndarray:

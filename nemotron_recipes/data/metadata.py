@@ -9,20 +9,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.data.card import write_card
 from nemotron_recipes.data.prepare import LIBRARIES, Job, Report, code_digest
 from nemotron_recipes.fsio import file_digest, files_below, write_atomic
 from nemotron_recipes.spec import sha256_text, to_json
 
 
 def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
-    """Describe every file in `output`; returns what was written."""
+    """Write the data card, then describe every file in `output`; returns what was written."""
     settings = job.settings
     splits = {}
     for name, split in report.splits.items():
         room = split.packs * settings.pack_size
         efficiency = {"packing_efficiency": round(split.tokens / room, 6)} if room else {}
         splits[name] = {**vars(split), **efficiency}
-    metadata = {
+    lengths = {
+        name: {key: split.pop(key) for key in ("length_counts", "length_tokens")} for name, split in splits.items()
+    }
+    metadata: dict[str, Any] = {
         "version": 1,
         "method": job.method,
         "format": settings.format,
@@ -30,6 +34,7 @@ def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
         "mask_alignment": "labels",  # position i says whether token i+1 is learned; the last of a sequence is 0
         "thinking": settings.thinking,
         "splits": splits,
+        "lengths": lengths,  # of equal bins up to pack_size: how many sequences, and their tokens
         "sources": list(report.sources),
         "total": report.total.facts(),
         "bad_rows": report.bad_rows,
@@ -41,10 +46,11 @@ def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
         "chat_template": {"file": "chat_template.jinja", "digest": report.encoder.template.digest},
         "key": _key(job, report),
         "libraries": {name: version(name) for name in LIBRARIES},
-        "files": {
-            path.relative_to(output).as_posix(): {"digest": file_digest(path), "bytes": path.stat().st_size}
-            for path in files_below(output)
-        },
+    }
+    write_card(output, metadata, settings)
+    metadata["files"] = {
+        path.relative_to(output).as_posix(): {"digest": file_digest(path), "bytes": path.stat().st_size}
+        for path in files_below(output)
     }
     text = json.dumps(metadata, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     write_atomic(output / "metadata.json", text.encode("utf-8", "backslashreplace"))

@@ -22,7 +22,7 @@ from nemotron_recipes.data.encoder import Encoder
 from nemotron_recipes.data.files import Input, find_files
 from nemotron_recipes.data.gates import Gates
 from nemotron_recipes.data.ledger import Account, BadRows
-from nemotron_recipes.data.merge import Merged, Merger
+from nemotron_recipes.data.merge import Merged, Merger, by_length
 from nemotron_recipes.data.packing import packing
 from nemotron_recipes.data.pool import Task, run_here, run_parallel, usable_cpus
 from nemotron_recipes.data.settings import SPLITS, Settings, Source
@@ -84,6 +84,8 @@ class SplitFacts:
     tokens: int = 0
     learned_tokens: int = 0
     longest: int = 0  # tokens of the longest sequence; of preference and RL rows: of prompt and answer together
+    length_counts: list[int] = field(default_factory=list)  # sequences by length, in equal bins up to pack_size
+    length_tokens: list[int] = field(default_factory=list)  # their tokens
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ class _Preparation:
             else:
                 one = SplitFacts(sequences=merged.entries[split], tokens=merged.tokens[split])
                 one.longest = merged.longest[split]
+                one.length_counts, one.length_tokens = (part.tolist() for part in merged.lengths[split])
                 facts[split] = one
             facts[split].rows = merged.rows[split]
         return facts
@@ -249,6 +252,7 @@ class _Preparation:
         packed = packing(sequences.length, self.settings.pack_size)
         # Best-fit orders packs by the length of their first sequence; a batch should be a mixture.
         order = np.random.Generator(np.random.PCG64(0)).permutation(len(packed))
+        counts, tokens = by_length(sequences.length, self.settings.pack_size).tolist()
         with closing(PackReader(spools, sequences, packed)) as packs:
             written: Written = self._writer(split)(packs, order)
         return SplitFacts(
@@ -257,6 +261,8 @@ class _Preparation:
             tokens=written.tokens,
             learned_tokens=written.learned_tokens,
             longest=int(sequences.length.max(initial=0)),
+            length_counts=counts,
+            length_tokens=tokens,
         )
 
     def _writer(self, split: str) -> Callable[[PackReader, np.ndarray], Written]:

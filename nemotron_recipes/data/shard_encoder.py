@@ -141,7 +141,7 @@ class ShardEncoder:
             if isinstance(verdict, Drop):
                 _drop(writer, line.number, verdict)
                 continue
-            signatures = [gate.signature(one.candidate, ids) for gate in self.recipe.gates.corpus]
+            signatures = self._signatures(one.candidate, ids, tally)
             length, tokens = _lengths(ids)
             split = SPLITS.index(one.candidate.split)
             writer.keep(line.number, split, one.point, sequences, payload, length, tokens, signatures)
@@ -181,6 +181,15 @@ class ShardEncoder:
             if isinstance(verdict, Drop):
                 return verdict
         return None
+
+
+    def _signatures(self, candidate: Candidate, ids: Sequence[np.ndarray], tally: Tally) -> list[bytes]:
+        found = []
+        for gate in self.recipe.gates.corpus:
+            began = time.process_time()
+            found.append(gate.signature(candidate, ids))
+            tally.seconds[gate.name] = tally.seconds.get(gate.name, 0.0) + time.process_time() - began
+        return found
 
 
 def _sft(chat: ChatEncoder, placed: Sequence[_Placed]) -> list[Any]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.data.fetch import fetch_tokenizer
 from nemotron_recipes.data.gates.build import build_gates
 from nemotron_recipes.data.metadata import write_metadata
 from nemotron_recipes.data.prepare import Hub, Job, Progress, Report, prepare
@@ -88,24 +89,13 @@ def _tokenizer(reference: str, ctx: Context, scratch: Path) -> Path:
         return ctx.inputs[key]
     artifact = ctx.artifacts.get(key)
     if artifact is not None and artifact.source == "hub":
-        return _fetch(artifact.name, artifact.revision)
+        return fetch_tokenizer(artifact.name, artifact.revision)
     if reference == "tiny":
         from nemotron_recipes.tiny.tokenizer import write_tokenizer
 
         write_tokenizer(scratch)
         return scratch
     raise UserError(Problem(f"the worker file has no input {key} for {reference}"))
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "tokenizer.json", revision=revision)).parent
-    except (OSError, ValueError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        what = f"the tokenizer of hf://{name} can't be fetched: {lines[0]}"
-        raise UserError(Problem(what, fix="check the network and the access token, or give a local folder")) from None
 
 
 def _summary(metadata: dict[str, Any], report: Report) -> str:
