@@ -79,7 +79,7 @@ class StageContainer:
         self._waiting: subprocess.Popen[bytes] | None = None
         self._code: int | None = None  # once it has ended
         self._asked = False
-        self._cut_off = False  # the daemon was away while it ran
+        self._cut_off = False  # the daemon is away, or was when it ended
 
     def wait(self, seconds: float) -> bool:
         if self._code is not None:
@@ -110,7 +110,8 @@ class StageContainer:
             print(f"container {self.id} was removed by somebody", file=sys.stderr)
         else:
             self._cut_off = self._cut_off or told != 0  # the daemon was away for less than a look at it takes
-            if found.running:
+            if found.running:  # it has outlived that
+                self._cut_off = False
                 return False
         self._code = self._ended_with(found.exit_code if found else None)
         return True

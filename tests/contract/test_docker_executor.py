@@ -36,6 +36,13 @@ def wait_for_probe(run_dir: Path, stage: str = "first") -> None:
     wait_for((RunDir(run_dir).stage(stage).path / "received-0.json").exists)
 
 
+def end_probe(daemon: docker.Daemon, handle: JobHandle) -> None:
+    """Kill it inside its container, unseen by docker."""
+    received = json.loads((Path(handle.run_dir) / "first" / "received-0.json").read_text())
+    container = events(handle, "stage-started")[-1]["container"]
+    daemon.docker("exec", container, "sh", "-c", f"kill -KILL {received['pid']}")
+
+
 @pytest.fixture
 def daemon(docker_daemon: docker.Daemon, monkeypatch: pytest.MonkeyPatch) -> docker.Daemon:
     monkeypatch.setenv("DOCKER_HOST", docker_daemon.host)
@@ -140,7 +147,7 @@ def test_docker_says_why_a_container_can_not_start(
 def test_a_container_outlives_its_driver_and_its_end_is_found(
     daemon: docker.Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of(tmp_path / "run", stage_of(sleep=5, exit=3))
+    plan = plan_of(tmp_path / "run", stage_of(sleep=120))
     handle, rendered = submit(EXECUTOR, plan)
     wait_for_probe(tmp_path / "run")
     os.kill(handle.native["pid"], signal.SIGKILL)
@@ -148,25 +155,28 @@ def test_a_container_outlives_its_driver_and_its_end_is_found(
     assert EXECUTOR.liveness(handle) == "running"
     with pytest.raises(UserError, match="is running already"):
         EXECUTOR.submit(plan, rendered)
+    end_probe(daemon, handle)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")  # of a later reader: the handle knows better
     wait_for(lambda: process_tree.members(handle.run) == [], 130)
     wait_for(lambda: EXECUTOR.liveness(handle) == "ended")
     assert EXECUTOR.settle(handle)
-    assert events(handle, "stage-exited")[0]["exit_code"] == 3
-    assert "exit code 3" in events(handle, "finished")[0]["cause"]
+    assert events(handle, "stage-exited")[0]["exit_code"] == 137
+    assert "exit code 137" in events(handle, "finished")[0]["cause"]
     assert EXECUTOR.settle(handle) == []
     assert EXECUTOR.liveness(handle) == "ended"
 
 
 @pytest.mark.parametrize("own_daemon", [("--live-restore",)], indirect=True)
 def test_a_container_outlives_its_daemon(own_daemon: docker.Daemon, tmp_path: Path) -> None:
-    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=10, exit=3)))
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120)))
     wait_for_probe(tmp_path / "run")
     own_daemon.stop(signal.SIGKILL)
     assert EXECUTOR.liveness(handle) == "running"
     own_daemon.start()
+    assert EXECUTOR.liveness(handle) == "running"
+    end_probe(own_daemon, handle)
     assert wait_until_over(EXECUTOR, handle) == "ended"
-    assert events(handle, "stage-exited")[0]["exit_code"] == 3
+    assert events(handle, "stage-exited")[0]["exit_code"] == 137
     assert events(handle, "requeued") == []
 
 

@@ -43,9 +43,10 @@ def test_sft_trains_in_a_container(project: Path, docker_daemon: docker.Daemon) 
     assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row][-1] == 3
     assert json.loads((folder / "record.json").read_text())["host"] != os.uname().nodename, "a container's own name"
     assert "nano3-tiny-sft-data:v1" in nemotron(project, "lineage", "nano3-tiny-sft")
-    assert docker_daemon.docker("ps", "--all", "--quiet") == ""
+    assert containers(docker_daemon, view["id"]) == []
 
 
+@pytest.mark.long
 def test_a_detached_run_is_followed_and_cancelled(project: Path, docker_daemon: docker.Daemon) -> None:
     prep = (
         "nano3",
@@ -57,9 +58,9 @@ def test_a_detached_run_is_followed_and_cancelled(project: Path, docker_daemon: 
         "data.sources=[{path: 'sample:largest_of_three', rows: 3000000}]",
     )
     handle = json.loads(nemotron(project, *prep, "--batch", "box", "--json"))
-    wait_for(lambda: docker_daemon.docker("ps", "--quiet").split())
+    wait_for(lambda: containers(docker_daemon, handle["run"]))
     nemotron(project, "runs", "cancel", handle["run"])
-    assert docker_daemon.docker("ps", "--all", "--quiet") == ""
+    assert containers(docker_daemon, handle["run"]) == []
     assert json.loads(nemotron(project, "runs", "show", handle["run"], "--json"))["state"] == "cancelled"
 
 
@@ -80,10 +81,11 @@ def test_ctrl_c_stops_the_container(project: Path, docker_daemon: docker.Daemon)
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: docker_daemon.docker("ps", "--quiet").split())
+    run = wait_for(lambda: [path.name for path in project.glob("nemotron-output/runs/*")])[0]
+    wait_for(lambda: containers(docker_daemon, run))
     attached.send_signal(signal.SIGINT)
     assert attached.wait(120) == 130
-    assert docker_daemon.docker("ps", "--all", "--quiet") == ""
+    assert containers(docker_daemon, run) == []
 
 
 @pytest.mark.long
@@ -94,3 +96,7 @@ def test_the_whole_pipeline_learns_in_containers(project: Path) -> None:
     assert {stage["state"] for stage in stages.values()} == {"succeeded"}
     assert stages["sft"]["results"]["exact_match_after"] >= 0.40
     assert stages["rl"]["results"]["exact_match_after"] > stages["rl"]["results"]["exact_match_before"]
+
+
+def containers(daemon: docker.Daemon, run: str) -> list[str]:
+    return daemon.docker("ps", "--all", "--quiet", "--filter", f"label=nemotron.run={run}").split()
