@@ -18,6 +18,7 @@ from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, quaran
 from nemotron_recipes.worker.trl.config import TrlSettings
 from nemotron_recipes.worker.trl.data import DataFolder
 from nemotron_recipes.worker.trl.evaluate import exact_match, label_accuracy, preference_accuracy
+from nemotron_recipes.worker.trl.learning import LeavesLn2, require_targets
 from nemotron_recipes.worker.trl.models import base_folders, load_model, load_tokenizer, load_weights, write_output
 from nemotron_recipes.worker.trl.rewards import final_answer
 from nemotron_recipes.worker.trl.trainers import build_trainer
@@ -39,11 +40,15 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
     with base_folders(settings, context) as base:
         data = DataFolder(context.inputs["data.path"], settings.method, base.tokenizer)
         model = load_model(base.model, settings)
+        if settings.peft is not None:
+            require_targets(model, settings.peft)
         tokenizer = load_tokenizer(base.tokenizer, data.template)
         trainer = build_trainer(settings, context, model, tokenizer, data)
         trainer.add_callback(Progress(context, start=_step_of(resume)))
         pace = Pace(deadline_from(os.environ), last_save_seconds(context.dir, context.attempt))
         trainer.add_callback(StopWhenAsked(context, pace))
+        if settings.method == "dpo" and resume is None and settings.trainer.get("loss_type", "sigmoid") == "sigmoid":
+            trainer.add_callback(LeavesLn2())
         trainer.add_callback(SaveWhole(context, settings.trainer.get("save_total_limit") or 1, pace))
         sizes = [parameter.numel() for parameter in trainer.model.parameters()]
         origin = str(resume) if resume else None
