@@ -1,7 +1,8 @@
-"""`nemotron data show`: look at prepared data."""
+"""`nemotron data show | from-logs`: look at prepared data, and make rows of conversation logs."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import click
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
+from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.spec import Artifact
 
 if TYPE_CHECKING:
@@ -57,6 +59,76 @@ def show(name: str, row: int | None, split: str, page: Path | None, tokenizer: P
         click.echo(f"written: {page}")
         return
     click.echo(as_text(name, shown, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+
+
+@data.command("from-logs")
+@click.argument("logs", nargs=-1, required=True, metavar="LOGS.jsonl...",
+                type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
+@click.option("--to", "target", type=click.Choice(["sft", "kto", "dpo"]), required=True, help="What rows to make.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, metavar="FILE")
+@click.option("--score-field", metavar="FIELD", help="Where the score stands; meta.score goes into an object.  [score]")
+@click.option("--judges", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE.yaml",
+              help="Ask these models for scores from 1 to 10 instead.")  # fmt: skip
+@click.option("--people-field", metavar="FIELD", help="Calibrate judges by people's scores, where a line has one.")
+@click.option("--min-score", type=float, required=True, help="Good answers score this or more.")
+@click.option("--max-score", type=float, help="Bad answers score this or less (kto, dpo).")
+@click.option("--margin", type=float, default=0.0, help="dpo: how far apart two answers must lie.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report for programs.")
+def from_logs_command(
+    logs: tuple[Path, ...], target: str, out: Path, score_field: str | None, judges: Path | None,
+    people_field: str | None, min_score: float, max_score: float | None, margin: float, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Make rows of conversation logs by their scores: SFT rows, KTO rows, preference pairs.
+
+    A line is {"messages": [...]} ending with the answer, or {"request": {"messages"}, "response": {"choices"}}. Scores
+    stand in a field, or judges give them; docs/data.md has the judges' file. What judges said is kept in
+    FILE.judged.jsonl, so that a second run asks only what is new. The report goes to FILE.report.json.
+    """
+    from nemotron_recipes.data.exchanges import Limits
+    from nemotron_recipes.data.from_logs import Request, from_logs
+    from nemotron_recipes.data.judges import read_ensemble
+
+    problems = []
+    if judges and score_field:
+        problems.append(Problem("--judges and --score-field exclude each other", "command line"))
+    if people_field and not judges:
+        problems.append(Problem("--people-field is for --judges", "command line"))
+    if max_score is not None and max_score >= min_score:
+        problems.append(Problem(f"--max-score {max_score:g} is not below --min-score {min_score:g}", "command line"))
+    if out.exists() and not force:
+        problems.append(Problem(f"{out} is there already", fix="give another --out, or --force"))
+    if target == "kto" and max_score is None:
+        problems.append(Problem("kto needs to know what is bad", "command line", "--max-score N"))
+    if problems:
+        raise UserError(*problems)
+    ensemble = read_ensemble(judges) if judges else None
+    limits = Limits(min_score, max_score, margin)
+    field = None if judges else score_field or "score"
+    request = Request(logs, target, out, limits, field, ensemble, people_field)
+    report = from_logs(request, lambda done: click.echo(f"{done} answers judged", err=True))
+    text = json.dumps(report, indent=2) + "\n"
+    write_atomic(out.with_name(out.name + ".report.json"), text.encode())
+    click.echo(text.rstrip() if as_json else _report(report, out))
+
+
+def _report(report: dict[str, Any], out: Path) -> str:
+    left = ", ".join(f"{count} {reason}" for reason, count in report["left_out"].items())
+    made = f"{report['rows']} {report['target']} rows in {out}"
+    lines = [f"{report['lines']} lines, {report['exchanges']} answers; {made}", f"left out: {left or 'nothing'}"]
+    found = report.get("agreement")
+    if found is None:
+        return printable("\n".join(lines))
+    for name, one in found["judges"].items():
+        scale = f"calibrated {one['slope']:.2f} x + {one['intercept']:.2f}"
+        people = f", Spearman with people {one['people_spearman']}" if "people" in one else ""
+        lines.append(f"judge {name}: {one['scored']} scored, mean {one['mean']}, {scale}{people}")
+    for pair in found["pairs"]:
+        who, apart = " and ".join(pair["judges"]), pair["mean_difference"]
+        lines.append(f"{who}: Spearman {pair['spearman']}, mean difference {apart}")
+    if found["pairs"]:
+        lines.append(f"Krippendorff's alpha {found['krippendorff_alpha']}")
+    return printable("\n".join(lines))
 
 
 def as_text(name: str, shown: Shown, colour: bool) -> str:

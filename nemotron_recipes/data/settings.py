@@ -99,6 +99,15 @@ def read_settings(data: Any, method: Any) -> Settings:
     return settings
 
 
+def read_section(kind: Any, tree: Any, where: str) -> Any:
+    """An instance of a dataclass declared like `Settings`. UserError with every problem."""
+    problems: list[Problem] = []
+    found = _section(kind, tree, where, problems)
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
 def cross_problems(data: Tree, method: str) -> list[Problem]:
     """What single fields can't show, of a `data` section whose fields are valid. Defaults may be left out."""
     settings = _section(Settings, data, "data", [])
