@@ -200,13 +200,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class RenderedStage:
-    """Bytes and argv of one stage. `argv` runs in `cwd` with `env` added to the inherited environment; no shell."""
+    """Bytes and argv of one stage. `argv` runs in `cwd` with `env` added to the inherited environment; no shell.
+
+    workdir   instead of `cwd`, the stage's folder, where a profile names another one in a container
+    notes     (name, text) of what else the executor made of the settings, for people
+    """
 
     name: str
     files: dict[str, str]  # absolute path -> text
     argv: tuple[str, ...]
     env: dict[str, str]
     cwd: str
+    workdir: str | None = None
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
     conf        the text of Slurm's configuration files: pure functions
     services    the daemons: command lines, what each needs, when each is ready
     proctree    a process and everything that it started, found and ended as one
+    pyxis       builds pyxis_standin.c, which takes the options of Pyxis, and makes images for it
     isolation   host name and /etc/hosts of a node's own
     keeper      the process that holds a cluster: starts and ends daemons, leaves nothing behind
     orphans     what a job step leaves on a node

@@ -49,6 +49,7 @@ def _up(arguments: argparse.Namespace, folder: Path) -> None:
         accounting=not arguments.no_accounting,
         accounts=tuple(arguments.account),
         namespaces=not arguments.no_namespaces,
+        standin=arguments.pyxis_standin,
         settings=dict(arguments.set),
     )
     began = time.monotonic()
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--no-accounting", action="store_true", help="no slurmdbd and no database: sacct fails")
     up.add_argument("--account", action="append", default=[], help="make this account and refuse others; repeatable")
     up.add_argument("--no-namespaces", action="store_true", help="nodes share this machine's host name and address")
+    up.add_argument("--pyxis-standin", action="store_true", help="take Pyxis's options: a stand-in of our own, no enroot")
     up.add_argument("--set", action="append", default=[], type=_setting, metavar="KEY=VALUE", help="in slurm.conf")
     up.add_argument("--while", dest="while_pid", type=int, metavar="PID", help="down by itself when that process ends")
     command("down", _down, "end every process of the cluster and delete its folder")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
-from slurm import clients, conf, isolation, keeper, proctree
+from slurm import clients, conf, isolation, keeper, proctree, pyxis
 from slurm.services import missing_packages, services
 from slurm.spec import Files, Spec, load, problems_of_folder
 
@@ -44,10 +44,11 @@ def plan(
     accounting: bool = True,
     accounts: tuple[str, ...] = (),
     namespaces: bool = True,
+    standin: bool = False,
     settings: dict[str, str] | None = None,
 ) -> Spec:
     """A cluster that can be made here; UserError with every reason why not. Writes nothing."""
-    problems = problems_of_folder(folder) + missing_packages(accounting)
+    problems = problems_of_folder(folder) + missing_packages(accounting) + (pyxis.missing() if standin else [])
     if accounts and not accounting:
         problems.append(Problem("accounts need accounting", fix="leave out --account or --no-accounting"))
     if platform.system() != "Linux":
@@ -70,6 +71,7 @@ def plan(
         accounting=accounting,
         accounts=accounts,
         isolated=namespaces,
+        standin=standin,
         subnet=f"127.{random.randint(1, 254)}.{random.randint(1, 254)}",
         ports=free_ports(nodes + 2),
         settings=settings or {},
@@ -181,6 +183,9 @@ def _write(spec: Spec) -> Spec:
         print(f"note: nodes share this machine's host name: namespaces are refused here ({refused})", file=sys.stderr)
     _write_shared(files.slurm_conf, conf.slurm_conf(spec))
     _write_shared(files.gres_conf, conf.gres_conf(spec))
+    _write_shared(files.plugstack_conf, conf.plugstack_conf(spec))
+    if spec.standin:
+        pyxis.build(spec)
     if spec.accounting:
         files.slurmdbd_conf.touch(mode=0o600)  # slurmdbd refuses one that others can read
         files.slurmdbd_conf.write_text(conf.slurmdbd_conf(spec))

@@ -38,6 +38,14 @@ def gres_conf(spec: Spec) -> str:
     return f"AutoDetect=off\nNodeName={','.join(spec.node_names)} Name=gpu File={spec.files.devices}/gpu{numbers}\n"
 
 
+def plugstack_conf(spec: Spec) -> str:
+    """plugstack.conf. Required: a job whose container can't be made fails, as with Pyxis."""
+    files = spec.files
+    if not spec.standin:
+        return ""
+    return f"required {files.standin} data={files.containers} registry={files.registry}\n"
+
+
 def slurmdbd_conf(spec: Spec) -> str:
     """slurmdbd.conf. The database knows the user by its socket's peer, so there is no password."""
     files = spec.files

@@ -34,6 +34,10 @@ class Files:
         return self.folder / "etc" / "gres.conf"
 
     @property
+    def plugstack_conf(self) -> Path:
+        return self.folder / "etc" / "plugstack.conf"  # beside slurm.conf, where Slurm looks for it
+
+    @property
     def slurmdbd_conf(self) -> Path:
         return self.folder / "etc" / "slurmdbd.conf"
 
@@ -60,6 +64,21 @@ class Files:
     @property
     def munge_socket(self) -> Path:
         return self.folder / "run" / "munge.sock"
+
+    @property
+    def standin(self) -> Path:
+        """The plugin that stands in for Pyxis."""
+        return self.folder / "lib" / "pyxis_standin.so"
+
+    @property
+    def registry(self) -> Path:
+        """Images that the stand-in takes for those of registries, by the name that `enroot import` would give them."""
+        return self.folder / "registry"
+
+    @property
+    def containers(self) -> Path:
+        """Where the stand-in unpacks images, for whoever runs a job."""
+        return self.folder / "containers"
 
     @property
     def run(self) -> Path:
@@ -111,6 +130,7 @@ class Spec:
     isolated: bool  # every node has a host name and an address of its own
     subnet: str  # the first three numbers of the nodes' loopback addresses
     ports: tuple[int, ...]
+    standin: bool = False  # takes Pyxis's options
     settings: dict[str, str] = field(default_factory=dict)  # slurm.conf parameters that replace ours
 
     @property

@@ -23,9 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[slurm.Cluster]:
-    """A real Slurm: four nodes of two GPUs, accounting, the one account `lab`. It is for all tests: leave it idle."""
+    """A real Slurm: four nodes of two GPUs, accounting, the one account `lab`, a stand-in for Pyxis.
+
+    It is for all tests: leave it idle.
+    """
     slurm.require()
-    with slurm.cluster("--nodes=4", "--gpus-per-node=2", "--account=lab") as found:
+    with slurm.cluster("--nodes=4", "--gpus-per-node=2", "--account=lab", "--pyxis-standin") as found:
         yield found
 
 

@@ -74,6 +74,8 @@ def _stage(stage: StagePlan, rendered: RenderedStage | None) -> list[str]:
     layout = f"{place.nodes} node(s) x {place.nproc_per_node} process(es)"
     lines.append(f"  placement    {place.executor} ({profile}), {layout}")
     lines += [f"               {key}: {value!r}" for key, value in place.options.items() if value]
+    if rendered:
+        lines += [f"  {name:<12} {text}" for name, text in rendered.notes]
     if place.secrets:
         lines.append(f"               secrets passed on by name: {', '.join(place.secrets)}")
     lines.append("  inputs")
@@ -113,5 +115,5 @@ def _rendered(stage: RenderedStage) -> list[str]:
             lines += [f"  file {path}", *(f"    | {line}" for line in text.splitlines())]
     lines.append("  environment added")
     lines += [f"    {name}={shlex.quote(value)}" for name, value in sorted(stage.env.items())]
-    lines += [f"  runs in {stage.cwd}", f"    {shlex.join(stage.argv)}"]
+    lines += [f"  runs in {stage.workdir or stage.cwd}", f"    {shlex.join(stage.argv)}"]
     return lines

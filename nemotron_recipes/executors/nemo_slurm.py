@@ -18,6 +18,10 @@ from nemotron_recipes.executors import nemo_adapter
 _RUNDIR = "/nemo_run"
 _MASK = "/@nemo@run@"  # nothing in it makes shlex quote
 
+_SHELL_WORD = r"(?:'[^']*'|\"[^\"]*\"|[^\s'\"])+"
+# Flags of srun whose values NeMo-Run writes as a word of their own.
+_TWO_WORDS = ("output", "chdir", "container-image", "container-mounts", "container-workdir", "container-env")
+
 
 @dataclass(frozen=True)
 class BatchJob:
@@ -95,11 +99,12 @@ def _without(script: str, flags: tuple[str, ...]) -> str:
     lines = []
     for line in script.split("\n"):
         for flag in flags:
-            name = re.escape(flag.lstrip("-").replace("_", "-"))
-            if re.match(rf"#SBATCH --{name}(=|$)", line):
+            name = flag.lstrip("-").replace("_", "-")
+            if re.match(rf"#SBATCH --{re.escape(name)}(=|$)", line):
                 break
             if line.startswith("srun "):
-                line = re.sub(rf" --{name}(=\S*)?(?= )", "", line)
+                value = f"[ =]{_SHELL_WORD}" if name in _TWO_WORDS else f"(={_SHELL_WORD})?"
+                line = re.sub(rf" --{re.escape(name)}{value}(?= )", "", line)
         else:
             lines.append(line)
     return "\n".join(lines)

@@ -10,10 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.executors import (
     Liveness,
     checks,
+    slurm_container,
     slurm_control,
     slurm_facts,
     slurm_files,
@@ -49,6 +52,9 @@ class SlurmExecutor:
         if any(character in stage.directory for character in "%\\\n"):
             what = f"Slurm changes or cuts a path with a percent sign, a backslash or a line break: {stage.directory!r}"
             problems.append(Problem(what, checks.where(stage), "see [artifacts] output"))
+        if slurm_script.profile_of(stage).image and any(character in stage.directory for character in ",:"):
+            what = f"Pyxis cuts a mount at a comma or a colon: {stage.directory!r}"
+            problems.append(Problem(what, checks.where(stage), "see [artifacts] output"))
         if stage.launch.launcher == "plain" and stage.placement.nodes > 1:
             what = f"{stage.name} is one process, but {stage.placement.nodes} nodes are asked for"
             problems.append(Problem(what, checks.where(stage, "nodes"), "set run.nodes=1"))
@@ -67,6 +73,7 @@ class SlurmExecutor:
         no job behind. UserError: sbatch refused, with its own words; or it is not here.
         """
         run = RunDir(Path(plan.run_dir))
+        _make_ready(plan, run)
         stages = self._unfinished(plan, run, rendered)
         values = _secret_values(plan)
         if values:
@@ -148,9 +155,9 @@ class SlurmExecutor:
         if state is None or state.state != "RUNNING":
             what = f"{stage} of {handle.run} is not running" + (f": its job is {state.state}" if state else "")
             raise UserError(Problem(what, handle.run_dir))
-        plan = read_json(RunDir(Path(handle.run_dir)).plan) or {"stages": []}
-        options = next(each["placement"]["options"] for each in plan["stages"] if each["name"] == stage)
-        return slurm_script.shell_command(options, handle.run_dir, plan["store"], state.job, command)
+        plan = TypeAdapter(Plan).validate_json(RunDir(Path(handle.run_dir)).plan.read_bytes())
+        planned = next(each for each in plan.stages if each.name == stage)
+        return slurm_script.shell_command(plan, planned, state.job, command)
 
     def settle(self, handle: JobHandle) -> list[Tree]:
         """The events that end the run, where the job was stopped before it could write them."""
@@ -241,6 +248,24 @@ def _jobs(handle: JobHandle) -> dict[str, str]:
             if found:
                 jobs[stage] = found[0]
     return jobs
+
+
+def _make_ready(plan: Plan, run: RunDir) -> None:
+    """What containers mount. UserError names everything that is not there, before anything is queued."""
+    problems = []
+    for stage in (stage for stage in plan.stages if stage.reused is None):
+        profile = slurm_script.profile_of(stage)
+        container = slurm_container.container_of(plan, stage, profile)
+        if container is None:
+            continue
+        for folder in slurm_container.folders(plan, profile):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        for field, path in slurm_container.missing_here(container, plan.run_dir):
+            what = f"there is no {'image' if field == 'container_image' else 'folder or file to mount at'} {path}"
+            problems.append(Problem(what, checks.where(stage, field), f"make it, or set another: run.{field}=..."))
+    if problems:
+        append_event(run.events, "cancelled", stage=None, attempt=None)
+        raise UserError(*problems)
 
 
 def _make_folders(run: RunDir, stage: StageDir) -> None:

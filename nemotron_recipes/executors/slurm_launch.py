@@ -164,6 +164,8 @@ class Node:
     def _run(self, log: Path) -> int:
         environ = {**self.environ, **(read_json(slurm_files.secrets(self.run)) or {}), **self.launch["env"]}
         environ[ATTEMPT_ENV] = str(self.attempt)
+        if "PYTHONPATH" in self.launch["env"]:  # an image's own, or a module's, may be needed
+            environ["PYTHONPATH"] = _joined(self.launch["env"]["PYTHONPATH"], self.environ.get("PYTHONPATH", ""))
         self.deadline = slurm_requeue.deadline_of(self.environ, self.launch["save_margin"], time.time())
         if self.deadline is not None:
             environ[DEADLINE_ENV] = f"{self.deadline:.3f}"
@@ -174,7 +176,7 @@ class Node:
             # In a session of its own: Slurm signals the launcher's, and torchrun must hear of a stop only once.
             child = subprocess.Popen(
                 self.launch["argv"],
-                cwd=self.launch["cwd"],
+                cwd=self.launch["workdir"] or self.launch["cwd"],
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -284,6 +286,11 @@ class Node:
     def _time_is_up(self, number: int, frame: FrameType | None) -> None:
         self.overdue = not self.stopping
         self._stop(number, frame)
+
+
+def _joined(first: str, then: str) -> str:
+    """Search paths, each once, in that order."""
+    return os.pathsep.join(dict.fromkeys(entry for entry in f"{first}{os.pathsep}{then}".split(os.pathsep) if entry))
 
 
 def _stop_with_launcher() -> None:

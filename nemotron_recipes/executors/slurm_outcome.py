@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from nemotron_recipes.executors import slurm_files, verdict
+from nemotron_recipes.executors.container_trouble import container_trouble, nodes_of
 from nemotron_recipes.executors.slurm_control import JobState
 from nemotron_recipes.executors.torchrun import RankFailure
 from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
@@ -97,6 +98,9 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
     first = slurm_files.first_failure(slurm_files.read_reports(stage, attempt))
     if first and first.problem:
         return f"{first.host}: {first.problem}"
+    trouble = _container_trouble(stage, state, what)
+    if trouble:
+        return trouble
     code = state.exit_code or (128 + state.signal if state.signal else 0)
     if state.state == "COMPLETED":
         code = 0
@@ -112,9 +116,28 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
     return verdict.failure_cause(stage, fingerprint, attempt, code, failure, log)
 
 
-def _tail(log: Path, lines: int = 8) -> str:
+def _container_trouble(stage: StageDir, state: JobState, what: str) -> str:
+    """What Pyxis said of the container that it could not make, on whichever node; "" where it was made."""
+    logs = [slurm_files.nodes_log(stage, state.job), slurm_files.batch_log(stage, state.job)]
+    text = "\n".join(filter(None, map(_text, logs)))
+    found = container_trouble(text) if state.state == "FAILED" else None
+    if found is None:
+        return ""
+    nodes = ", ".join(nodes_of(text))
+    log = next(log for log in logs if container_trouble(_text(log) or ""))
+    return f"{nodes}{': ' if nodes else ''}{found[0]} ({what}); {found[1]}:{_tail(log)}"
+
+
+def _text(log: Path) -> str | None:
     try:
-        text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return log.read_text(encoding="utf-8", errors="replace")
     except OSError:
+        return None
+
+
+def _tail(log: Path, lines: int = 8) -> str:
+    found = _text(log)
+    if found is None:
         return f" it left no log {log}: does the node see that folder, and has this user room there?"
+    text = found.splitlines()
     return "".join(f"\n  | {line}" for line in text[-lines:]) + f"\n  log: {log}"

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from nemotron_recipes.executors.enroot import Unusable, image_for_pyxis, parse_mount
+
 # Fields with two names: NeMo-Run's, and the one that this project uses for the same thing everywhere.
 # One Slurm task runs per node whatever is asked for; `ntasks_per_node` has always meant the processes of a node.
 OTHER_NAMES = {
@@ -68,6 +70,8 @@ OWN_FLAGS = {
     "no-requeue": "max_requeues",
 }
 
+OWN_TARGET = "/nemo_run"  # where NeMo-Run mounts a stage's folder, and starts its tasks
+
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -114,10 +118,16 @@ class SlurmProfile(BaseModel):
     setup: list[str] = []  # lines of shell before srun, on the first node and outside the container: module load, ...
 
     container: bool | None = None  # false: bare metal although an image is named
-    container_image: str | None = None  # as Pyxis wants it; without one, stages run on bare metal
-    mounts: list[str] = []  # HOST:CONTAINER[:OPTIONS]; the run folder and the store are mounted in any case
-    container_env: list[str] = []  # names that must win over the image's own
+    container_image: str | None = None  # /PATH/IMAGE.sqsh or REGISTRY/IMAGE:TAG; without one, stages run on bare metal
+    container_name: str | None = None  # kept on the nodes under that name, and used again: the image is then ignored
+    mounts: list[str] = []  # SOURCE:TARGET[:OPTION+OPTION]; what a stage writes and reads is mounted in any case
+    container_env: list[str] = []  # names that the job inherits and that must win over the image's own
+    container_workdir: str | None = None  # in the container: where the processes start; unset: the stage's folder
     container_mount_home: bool = False
+    container_remap_root: bool | None = None  # unset, as the three below: what the site's enroot is set to
+    container_writable: bool | None = None
+    container_entrypoint: bool | None = None
+    hf_cache: str | None = None  # HF_HOME of the stages, in a folder that all nodes see; unset: yours, if you have one
     python: str | None = None  # interpreter on the nodes; unset: this one, or python3 in a container
 
     env: dict[str, str] = {}  # set for every stage; kept in the run folder in plain text
@@ -147,7 +157,7 @@ class SlurmProfile(BaseModel):
 
     @property
     def image(self) -> str | None:
-        """The image that stages run in; None on bare metal."""
+        """The image that stages run in, as it is written; None on bare metal."""
         return None if self.container is False else self.container_image
 
     def partition_for(self, mode: str) -> str | None:
@@ -169,8 +179,7 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
     limit = limit_seconds(profile.time)
     if limit is not None and profile.save_margin is not None and profile.save_margin >= limit:
         yield "save_margin", f"{profile.save_margin:g} s before the end of {limit} s leaves no time to work", "lower it"
-    if profile.container and not profile.container_image:
-        yield "container", "container = true, but no image is named", "set container_image"
+    yield from _container(profile)
     for field in ("setup", "srun_args"):
         for text in getattr(profile, field):
             if field == "srun_args" and "\n" in text:
@@ -178,6 +187,35 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
     for name, value in _one_liners(profile):
         if any(character in value for character in "\n\r\\"):
             yield name, f"{value!r} holds a character that no #SBATCH line can carry", "take it out"
+
+
+def _container(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
+    if profile.container and not profile.container_image:
+        yield "container", "container = true, but no image is named", "set container_image"
+    if profile.container_name is not None and not profile.container_image:
+        yield "container_name", "a name, but no image", "set container_image"
+    try:
+        image_for_pyxis(profile.container_image) if profile.container_image is not None else None
+    except Unusable as error:
+        yield "container_image", error.what, error.fix
+    for mount in profile.mounts:
+        try:
+            target = parse_mount(mount).target
+        except Unusable as error:
+            yield "mounts", error.what, error.fix
+        else:
+            if target.rstrip("/") in ("", OWN_TARGET):
+                yield "mounts", f"{mount!r} covers what the job itself needs", "choose another path in the container"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*(:(auto|create|exec|no_exec))?", profile.container_name or "x"):
+        yield "container_name", f"{profile.container_name!r} is no name of a container", "use letters, digits, _ . -"
+    for name, path in (("container_workdir", profile.container_workdir), ("hf_cache", profile.hf_cache)):
+        if path is not None and not path.startswith("/"):
+            yield name, f"{path!r} is not a full path", "jobs run in folders of their own: write it from / on"
+    if profile.hf_cache and profile.env.get("HF_HOME", profile.hf_cache) != profile.hf_cache:
+        yield "hf_cache", "hf_cache and HF_HOME under env are one thing and differ", "take one of them out"
+    for name in profile.container_env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            yield "container_env", f"{name!r} is no name for an environment variable", "use letters, digits and _"
 
 
 def limit_seconds(time: str | None) -> int | None:

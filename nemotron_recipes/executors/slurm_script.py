@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemotron_recipes.executors import slurm_files, slurm_requeue, torchrun
+from nemotron_recipes.executors import slurm_container, slurm_files, slurm_requeue, torchrun
+from nemotron_recipes.executors.slurm_container import HF_HOME, Container
 from nemotron_recipes.executors.slurm_launch import HOSTS_ENV
 from nemotron_recipes.executors.slurm_profile import SBATCH_FIELDS, SlurmProfile
 from nemotron_recipes.rundir import DEADLINE_ENV, RUN_ID_ENV, RunDir, StageDir
@@ -22,23 +23,23 @@ RESERVED_ENV = (*_OURS, "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 def profile_of(stage: StagePlan) -> SlurmProfile:
     """The stage's placement as a profile again."""
     place = stage.placement
-    fixed = {"nodes": place.nodes, "nproc_per_node": place.nproc_per_node, "secrets": list(place.secrets)}
-    return _profile_from({**place.options, **fixed})
-
-
-def _profile_from(options: Tree) -> SlurmProfile:
-    return SlurmProfile.model_validate({key: options[key] for key in SlurmProfile.model_fields if key in options})
+    known = {key: value for key, value in place.options.items() if key in SlurmProfile.model_fields}
+    return SlurmProfile.model_validate(
+        {**known, "nodes": place.nodes, "nproc_per_node": place.nproc_per_node, "secrets": list(place.secrets)}
+    )
 
 
 def rendered_stage(plan: Plan, stage: StagePlan, first: bool) -> RenderedStage:
     """Files (the plan's own, launch.json, sbatch.sh), what the launcher starts, and the environment that it adds."""
-    folder = StageDir(Path(stage.directory))
+    folder, profile = StageDir(Path(stage.directory)), profile_of(stage)
+    container = slurm_container.container_of(plan, stage, profile)
     argv, env = worker_argv(stage), environment(plan, stage)
     launch = to_json(_launch(plan, stage, argv, env)) + "\n"
     files = {str(folder.files / name): text for name, text in stage.launch.files.items()}
     files[str(folder.files / slurm_files.LAUNCH)] = launch
-    files[str(slurm_files.script(folder))] = _script(plan, stage, first)
-    return RenderedStage(stage.name, files, argv, env, stage.directory)
+    files[str(slurm_files.script(folder))] = _script(plan, stage, container, first)
+    notes = slurm_container.notes(stage, profile, container)
+    return RenderedStage(stage.name, files, argv, env, stage.directory, profile.container_workdir, notes)
 
 
 def submit_commands(stages: list[StagePlan]) -> tuple[tuple[str, ...], ...]:
@@ -67,22 +68,18 @@ def job_name(plan: Plan, stage: StagePlan) -> str:
     return f"{profile_of(stage).job_name_prefix}{plan.id}.{stage.name}"
 
 
-def shell_command(options: Tree, run_dir: str, store: str, job: str, command: Sequence[str]) -> list[str]:
-    """A step inside a running job, on its first node: in a second instance of its image, with its mounts.
-
-    options   the placement's, as the plan has them
-    """
-    profile = _profile_from(options)
-    argv = ["srun", f"--jobid={job}", "--overlap", "--nodes=1", "--ntasks=1", f"--chdir={run_dir}"]
+def shell_command(plan: Plan, stage: StagePlan, job: str, command: Sequence[str]) -> list[str]:
+    """A step inside a running job, on its first node: in a second instance of its image, with its mounts."""
+    profile = profile_of(stage)
+    container = slurm_container.container_of(plan, stage, profile)
+    argv = ["srun", f"--jobid={job}", "--overlap", "--nodes=1", "--ntasks=1", f"--chdir={plan.run_dir}"]
     if os.isatty(0):
         argv.append("--pty")
-    if profile.image:
-        argv += [f"--container-image={profile.image}", f"--container-workdir={run_dir}"]
-        argv.append(f"--container-mounts={','.join(_mounts(run_dir, store, profile))}")
+    if container:
+        argv += [f"--container-image={container.image}", f"--container-workdir={plan.run_dir}", *container.flags]
+        argv.append(f"--container-mounts={','.join(map(str, container.mounts))}")
         if profile.container_env:
             argv.append(f"--container-env={','.join(profile.container_env)}")
-        if not profile.container_mount_home:
-            argv.append("--no-container-mount-home")
     removed = {flag.lstrip("-").replace("_", "-") for flag in profile.remove}
     return [*(word for word in argv if word.lstrip("-").partition("=")[0] not in removed), *command]
 
@@ -100,12 +97,18 @@ def worker_argv(stage: StagePlan) -> tuple[str, ...]:
 
 
 def environment(plan: Plan, stage: StagePlan) -> dict[str, str]:
-    """Added to what the job inherits, by the launcher: no shell ever reads these."""
+    """Added to what the job inherits, by the launcher: no shell ever reads these, and no image's own stand above them.
+
+    Only PYTHONPATH is put before what is there, which an image, or a module of the site, may need.
+    """
+    profile = profile_of(stage)
+    cache = slurm_container.hf_home(profile)
     return {
         "PYTHONSAFEPATH": "1",  # `-m` looks for modules in the environment alone, not in the stage's folder
         "PYTHONUNBUFFERED": "1",
         **stage.launch.env,
-        **stage.placement.options.get("env", {}),
+        **profile.env,
+        **({HF_HOME: cache} if cache else {}),
         RUN_ID_ENV: plan.id,
     }
 
@@ -123,10 +126,11 @@ def _launch(plan: Plan, stage: StagePlan, argv: tuple[str, ...], env: dict[str, 
         "argv": list(argv),
         "env": env,
         "cwd": stage.directory,
+        "workdir": profile_of(stage).container_workdir,
     }
 
 
-def _script(plan: Plan, stage: StagePlan, first: bool) -> str:
+def _script(plan: Plan, stage: StagePlan, container: Container | None, first: bool) -> str:
     from nemotron_recipes.executors.nemo_slurm import BatchJob, batch_script
 
     profile, folder = profile_of(stage), StageDir(Path(stage.directory))
@@ -147,10 +151,10 @@ def _script(plan: Plan, stage: StagePlan, first: bool) -> str:
         fields=fields,
         parameters=parameters,
         setup=_setup(profile, RunDir(Path(plan.run_dir)), folder),
-        srun_args=_srun_args(profile),
+        srun_args=_srun_args(profile, container),
         command=(python, "-m", LAUNCHER, str(folder.files / slurm_files.LAUNCH)),
-        image=profile.image,
-        mounts=_mounts(plan.run_dir, plan.store, profile) if profile.image else (),
+        image=container.image if container else None,
+        mounts=tuple(map(str, container.mounts)) if container else (),
         container_env=tuple(profile.container_env),
         remove=tuple(profile.remove),
     )
@@ -166,17 +170,11 @@ def _setup(profile: SlurmProfile, run: RunDir, folder: StageDir) -> tuple[str, .
     return (*lines, f'export {HOSTS_ENV}="${{nodes[*]}}"', *requeue)
 
 
-def _srun_args(profile: SlurmProfile) -> tuple[str, ...]:
+def _srun_args(profile: SlurmProfile, container: Container | None) -> tuple[str, ...]:
     args = []
     if profile.cpus_per_task:  # Slurm 22.05 and newer don't take it over from the job
         args.append(f"--cpus-per-task={profile.cpus_per_task}")
-    if profile.image and not profile.container_mount_home:
-        args.append("--no-container-mount-home")
+    args += container.flags if container else ()
     if profile.max_requeues:
         args.append("--open-mode=append")
     return (*args, *profile.srun_args)
-
-
-def _mounts(run_dir: str, store: str, profile: SlurmProfile) -> tuple[str, ...]:
-    """The profile's, and the two folders that a stage writes to, at their own paths."""
-    return tuple(dict.fromkeys([*profile.mounts, *(f"{path}:{path}" for path in (run_dir, store))]))

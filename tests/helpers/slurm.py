@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from slurm import pyxis
 from slurm.services import SEARCH, missing_packages
 
 PROGRAM = Path(__file__).parents[2] / "slurm" / "testcluster"
@@ -70,7 +71,7 @@ class Cluster:
 
 def require() -> None:
     """Skip the test where there can be no cluster."""
-    for problem in missing_packages(accounting=True):
+    for problem in [*missing_packages(accounting=True), *pyxis.missing()]:
         pytest.skip(f"no Slurm here: {problem.what}; {problem.fix}")
 
 

@@ -20,7 +20,7 @@ from nemotron_recipes.executors.slurm_meeting import FIRST_PORT, PORTS, NoMeetin
 from nemotron_recipes.executors.slurm_profile import NOT_HERE, OTHER_NAMES, SlurmProfile
 from nemotron_recipes.planning.validate import check_run
 from nemotron_recipes.rundir import StageDir
-from nemotron_recipes.spec import Placement, Plan, Rendered, Request
+from nemotron_recipes.spec import Artifact, Placement, Plan, Rendered, Request
 from tests.helpers.plans import plan_of, probe_stage
 
 EXECUTOR = SlurmExecutor()
@@ -130,6 +130,81 @@ def test_paths_that_nemo_run_would_rewrite_stay() -> None:
     assert " /nemo_run/bin/python -m nemotron_recipes.executors.slurm_launch " in script_of(plan)
 
 
+def test_container_flags_follow_the_profile() -> None:
+    fields: dict[str, Any] = {"container_image": "nvcr.io/nvidia/nemo:25.07", "mounts": ["/a", "/b c:/d:ro+nosuid"]}
+    line = srun_of(fields)
+    assert " --container-image 'nvcr.io#nvidia/nemo:25.07' " in line
+    assert " --container-mounts /a:/a,'/b c:/d:ro+nosuid',/lustre/me/runs/" in line
+    assert " --container-workdir /nemo_run/code " in line
+    assert " --no-container-mount-home " in line
+    for name in ("remap-root", "writable", "readonly", "entrypoint", "name", "env"):
+        assert f"container-{name}" not in line
+    line = srun_of(
+        {
+            **fields,
+            "container_name": "nemo",
+            "container_mount_home": True,
+            "container_remap_root": False,
+            "container_writable": False,
+            "container_entrypoint": True,
+            "container_env": ["A", "B"],
+        }
+    )
+    assert " --container-env A,B " in line
+    wanted = "--container-name=nemo --container-mount-home --no-container-remap-root --container-readonly"
+    assert f" {wanted} --container-entrypoint python3 -m " in line
+    assert "container" not in srun_of({**fields, "container": False})
+
+
+def test_container_flags_that_a_site_does_not_know_can_be_taken_out() -> None:
+    fields = {"container_image": "/a b.sqsh", "mounts": ["/a b:/c"], "container_env": ["A"]}
+    line = srun_of({**fields, "remove": ["container-env", "no_container_mount_home", "--container-mounts"]})
+    assert "container-env" not in line
+    assert "mount" not in line
+    assert "--container-image '/a b.sqsh' --container-workdir /nemo_run/code --wait=60 " in line
+
+
+def test_the_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same folder in the job and on the host, whatever the image has in HF_HOME."""
+    image = {"container_image": "/i.sqsh"}
+    monkeypatch.delenv("HF_HOME", raising=False)
+    assert "HF_HOME" not in EXECUTOR.render(pipe_of(image)).stages[-1].env
+    for fields in ({"hf_cache": "/lustre/hf"}, {"env": {"HF_HOME": "/lustre/hf"}}):
+        stage = EXECUTOR.render(pipe_of({**image, **fields})).stages[-1]
+        assert stage.env["HF_HOME"] == "/lustre/hf"
+        assert ("HF_HOME", "/lustre/hf") in stage.notes
+        assert ",/lustre/hf:/lustre/hf," in srun_of({**image, **fields})
+    monkeypatch.setenv("HF_HOME", "/home/me/hf")
+    assert EXECUTOR.render(pipe_of({})).stages[-1].env["HF_HOME"] == "/home/me/hf"
+    assert EXECUTOR.render(pipe_of({"hf_cache": "/lustre/hf"})).stages[-1].env["HF_HOME"] == "/lustre/hf"
+
+
+def test_inputs_from_outside_are_mounted_read_only(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    plan = pipe_of({"container_image": "/i.sqsh", "mounts": ["/lustre:/lustre"]})
+    inputs = {
+        "model.path": Artifact("path", "model", uri="/lustre/models/base"),
+        "data.sources.0.path": Artifact("path", "data", uri=f"{tmp_path}/rows/*.jsonl"),
+        "data.sources.1.path": Artifact("path", "data", uri=f"{tmp_path}/rows/more.jsonl"),
+        "data.sources.2.path": Artifact("path", "data", uri=f"{RUN_DIR}/first/rows.jsonl"),
+    }
+    plan = replace(plan, stages=(*plan.stages[:-1], replace(plan.stages[-1], inputs=inputs)))
+    mounts = [text for name, text in EXECUTOR.render(plan).stages[-1].notes if name == "mount"]
+    assert [mount for mount in mounts if mount.endswith(":ro")] == [f"{tmp_path}/rows:{tmp_path}/rows:ro"]
+
+
+def test_what_a_plan_says_of_a_container() -> None:
+    plan = pipe_of({"container_image": "docker://nvcr.io/nvidia/nemo:25.07", "container_name": "kept"})
+    hub = {"model.path": Artifact("hub", "model", "org/name")}
+    plan = replace(plan, stages=(*plan.stages[:-1], replace(plan.stages[-1], inputs=hub)))
+    notes = EXECUTOR.render(plan).stages[-1].notes
+    assert notes[0] == ("image", "nvcr.io#nvidia/nemo:25.07  (written docker://nvcr.io/nvidia/nemo:25.07)")
+    told = [text for name, text in notes if name == "note"]
+    assert len(told) == 2
+    assert "container kept already" in told[0]
+    assert "hf_cache" in told[1]
+
+
 def test_a_setup_line_is_not_traced_and_must_succeed() -> None:
     lines = script_of(pipe_of({"setup": ["module load x"]})).splitlines()
     place = lines.index("module load x")
@@ -170,6 +245,16 @@ def test_two_names_of_one_field() -> None:
         ({"comment": "a\nb"}, "no #SBATCH line"),
         ({"srun_args": ["a\nb"]}, "line break"),
         ({"container": True}, "no image"),
+        ({"container_name": "x"}, "no image"),
+        ({"container_image": "nemo.sqsh"}, "relative path"),
+        ({"container_image": "nvcr.io/NVIDIA/nemo"}, "no image"),
+        ({"container_image": "/i.sqsh", "mounts": ["a:/b"]}, "full path"),
+        ({"container_image": "/i.sqsh", "mounts": ["/a:/nemo_run"]}, "covers"),
+        ({"container_image": "/i.sqsh", "container_name": "a b"}, "no name"),
+        ({"container_image": "/i.sqsh", "container_workdir": "opt"}, "not a full path"),
+        ({"container_image": "/i.sqsh", "container_env": ["A=1"]}, "no name"),
+        ({"hf_cache": "~/hf"}, "not a full path"),
+        ({"hf_cache": "/a", "env": {"HF_HOME": "/b"}}, "one thing"),
         ({"env": {"PET_MASTER_ADDR": "x"}}, "set by the executor"),
         ({"secrets": ["NO_SUCH_TOKEN"]}, "not set"),
     ],
@@ -235,6 +320,11 @@ def test_a_node_that_is_told_no_port_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("nemotron_recipes.executors.slurm_meeting.TRIES", 0)
     with pytest.raises(NoMeeting, match="no port is free"):
         hold_port(stage, 1, "1")
+
+
+def srun_of(fields: dict[str, Any]) -> str:
+    """The line of the script that starts the launchers."""
+    return next(line for line in script_of(pipe_of(fields)).splitlines() if line.startswith("srun "))
 
 
 def script_of(plan: Plan) -> str:

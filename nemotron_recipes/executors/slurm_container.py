@@ -1,0 +1,146 @@
+"""The container of a stage on Slurm: which image, mounts and flags Pyxis gets. Pure, but for `missing_here`."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemotron_recipes.executors.enroot import Mount, image_for_pyxis, parse_mount
+from nemotron_recipes.executors.slurm_profile import SlurmProfile
+from nemotron_recipes.spec import Plan, StagePlan
+
+HF_HOME = "HF_HOME"
+
+# Profile field -> (flag if true, flag if false); unset leaves it to the site.
+_SWITCHES = {
+    "container_mount_home": ("container-mount-home", "no-container-mount-home"),
+    "container_remap_root": ("container-remap-root", "no-container-remap-root"),
+    "container_writable": ("container-writable", "container-readonly"),
+    "container_entrypoint": ("container-entrypoint", "no-container-entrypoint"),
+}
+
+# Of these /proc/self/mounts knows that they lie on other machines.
+_NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "cifs", "smb3", "fuse.glusterfs")
+
+
+@dataclass(frozen=True)
+class Container:
+    """What srun is told of it. `written`: the image as the profile has it."""
+
+    image: str
+    written: str
+    mounts: tuple[Mount, ...]
+    flags: tuple[str, ...]  # for srun, beside the image, the mounts, the working folder and the names of variables
+
+
+def container_of(plan: Plan, stage: StagePlan, profile: SlurmProfile) -> Container | None:
+    """None on bare metal. The profile has been checked."""
+    if profile.image is None:
+        return None
+    flags = [f"--container-name={profile.container_name}"] if profile.container_name else []
+    for field, (yes, no) in _SWITCHES.items():
+        wanted = getattr(profile, field)
+        if wanted is not None:
+            flags.append(f"--{yes if wanted else no}")
+    mounts = tuple(dict.fromkeys(_mounts(plan, stage, profile)))
+    return Container(image_for_pyxis(profile.image), profile.image, mounts, tuple(flags))
+
+
+def hf_home(profile: SlurmProfile) -> str | None:
+    """HF_HOME of the stages: the profile's, else the submitter's own, who inherits it to his jobs anyway."""
+    named = profile.hf_cache or profile.env.get(HF_HOME) or os.environ.get(HF_HOME)
+    return os.path.abspath(os.path.expanduser(named)) if named else None
+
+
+def folders(plan: Plan, profile: SlurmProfile) -> tuple[str, ...]:
+    """What stages write to; in a container at the same paths."""
+    cache = hf_home(profile)
+    return (plan.run_dir, plan.store, *([cache] if cache else []))
+
+
+def notes(stage: StagePlan, profile: SlurmProfile, container: Container | None) -> tuple[tuple[str, str], ...]:
+    """What people should see of it in a plan, beside the script."""
+    cache = hf_home(profile)
+    lines = [(HF_HOME, cache)] if cache else []
+    if container is None:
+        return tuple(lines)
+    written = "" if container.written == container.image else f"  (written {container.written})"
+    lines.insert(0, ("image", f"{container.image}{written}"))
+    lines += [("mount", str(mount)) for mount in container.mounts]
+    if profile.container_name:
+        what = f"where a node has a container {profile.container_name} already, that one is used, and no image"
+        lines.append(("note", what))
+    if not cache and any(artifact.source == "hub" for artifact in stage.inputs.values()):
+        what = "what comes from the hub is fetched anew in every job: set hf_cache to a folder that all nodes see"
+        lines.append(("note", what))
+    return tuple(lines)
+
+
+def missing_here(container: Container, run_dir: str) -> Iterator[tuple[str, str]]:
+    """(profile field, path) of the image and of mounts that are not there, as far as this machine can know.
+
+    It can where the path would lie on a file system that nodes share: a network's, or that of the run folder.
+    """
+    image = [("container_image", container.image)] if container.image.startswith("/") else []
+    sources = [("mounts", mount.source) for mount in container.mounts if mount.source != "tmpfs"]
+    for field, path in (*image, *sources):
+        if not os.path.lexists(path) and _shared(path, run_dir):
+            yield field, path
+
+
+def _mounts(plan: Plan, stage: StagePlan, profile: SlurmProfile) -> Iterator[Mount]:
+    """The profile's; then at their own paths what the stage writes to, and read-only what it reads."""
+    given = [parse_mount(mount) for mount in profile.mounts]
+    yield from given
+    written = folders(plan, profile)
+    for path in written:
+        yield Mount(path, path)
+    there = [mount.source for mount in given if mount.source == mount.target]
+    inputs = [artifact.uri for artifact in stage.inputs.values() if artifact.source == "path"]
+    for path in [*inputs, *([stage.resume_from] if stage.resume_from else [])]:
+        folder = _above_wildcards(path)
+        if not any(Path(folder).is_relative_to(known) for known in (*there, *written)):
+            there.append(folder)
+            yield Mount(folder, folder, ("ro",))
+
+
+def _above_wildcards(path: str) -> str:
+    """The path itself, or of a pattern the deepest folder above the first wildcard."""
+    if os.path.exists(path):  # a file may be called so
+        return path
+    found = Path(path)
+    while glob.has_magic(str(found)):
+        found = found.parent
+    return str(found)
+
+
+def _shared(path: str, run_dir: str) -> bool:
+    """Whether all nodes see the folder that would hold `path`."""
+    folder, run = _existing(path), _existing(run_dir)
+    return os.stat(folder).st_dev == os.stat(run).st_dev or _file_system(folder).startswith(_NETWORK)
+
+
+def _existing(path: str) -> str:
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _file_system(folder: str) -> str:
+    """The type of the one that holds `folder`; "" where the kernel doesn't say."""
+    real, best = os.path.realpath(folder), ("", "")
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as table:
+            for line in table:
+                _, point, kind, *_ = line.split(" ")
+                point = point.replace("\\040", " ")
+                if Path(real).is_relative_to(point) and len(point) >= len(best[0]):
+                    best = (point, kind)
+    except OSError:  # not Linux
+        return ""
+    return best[1]
+
+
