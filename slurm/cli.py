@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--no-accounting", action="store_true", help="no slurmdbd and no database: sacct fails")
     up.add_argument("--account", action="append", default=[], help="make this account and refuse others; repeatable")
     up.add_argument("--no-namespaces", action="store_true", help="nodes share this machine's host name and address")
-    up.add_argument("--pyxis-standin", action="store_true", help="take Pyxis's options: a stand-in of our own, no enroot")
+    up.add_argument("--pyxis-standin", action="store_true", help="take Pyxis's options; it is not Pyxis")
     up.add_argument("--set", action="append", default=[], type=_setting, metavar="KEY=VALUE", help="in slurm.conf")
     up.add_argument("--while", dest="while_pid", type=int, metavar="PID", help="down by itself when that process ends")
     command("down", _down, "end every process of the cluster and delete its folder")

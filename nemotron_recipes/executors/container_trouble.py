@@ -1,6 +1,7 @@
 """Why a container could not be made: what Slurm, Pyxis and enroot print about it, and what to do. Pure.
 
-Words of Pyxis 0.12 to 0.24 (pyxis_slurmstepd.c) and of enroot 3 and 4 (src/common.sh, src/docker.sh, bin/enroot-mount.c).
+Words of Pyxis 0.12 to 0.24 (pyxis_slurmstepd.c), and of enroot 3 and 4 (src/common.sh, src/docker.sh,
+bin/enroot-mount.c).
 """
 
 from __future__ import annotations

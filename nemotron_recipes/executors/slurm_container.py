@@ -23,7 +23,7 @@ _SWITCHES = {
 }
 
 # Of these /proc/self/mounts knows that they lie on other machines.
-_NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "cifs", "smb3", "fuse.glusterfs")
+_NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "cifs", "smb3", "fuse.glusterfs")
 
 
 @dataclass(frozen=True)
@@ -142,5 +142,3 @@ def _file_system(folder: str) -> str:
     except OSError:  # not Linux
         return ""
     return best[1]
-
-

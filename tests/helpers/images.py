@@ -70,5 +70,6 @@ def _inside(root: Path, path: Path) -> Path:
 
 def _libraries(binaries: list[Path]) -> list[Path]:
     """What the dynamic loader would load for them, and the loader itself."""
-    done = subprocess.run(["ldd", *map(str, binaries)], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    argv = ["ldd", *map(str, binaries)]
+    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     return sorted({Path(found) for found in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", done.stdout, re.MULTILINE)})

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,7 +278,8 @@ def write_profile(folder: Path, image: Path, **fields: Any) -> None:
 def nemotron(cwd: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "nemotron_recipes", *words]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, cwd=cwd, env=environ, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    quiet: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(argv, cwd=cwd, env=environ, timeout=600, **quiet)
     assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

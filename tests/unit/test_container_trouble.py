@@ -77,7 +77,8 @@ def test_no_trouble_of_a_container(text: str) -> None:
 
 def test_the_nodes_that_are_named() -> None:
     assert nodes_of(NO_IMAGE) == ["node2"]
-    both = "srun: error: node1: task 0: Exited with exit code 143\nsrun: error: node2: task 1: Exited with exit code 1\n"
+    both = "srun: error: node1: task 0: Exited with exit code 143\n"
+    both += "srun: error: node2: task 1: Exited with exit code 1\n"
     assert nodes_of(both) == ["node2"]
     assert nodes_of("slurmstepd-node3: error: pyxis: couldn't start container\n" + both) == ["node3"]
     assert nodes_of(NO_MOUNT) == []
