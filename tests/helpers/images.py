@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SHELL = "/bin/sh"
@@ -25,16 +25,22 @@ def make_tree(root: Path) -> Path:
     python, library = Path(sys.executable).resolve(), Path(sysconfig.get_path("stdlib"))
     inside = _inside(root, library)
     shutil.copytree(library, inside, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
-    programs = [python, Path(SHELL)]
-    for path in [*programs, *_libraries([*programs, *inside.glob("lib-dynload/*.so")])]:
-        target = _inside(root, path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path.resolve(), target)
+    make_shell_tree(root, python, extensions=[*inside.glob("lib-dynload/*.so")])
     for name in (Path("/usr/bin/python3"), *_names_of(Path(sys.executable))):
         link = _inside(root, name)
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to(python)
+    return root
+
+
+def make_shell_tree(root: Path, *programs: Path, extensions: Sequence[Path] = ()) -> Path:
+    """One with a shell and those programs, and the libraries that they need, and `extensions`."""
+    wanted = [Path(SHELL), *programs]
+    for path in [*wanted, *_libraries([*wanted, *extensions])]:
+        target = _inside(root, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path.resolve(), target)
     return root
 
 
@@ -68,7 +74,7 @@ def _inside(root: Path, path: Path) -> Path:
     return root / path.relative_to("/")
 
 
-def _libraries(binaries: list[Path]) -> list[Path]:
+def _libraries(binaries: Sequence[Path]) -> list[Path]:
     """What the dynamic loader would load for them, and the loader itself."""
     argv = ["ldd", *map(str, binaries)]
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})

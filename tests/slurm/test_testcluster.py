@@ -19,7 +19,7 @@ import pytest
 
 from slurm import conf, proctree, services
 from slurm.spec import Spec, load, problems_of_folder
-from tests.helpers import slurm
+from tests.helpers import images, slurm
 from tests.helpers.slurm import Cluster, manage, wait_for
 
 pytestmark = pytest.mark.slurm
@@ -255,6 +255,8 @@ def test_a_normal_user_needs_no_root() -> None:
         own.mkdir()
         os.chown(own, user.pw_uid, user.pw_gid)
         one = Cluster(own / "c")
+        image = Path(home, "image.sqsh")
+        images.make_image(image, images.make_shell_tree(Path(home, "tree")), {}, {"/opt/image": "of the image\n"})
 
         def as_user(*argv: str) -> str:
             change = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
@@ -262,9 +264,17 @@ def test_a_normal_user_needs_no_root() -> None:
 
         program = [python, f"{home}/slurm/testcluster"]
         try:
-            as_user(*program, "up", "--nodes=2", "--gpus-per-node=1", f"--while={os.getpid()}", f"--dir={one.folder}")
+            flags = ("--nodes=2", "--gpus-per-node=1", "--pyxis-standin", f"--while={os.getpid()}")
+            as_user(*program, "up", *flags, f"--dir={one.folder}")
             rows = as_user("srun", "--nodes=2", "--ntasks-per-node=2", "bash", "-c", "echo $SLURM_PROCID $(id -un)")
             assert sorted(rows.splitlines()) == [f"{rank} {user.pw_name}" for rank in range(4)]
+            container = (
+                f"--container-image={image}",
+                f"--container-mounts={home}:/opt/here:ro",
+                "--container-workdir=/opt",
+            )
+            rows = as_user("srun", *container, "sh", "-c", "read line < image; echo $line; (: > here/own/x) || echo no")
+            assert rows.splitlines() == ["of the image", "no"]
             job = as_user("sbatch", "--parsable", "--output=/dev/null", "--wrap=exit 3").strip()
             assert one.wait(job)["ExitCode"] == "3:0"
         finally:
