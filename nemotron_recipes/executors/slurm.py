@@ -259,7 +259,13 @@ def _make_ready(plan: Plan, run: RunDir) -> None:
         if container is None:
             continue
         for folder in slurm_container.folders(plan, profile):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                what = f"{folder}, which the container mounts, can't be made: {error.strerror}"
+                problems.append(
+                    Problem(what, checks.where(stage), "make it, or set another: hf_cache, [artifacts] store")
+                )
         for field, path in slurm_container.missing_here(container, plan.run_dir):
             what = f"there is no {'image' if field == 'container_image' else 'folder or file to mount at'} {path}"
             problems.append(Problem(what, checks.where(stage, field), f"make it, or set another: run.{field}=..."))

@@ -87,7 +87,7 @@ def missing_here(container: Container, run_dir: str) -> Iterator[tuple[str, str]
     image = [("container_image", container.image)] if container.image.startswith("/") else []
     sources = [("mounts", mount.source) for mount in container.mounts if mount.source != "tmpfs"]
     for field, path in (*image, *sources):
-        if not os.path.lexists(path) and _shared(path, run_dir):
+        if not os.path.exists(path) and _shared(os.path.realpath(path), run_dir):  # a link may lead to a node's own
             yield field, path
 
 

@@ -98,7 +98,7 @@ def _cause(state: JobState, stage: StageDir, attempt: int, fingerprint: str, beg
     first = slurm_files.first_failure(slurm_files.read_reports(stage, attempt))
     if first and first.problem:
         return f"{first.host}: {first.problem}"
-    trouble = _container_trouble(stage, state, what)
+    trouble = _container_trouble(stage, state, what) if first is None else ""
     if trouble:
         return trouble
     code = state.exit_code or (128 + state.signal if state.signal else 0)
@@ -124,7 +124,7 @@ def _container_trouble(stage: StageDir, state: JobState, what: str) -> str:
     if found is None:
         return ""
     nodes = ", ".join(nodes_of(text))
-    log = next(log for log in logs if container_trouble(_text(log) or ""))
+    log = next((log for log in logs if container_trouble(_text(log) or "")), logs[0])
     return f"{nodes}{': ' if nodes else ''}{found[0]} ({what}); {found[1]}:{_tail(log)}"
 
 

@@ -21,4 +21,6 @@ def test_what_shared_folders_do_not_hold_is_missing(tmp_path: Path) -> None:
 def test_of_folders_that_are_each_nodes_own_nothing_is_known(tmp_path: Path) -> None:
     container = Container("/dev/shm/no.sqsh", "", (Mount("/proc/no", "/a"), Mount("/dev/shm/no/such", "/b")), ())
     assert [*missing_here(container, str(tmp_path))] == []
+    (tmp_path / "link.sqsh").symlink_to("/dev/shm/no.sqsh")
+    assert [*missing_here(Container(str(tmp_path / "link.sqsh"), "", (), ()), str(tmp_path))] == []
     assert [*missing_here(Container("nvcr.io#nvidia/nemo:1", "", (), ()), str(tmp_path))] == []

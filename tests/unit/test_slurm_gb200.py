@@ -59,7 +59,8 @@ outputs: {model: ultra3-sft-lora}
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
     monkeypatch.setattr(planning, "describe_code", lambda: Code("sha256:" + "0" * 64, "0.0.0"))
     monkeypatch.setattr(planning.secrets, "token_hex", lambda size: "1d" * size)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
+    for name in ("PYTHONPATH", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
     recipe = tmp_path / "conf" / "recipe" / "ultra3" / "sft" / "lora.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text(RECIPE)

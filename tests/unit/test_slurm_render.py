@@ -18,6 +18,7 @@ from nemotron_recipes.executors import nemo_adapter
 from nemotron_recipes.executors.slurm import SlurmExecutor
 from nemotron_recipes.executors.slurm_meeting import FIRST_PORT, PORTS, NoMeeting, hold_port, told_port
 from nemotron_recipes.executors.slurm_profile import NOT_HERE, OTHER_NAMES, SlurmProfile
+from nemotron_recipes.executors.slurm_script import shell_command
 from nemotron_recipes.planning.validate import check_run
 from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Artifact, Placement, Plan, Rendered, Request
@@ -71,6 +72,11 @@ CONTAINER = {
     "mounts": ["/lustre:/lustre:ro", "/a b:/c d"],
     "container_env": ["HF_HOME"],
 }
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HOME", raising=False)
 
 
 def placement_of(**fields: Any) -> Placement:
@@ -167,7 +173,6 @@ def test_container_flags_that_a_site_does_not_know_can_be_taken_out() -> None:
 def test_the_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same folder in the job and on the host, whatever the image has in HF_HOME."""
     image = {"container_image": "/i.sqsh"}
-    monkeypatch.delenv("HF_HOME", raising=False)
     assert "HF_HOME" not in EXECUTOR.render(pipe_of(image)).stages[-1].env
     for fields in ({"hf_cache": "/lustre/hf"}, {"env": {"HF_HOME": "/lustre/hf"}}):
         stage = EXECUTOR.render(pipe_of({**image, **fields})).stages[-1]
@@ -177,6 +182,22 @@ def test_the_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", "/home/me/hf")
     assert EXECUTOR.render(pipe_of({})).stages[-1].env["HF_HOME"] == "/home/me/hf"
     assert EXECUTOR.render(pipe_of({"hf_cache": "/lustre/hf"})).stages[-1].env["HF_HOME"] == "/lustre/hf"
+
+
+def test_a_shell_gets_the_container_of_its_stage() -> None:
+    fields: dict[str, Any] = {
+        "container_image": "nvcr.io/nvidia/nemo:1",
+        "mounts": ["/a:/b:ro"],
+        "container_env": ["A"],
+    }
+    plan = pipe_of({**fields, "remove": ["no-container-mount-home"]})
+    argv = shell_command(plan, plan.stages[-1], "17", ["bash"])
+    assert argv[:3] == ["srun", "--jobid=17", "--overlap"]
+    assert "--container-image=nvcr.io#nvidia/nemo:1" in argv
+    assert f"--container-mounts=/a:/b:ro,{RUN_DIR}:{RUN_DIR},{plan.store}:{plan.store}" in argv
+    assert "--container-env=A" in argv
+    assert "--no-container-mount-home" not in argv
+    assert argv[-1] == "bash"
 
 
 def test_inputs_from_outside_are_mounted_read_only(tmp_path: Path) -> None:
