@@ -115,7 +115,7 @@ int slurm_spank_init(spank_t sp, int argc, char **argv)
 	return 0;
 }
 
-/* Run a command to its end, its output to the task's own. */
+/* Run a command to its end, its output to the task's own; its exit code, 128 + N for signal N. */
 static int run(const char *const argv[])
 {
 	int status;
@@ -128,7 +128,7 @@ static int run(const char *const argv[])
 	}
 	if (child < 0 || waitpid(child, &status, 0) < 0)
 		return -1;
-	return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
 /* Make folders down to `path`; or, where `file`, an empty file there. */
@@ -176,7 +176,9 @@ static int unpack(const char *image, const char *root)
 			int ended = run(argv);
 			if (ended == 0 && rename(part, root) < 0)
 				ended = errno;
-			if (ended) {
+			if (ended >= 128) /* the step is being ended, since another node has failed */
+				code = fail("interrupted");
+			else if (ended) {
 				fail("failed to create container filesystem for image: %s", value[IMAGE]);
 				fail("printing enroot log file:");
 				code = fail("    [ERROR] Invalid image format: %s", image);

@@ -42,7 +42,8 @@ CAUSES = (
     ),
     Cause(
         *("bad-mount", "a mount of the container does not exist on the node, or can't be made"),
-        r"enroot-mount: failed to mount|invalid mount config|bind source path does not exist|error mounting ",
+        r"enroot-mount: failed to mount|mounts: source path does not exist|invalid mount config|"
+        r"bind source path does not exist|error mounting ",
         "look at `mounts` in the profile: each HOST part must exist on every node",
     ),
     Cause(
@@ -55,7 +56,8 @@ CAUSES = (
     ),
     Cause(
         *("container", "the container did not start"),
-        r"pyxis: (container start failed|couldn't start container|child \d+ failed)|spank_pyxis\.so: \w+\(\) failed",
+        r"pyxis: (container start failed|couldn't start container|child \d+ failed)|spank_pyxis\.so: \w+\(\) failed|"
+        r"pyxis: couldn't chdir to|error: execve\(\): \S+: No such file",
         "Pyxis's own lines say why; try the image with srun --container-image by hand",
     ),
     Cause(

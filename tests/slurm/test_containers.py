@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors.slurm import SlurmExecutor
@@ -173,16 +174,23 @@ def test_what_is_not_there_is_said_before_anything_is_queued(
 
 
 @pytest.mark.parametrize(
-    ("gone", "fields", "code", "told"),
+    ("gone", "fields", "code", "explained", "told"),
     [
-        ("image.sqsh", {}, 1, ("there is no image", "image.sqsh", "enroot import")),
-        ("mounted", {}, 1, ("there is no", "mounted to mount", "all nodes must see it")),
+        ("image.sqsh", {}, 1, "missing-image", ("there is no image", "image.sqsh", "enroot import")),
+        ("mounted", {}, 1, "bad-mount", ("there is no", "mounted to mount", "all nodes must see it")),
         pytest.param(
-            *(None, {"container_image": "nvcr.io/nvidia/none:1"}, 1),
+            *(None, {"container_image": "nvcr.io/nvidia/none:1"}, 1, "missing-image"),
             ("nvcr.io#nvidia/none:1", "can't be fetched", "tag"),
             marks=pytest.mark.long,
         ),
-        pytest.param(None, {"python": "python9"}, 2, ("there is no python9", "python = "), marks=pytest.mark.long),
+        pytest.param(
+            None,
+            {"python": "python9", "nodes": 1},
+            2,
+            "container",
+            ("there is no python9", "python = "),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_what_was_not_there_when_the_job_ran(
@@ -192,13 +200,15 @@ def test_what_was_not_there_when_the_job_ran(
     gone: str | None,
     fields: dict[str, Any],
     code: int,
+    explained: str,
     told: tuple[str, ...],
 ) -> None:
     """After it was queued: state, exit code, and words that name the thing, the node and what to do."""
     (tmp_path / "image.sqsh").symlink_to(image)
     (tmp_path / "mounted").mkdir()
     named = fields.pop("container_image", tmp_path / "image.sqsh")
-    place = placed(named, nodes=2, mounts=[f"{tmp_path / 'mounted'}:/x"], additional_parameters=HELD, **fields)
+    fields = {"nodes": 2, **fields}
+    place = placed(named, mounts=[f"{tmp_path / 'mounted'}:/x"], additional_parameters=HELD, **fields)
     handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", probe_stage("first", placement=place)))
     job = handle.native["jobs"]["first"]
     if gone:
@@ -211,6 +221,9 @@ def test_what_was_not_there_when_the_job_ran(
     for words in (*told, "node"):
         assert words in view.explanation, view.explanation
     assert view == settled(handle)
+    cause = diagnose(RunDir(tmp_path / "run"), "first", 1).cause
+    assert cause is not None
+    assert cause.name == explained
 
 
 def test_a_cluster_without_pyxis(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +237,9 @@ def test_a_cluster_without_pyxis(image: Path, tmp_path: Path, monkeypatch: pytes
         assert view.state == "failed"
         assert "Pyxis is not there" in view.explanation
         assert "container = false" in view.explanation
+        cause = diagnose(RunDir(tmp_path / "run"), "first", 1).cause
+        assert cause is not None
+        assert cause.name == "missing-pyxis"
 
 
 @pytest.mark.e2e

@@ -159,15 +159,6 @@ def test_waiting_quietly(cluster: slurm.Cluster, tmp_path: Path) -> None:
     assert "--batch PROFILE" in Command(tmp_path, *words, "--run", "lab", "--wait").end(2)
 
 
-def test_a_cluster_without_pyxis(cluster: slurm.Cluster, tmp_path: Path) -> None:
-    place = placement(EXECUTOR, container_image="nvcr.io/nvidia/nemo:25.07")
-    submitted(tmp_path, probe_stage("first", placement=place))
-    Command(tmp_path, "runs", "logs", "-f", "run").end(1)
-    why = Command(tmp_path, "runs", "explain", "run").end(0)
-    assert "first failed: Slurm has no Pyxis here" in why
-    assert "unrecognized option '--container-" in why
-
-
 def test_a_shell_where_the_run_is(cluster: slurm.Cluster, tmp_path: Path) -> None:
     handle = submitted(tmp_path, probe_stage("first", placement=placement(EXECUTOR), sleep=120))
     job = handle.native["jobs"]["first"]
