@@ -30,11 +30,12 @@ def test_recipe_plans_and_renders(
     family: str, words: tuple[str, ...], config: str, executor: str, tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "store")
-    for name in ("sft-data", "dpo-data", "kto-data", "rl-data", "sft"):  # what an earlier stage would have made
+    made = ("sft-data", "dpo-data", "kto-data", "rl-data", "sft", "spark-sft")  # by earlier stages
+    for name in made:
         for prefix in (family, f"{family}-tiny"):
             staged = store.stage(f"{prefix}-{name}")
             (staged.content / "content.txt").write_text("made by a test")
-            store.commit(staged, kind="model" if name == "sft" else "data")
+            store.commit(staged, kind="model" if name.endswith("sft") else "data")
     overrides = REQUIRED["data_prep"] if words[0] == "data" and config == "default" else ()
     environment = Environment(
         tmp_path,
