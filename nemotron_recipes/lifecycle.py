@@ -276,11 +276,12 @@ def _refuse_other_encodings(request: Request) -> None:
 def _refuse_unpinned(plan: Plan) -> None:
     unpinned = [
         Problem(
-            f"{stage.name}: {key} is {artifact.label}", fix="pin it: hf://ORG/NAME@COMMIT, or plan without --offline"
+            f"{stage.name}: {key} is {artifact.label}",
+            fix="pin it (hf://ORG/NAME@COMMIT), or plan without --offline",
         )
         for stage in plan.stages
         for key, artifact in stage.inputs.items()
-        if artifact.source == "hub" and artifact.revision is None
+        if artifact.source in ("hub", "wandb") and artifact.revision is None
     ]
     if unpinned:
         raise UserError(*unpinned)

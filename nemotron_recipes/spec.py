@@ -55,11 +55,12 @@ class Artifact:
     store     name, version, uri (folder), digest, producer
     path      uri (absolute path or glob), digest of the contents
     hub       name (org/repo), revision (commit; None = UNPINNED, refused at submission)
+    wandb     name (entity/project/name), revision (vN; None = UNPINNED), W&B's digest
     builtin   name ("tiny", "sample:largest_of_three"); its content follows from the code and the config
     pending   name, producer; the worker that runs later finds and verifies it by producer
     """
 
-    source: Literal["store", "path", "hub", "builtin", "pending"]
+    source: Literal["store", "path", "hub", "wandb", "builtin", "pending"]
     kind: str  # "model", "tokenizer", "data", "checkpoint"
     name: str = ""
     version: int | None = None
@@ -77,6 +78,8 @@ class Artifact:
             return self.uri
         if self.source == "hub":
             return f"hf://{self.name}@{self.revision or 'UNPINNED'}"
+        if self.source == "wandb":
+            return f"wandb:{self.name}:{self.revision or 'UNPINNED'}"
         if self.source == "builtin":
             return self.name if ":" in self.name else f"builtin:{self.name}"
         assert self.producer is not None
@@ -89,6 +92,8 @@ class Artifact:
             return f"{self.producer.fingerprint}/{self.producer.slot}"
         if self.source == "hub":
             return f"hub:{self.name}@{self.revision}"
+        if self.source == "wandb":
+            return f"wandb:{self.name}@{self.digest}"
         if self.source == "builtin":
             return f"builtin:{self.name}"
         return self.digest

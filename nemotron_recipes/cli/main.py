@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from nemotron_recipes import __version__
+from nemotron_recipes.cli import reach
 from nemotron_recipes.cli.stage import WordGroup, profile_names
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.errors import NemotronError, Problem, UserError, nearest, printable
@@ -112,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
         _check_current_folder()
         arguments, config_dirs = take_config_dirs(arguments)
         root = Root(Catalog(config_roots(config_dirs)), config_dirs)
+        if arguments and not {"--help", "--version"} & set(arguments):
+            reach.check()
         code = root.main(arguments, prog_name="nemotron", standalone_mode=False)
         _mirror_in_background(arguments)
         sys.exit(code if isinstance(code, int) else 0)

@@ -11,7 +11,7 @@ import click
 
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts import records
-from nemotron_recipes.cli import attach, compare, explain, follow, summary
+from nemotron_recipes.cli import attach, compare, explain, follow, summary, tensorboard
 from nemotron_recipes.cli.text import age, table, write_page
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
@@ -116,6 +116,7 @@ def cancel(run: str) -> None:
 
 runs.add_command(compare.diff)
 runs.add_command(compare.compare)
+runs.add_command(tensorboard.tensorboard)
 runs.add_command(explain.explain_command)
 
 

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.redact import reads_like_a_secret
+from nemotron_recipes.redact import SHORTEST, reads_like_a_secret
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV
 from nemotron_recipes.spec import StagePlan
 
+UNDECLARED = 16  # characters of a value whose variable only reads like a secret; shorter ones would match by chance
 _LONGEST_ARGUMENT = 128 * 1024  # bytes; MAX_ARG_STRLEN of Linux, which counts the terminating NUL
 
 
@@ -18,13 +19,14 @@ def secret_problems(stage: StagePlan) -> Iterator[Problem]:
     """Secrets that are not set here, or whose value stands in what would be written."""
     written = [*stage.launch.files.values(), *stage.launch.args, *stage.launch.env.values()]
     written += stage.placement.options.get("env", {}).values()
-    for name in stage.placement.secrets:
+    for name in dict.fromkeys([*stage.placement.secrets, *filter(reads_like_a_secret, os.environ)]):
         value = os.environ.get(name)
-        if not value:
+        if not value and name in stage.placement.secrets:
             yield Problem(
                 f"secret {name} is not set", where(stage, "secrets"), f"export {name}=... where you start the run"
             )
-        elif len(value) >= 8 and any(value in text for text in written):
+        shortest = SHORTEST if name in stage.placement.secrets else UNDECLARED
+        if value and len(value) >= shortest and any(value in text for text in written):
             yield Problem(
                 f"the value of secret {name} stands in the config in plain text",
                 where(stage, "secrets"),

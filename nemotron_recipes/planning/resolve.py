@@ -54,6 +54,8 @@ class Resolver:
             return Artifact("builtin", kind, "tiny")
         if reference.startswith("sample:") and kind == "data":
             return _sample(reference)
+        if reference.startswith("wandb:"):
+            return self._wandb(reference.removeprefix("wandb:"), kind)
         if reference.startswith("hf://"):
             return self._hub(reference.removeprefix("hf://"), kind)
         if kind == "checkpoint":
@@ -106,6 +108,13 @@ class Resolver:
             fix = nearest(reference, BUILTIN_TEMPLATES) + " or give the path of a .jinja file"
             raise UserError(Problem(f"no chat template '{reference}'", fix=fix))
         return self._local(path, "template")
+
+    def _wandb(self, reference: str, kind: str) -> Artifact:
+        if self.offline:
+            return Artifact("wandb", kind, reference.partition(":")[0])
+        from nemotron_recipes.mirror import pull
+
+        return pull.describe(reference, kind)
 
     def _hub(self, reference: str, kind: str) -> Artifact:
         name, _, revision = reference.partition("@")

@@ -9,6 +9,7 @@ from pathlib import Path
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import path_digest
+from nemotron_recipes.mirror.pull import ensure
 from nemotron_recipes.spec import Artifact
 
 
@@ -25,7 +26,7 @@ def resolve_inputs(
     problems: list[Problem] = []
     for key, pinned in inputs.items():
         try:
-            artifact = _exact(pinned, store)
+            artifact = ensure(store, pinned, download=verify) if pinned.source == "wandb" else _exact(pinned, store)
             if artifact.source == "store":
                 if verify:
                     store.verify(artifact)

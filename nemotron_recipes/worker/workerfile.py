@@ -123,7 +123,7 @@ def _input_problems(inputs: Any) -> Iterator[tuple[str, str]]:
         except (TypeError, AttributeError) as error:
             yield f"inputs.{key} isn't an artifact: {error}", f"fields: {', '.join(Artifact.__dataclass_fields__)}"
             continue
-        if artifact.source not in ("store", "path", "hub", "builtin", "pending"):
+        if artifact.source not in ("store", "path", "hub", "wandb", "builtin", "pending"):
             yield f"inputs.{key}.source: '{artifact.source}' is unknown", ""
         elif artifact.source == "pending" and artifact.producer is None:
             yield f"inputs.{key} is pending but names no producer", ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -16,10 +18,11 @@ from nemotron_recipes.mirror.journal import pending
 from nemotron_recipes.rundir import RunDir, read_json
 from tests.helpers.cli import ROOT, nemotron
 from tests.helpers.fake_wandb import KEY, FakeWandb
+from tests.helpers.leaks import leaks
 
 pytestmark = pytest.mark.e2e
 SFT = ("nano3", "sft", "-c", "tiny", "train.train_iters=2", "evaluation.rows=0")
-PLANTED = "planted-secret-4711"
+PLANTED = 'planted/secret+"4711"~x'
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +77,12 @@ def test_the_run_folder_says_where_it_ran_and_names_secrets_only(place: Path) ->
     assert facts["packages"]["torch"] and facts["python"] and facts["cpus"] >= 1 and facts["host"]
     assert "SOME_API_KEY" in facts["secrets"] and facts["variables"]["NEMOTRON_RUN_ID"] == run.path.name
     assert facts["variables"]["NEMOTRON_NOTE"] == "https://[hidden]@example.com"
-    found = subprocess.run(["grep", "-rl", PLANTED, str(place)], capture_output=True, text=True)
-    assert found.stdout == ""
-    (place / "leak").write_text(PLANTED)  # the search itself works
-    assert subprocess.run(["grep", "-rl", PLANTED, str(place)], capture_output=True, text=True).stdout.strip()
+    assert leaks(PLANTED, [place]) == [] and leaks(KEY, [place]) == []
+    hidden = base64.b64encode(f"user:{PLANTED}".encode()).decode()
+    plain = base64.b64encode(PLANTED.encode()).decode()
+    for form in (PLANTED, json.dumps(PLANTED), quote(PLANTED, safe=""), hidden, plain):
+        (place / "leak").write_text(f"before {form} after")  # the search itself works
+        assert leaks(PLANTED, [place]) == [str(place / "leak")], form
     (place / "leak").unlink()
 
 
@@ -108,8 +113,8 @@ def test_wandb_shows_the_same_graph_and_curves(place: Path, wandb: FakeWandb) ->
         told = wandb.runs[f"{run['id']}.sft"]
         assert [told.history[n]["_step"] for n in sorted(told.history)] == [1, 2]
         assert told.complete and told.exit_code == 0 and told.group == run["id"]
-    leaked = [body for body in [*wandb.bodies, *wandb.blobs.values()] if PLANTED.encode() in body]
-    assert leaked == []
+    sent = [*wandb.bodies, *wandb.blobs.values()]
+    assert leaks(PLANTED, [], sent) == [] and leaks(KEY, [], sent) == []
 
 
 def test_compare_shows_figures_and_draws_one_picture(place: Path) -> None:
@@ -123,6 +128,8 @@ def test_compare_shows_figures_and_draws_one_picture(place: Path) -> None:
         assert figures["tokens_per_second"] > 0
     text = nemotron(place, "runs", "compare", first["id"], again["id"], "--plot", "both.svg")
     assert "STEP TIME" in text and "both.svg" in text
+    nemotron(place, "runs", "tensorboard", first["id"])
+    assert list((Path(first["run_dir"]) / "sft/tensorboard").glob("events.out.tfevents.*"))
     picture = (place / "both.svg").read_text()
     assert first["id"] in picture and again["id"] in picture and "loss" in picture
 

@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemotron_recipes.artifacts.store import Store
-from nemotron_recipes.mirror import sync
+from nemotron_recipes.errors import UserError
+from nemotron_recipes.mirror import pull, sync
 from nemotron_recipes.mirror.journal import Journal, mark, pending
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import Artifact, Producer
@@ -186,3 +187,35 @@ def test_without_a_key_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert pending(tmp_path) == ["run-1"]
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert sync.can_reach(os.environ) and not sync.can_reach({**os.environ, "WANDB_MODE": "offline"})
+
+
+def test_an_artifact_that_only_wandb_has_becomes_a_version_once(
+    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = a_run(tmp_path / "elsewhere", upload="files")
+    assert sync.replay(origin.run_dir).why == ""
+    model = Store(tmp_path / "elsewhere/store").resolve("model")
+    pinned = pull.describe("team/p/ModelArtifact-sft:latest", "model")
+    assert (pinned.label, bool(pinned.digest)) == ("wandb:team/p/ModelArtifact-sft:v0", True)
+    store = Store(tmp_path / "here")
+    found = pull.ensure(store, pinned, download=True)
+    store.verify(found)
+    assert found.digest == model.digest and store.describe(found)["metadata"]["wandb"] == "team/p/ModelArtifact-sft:v0"
+    asked = len(wandb.asked)
+    assert pull.ensure(store, pinned, download=True) == found and len(wandb.asked) == asked, "downloaded once"
+    with pytest.raises(UserError, match="isn't what was planned"):
+        pull.ensure(store, replace(pinned, digest="other"), download=True)
+    blob = next(name for name, data in wandb.blobs.items() if data == b"model of run-1")
+    wandb.blobs[blob] = b"model of run-2"
+    with pytest.raises(UserError):
+        pull.ensure(Store(tmp_path / "third"), pinned, download=True)
+    assert Store(tmp_path / "third").names() == []
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    class Found:
+        manifest = type("Manifest", (), {"entries": {name: None}})
+
+    with pytest.raises(ValueError, match="leads out"):
+        pull._download(Found(), tmp_path)
