@@ -15,7 +15,7 @@ from nemotron_recipes.errors import printable
 from nemotron_recipes.report import compare
 from nemotron_recipes.spec import Artifact, Tree
 
-CARDS = ("card.md", "data_card.md", "README.md")  # in the content of a data version, the first that exists
+CARD = "data-card.md"  # in the content of a data version (data/card.py)
 CURVES = "curves.svg"
 
 
@@ -98,11 +98,10 @@ def _run_section(view: RunView, stage: str) -> list[str]:
 
 def _data_section(store: Store, artifact: Artifact) -> list[str]:
     lines = [f"## Data: {_plain(artifact.label)}", "", *_table(("", ""), _facts(store, artifact).items())]
-    for name in CARDS:
-        card = Path(artifact.uri) / name
-        if card.is_file():
-            text = printable(card.read_text(encoding="utf-8", errors="replace"))
-            return [*lines, "", re.sub(r"^#", "###", text, flags=re.MULTILINE)]
+    card = Path(artifact.uri) / CARD
+    if card.is_file():
+        text = printable(card.read_text(encoding="utf-8", errors="replace"))
+        lines += ["", re.sub(r"^#", "###", text, flags=re.MULTILINE)]
     return lines
 
 
@@ -111,11 +110,8 @@ def _facts(store: Store, artifact: Artifact) -> Tree:
     if artifact.source != "store":
         return {"digest": artifact.digest}
     manifest = store.describe(artifact)
-    return {
-        "digest": manifest["digest"],
-        **compare.flatten(manifest["results"]),
-        **compare.flatten(manifest["metadata"]),
-    }
+    told = {**compare.flatten(manifest["results"]), **compare.flatten(manifest["metadata"])}
+    return {"digest": manifest["digest"], **{key: v for key, v in told.items() if not isinstance(v, (list, dict))}}
 
 
 def _data_of(manifest: Tree) -> list[Artifact]:

@@ -15,7 +15,7 @@ EVIL = "<img src=x>`|[x](y)\x1b[2J"
 def register(store: Store, name: str, kind: str, loss: float, rows: int = 0, **parents: Artifact) -> Artifact:
     staged = store.stage(name)
     (staged.content / "x").write_text(f"{name} {loss}")
-    (staged.content / "card.md").write_text("# Where it is from\nFrom a farm.\n")
+    (staged.content / "data-card.md").write_text("# Where it is from\nFrom a farm.\n")
     producer = Producer(f"f-{name}", "run-1", "sft", kind)
     results = {"loss": loss, EVIL: 1.0}
     return store.commit(

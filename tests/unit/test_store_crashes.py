@@ -51,7 +51,8 @@ def result(child: tuple[int, int]) -> tuple[int, list[str]]:
     return os.waitpid(pid, 0)[1], lines
 
 
-def test_eight_processes_at_once_get_distinct_whole_versions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [8, pytest.param(32, marks=pytest.mark.long)])
+def test_processes_at_once_get_distinct_whole_versions(tmp_path: Path, processes: int) -> None:
     store = Store(tmp_path)
 
     def work(number: int) -> Callable[[int], None]:
@@ -62,16 +63,16 @@ def test_eight_processes_at_once_get_distinct_whole_versions(tmp_path: Path) -> 
 
         return run
 
-    outcomes = [result(child) for child in [fork(work(number)) for number in range(8)]]
-    assert [status for status, _ in outcomes] == [0] * 8
+    outcomes = [result(child) for child in [fork(work(number)) for number in range(processes)]]
+    assert [status for status, _ in outcomes] == [0] * processes
     said = dict(line.split("=") for _, lines in outcomes for line in lines)
-    assert sorted(map(int, said)) == list(range(1, 25)) == store.versions("rows")
+    assert sorted(map(int, said)) == list(range(1, 3 * processes + 1)) == store.versions("rows")
     for version, text in said.items():
         artifact = store.resolve(f"rows:v{version}")
         store.verify(artifact)
         assert (store.content(artifact) / "deep" / "a.txt").read_text() == text
         assert store.describe(artifact)["version"] == int(version)
-    for number in range(8):
+    for number in range(processes):
         found = store.find(f"f{number}", "data", "rows")
         assert found and found.version == max(int(v) for v, text in said.items() if text.startswith(f"{number}."))
     assert list((tmp_path / ".staging").iterdir()) == []
