@@ -56,7 +56,12 @@ def replay(run_dir: Path, stall: float = STALL_SECONDS, wait: bool = True) -> Ou
     left = len(journal.missing())
     if process.returncode == BUSY:
         return Outcome(run_dir.name, 0, left)
-    why = f"W&B did not answer for {stall:.0f} s" if stuck else journal.last_failure()
+    why = ""
+    if stuck:
+        why = f"W&B did not answer for {stall:.0f} s"
+    elif process.returncode:
+        log_file = journal.folder / "replay.log"
+        why = journal.last_failure() or f"its process ended with exit code {process.returncode}; see {log_file}"
     return Outcome(run_dir.name, len(journal.done()) - before, left, why)
 
 
