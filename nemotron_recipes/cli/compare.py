@@ -10,10 +10,9 @@ import click
 
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.records import RunView, find_run
-from nemotron_recipes.cli.text import age, duration, table
+from nemotron_recipes.cli.text import age, duration, table, write_page
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
-from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.report import compare as compared
 from nemotron_recipes.spec import Tree
 
@@ -53,7 +52,7 @@ def compare(runs: tuple[str, ...], plot: Path | None, as_json: bool) -> None:
     if plot is not None:
         from nemotron_recipes.report.plots import draw_metrics
 
-        write_atomic(plot, draw_metrics(views, plot.suffix.removeprefix(".")))
+        write_page(plot, draw_metrics(views, plot.suffix.removeprefix(".")), say=False)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

@@ -46,7 +46,7 @@ def report(name: str, since: str | None, output: Path) -> None:
     curves = view is not None and has_metrics([view])
     text = document.report(store, artifact, lineage(store, artifact), view, curves)
     if view is not None and curves:
-        write_page(output / document.CURVES, draw_metrics([view]).decode())
+        write_page(output / document.CURVES, draw_metrics([view]))
     write_page(output / "report.md", text)
 
 

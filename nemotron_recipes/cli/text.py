@@ -30,13 +30,14 @@ def size(count: float) -> str:
     return f"{number:.1f} TB"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write a page or report, and say where. UserError: the file can't be written."""
+def write_page(path: Path, content: str | bytes, say: bool = True) -> None:
+    """Write a page, report or picture, and say where. UserError: the file can't be written."""
     try:
-        write_atomic(path, text.encode("utf-8", "backslashreplace"))
+        write_atomic(path, content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(Problem(f"{path} can't be written: {error.strerror}")) from None
-    click.echo(f"written: {path}")
+    if say:
+        click.echo(f"written: {path}")
 
 
 def short(digest: str, length: int = 12) -> str:
