@@ -154,5 +154,5 @@ def test_a_rerun_that_could_not_be_the_same_is_refused(place: Path) -> None:
         manifest.write_text(text)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "copy of the code is missing or has changed" in done.stderr and "nemotron nano3 sft -c tiny" in done.stderr
-    assert "data.path: nano3-tiny-sft-data:v1 is another one than it was" in done.stderr
+    assert "data.path: the manifest of nano3-tiny-sft-data:v1 is damaged" in done.stderr
     assert len(runs(place)) == 2
