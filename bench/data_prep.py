@@ -30,6 +30,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,17 @@ def encode_alone(file: Path, tokenizer: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     from nemotron_recipes.data.encoder import Encoder
+    from nemotron_recipes.data.messages import BadRow
     from nemotron_recipes.data.rows import RowReader
     from nemotron_recipes.data.settings import Columns
     from nemotron_recipes.data.template import template_source
 
     encoder = Encoder(tokenizer, template_source("nemotron3"))
     reader = RowReader("sft", Columns())
-    talks = [reader.read(json.loads(line)).messages for line in file.open("rb")]
+    talks = []
+    for line in file.open("rb"):
+        with suppress(BadRow):
+            talks.append(reader.read(json.loads(line)).messages)
     render = encoder.template.render
     texts = [render(one, [], add_generation_prompt=False, enable_thinking=True).text for one in talks]
     alone = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))

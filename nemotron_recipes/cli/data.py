@@ -1,4 +1,4 @@
-"""`nemotron data show | from-logs`: look at prepared data, and make rows of conversation logs."""
+"""`nemotron data show | convert | from-logs`: look at prepared data, convert them, make rows of logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Look at prepared data, and make rows from logs. Preparing them is `nemotron FAMILY data prep`."""
+    """Look at prepared data, convert them, and make rows from logs. Preparing them is `nemotron FAMILY data prep`."""
 
 
 @data.command()
@@ -129,6 +129,21 @@ def _report(report: dict[str, Any], out: Path) -> str:
     if found["pairs"]:
         lines.append(f"Krippendorff's alpha {found['krippendorff_alpha']}")
     return printable("\n".join(lines))
+
+
+@data.command()
+@click.argument("name", metavar="ARTIFACT")
+@click.argument("target", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.option("--to", "layout", required=True, metavar="LAYOUT",
+              help="sft: native, parquet, megatron_npy, megatron_indexed; dpo, kto, rl: trl, nemo_rl.")  # fmt: skip
+@click.option("--pack-size", type=click.IntRange(min=8), metavar="N", help="Pack the sequences anew, N tokens a pack.")
+def convert(name: str, target: Path, layout: str, pack_size: int | None) -> None:
+    """Write ARTIFACT (NAME[:VERSION] or a folder) in another layout into the new FOLDER, without tokenising again."""
+    from nemotron_recipes.data import convert as conversion
+
+    folder, _ = _find(name)
+    metadata = conversion.convert(folder, target.absolute(), layout, pack_size)
+    click.echo(f"{len(metadata['files'])} files, {layout}: {target}")
 
 
 def as_text(name: str, shown: Shown, colour: bool) -> str:

@@ -132,12 +132,13 @@ class _Preparation:
         self.progress = progress
         self.recipe = Recipe(job.method, job.settings, job.tokenizer, job.template_source, job.gates)
         self.files: list[list[Input]] = []
+        self.shards: list[Shard] = []
         self.warnings: list[str] = []
         self.gate_seconds: dict[str, float] = {}
         self.reused = 0
 
     def run(self) -> Report:
-        shards = self._shards()
+        shards = self.shards = self._shards()
         workers = min(self.settings.workers or usable_cpus(), len(shards))
         # Where processes do the work, this one needs no second engine, only who the tokenizer is.
         recipe = (
@@ -269,7 +270,7 @@ class _Preparation:
         if self.settings.format == "native":
             return lambda packs, order: write_native(self.output / split, packs, order)
         if self.settings.format == "parquet":
-            return lambda packs, order: write_parquet(self.output / split / "packed.parquet", packs, order)
+            return lambda packs, order: write_parquet(self.output / split / "packed.idx.parquet", packs, order)
         return lambda packs, order: write_megatron(self.output / f"{MEGATRON_NAMES[split]}.npy", packs, order)
 
     def _key(self, encoder: Encoder) -> list[str]:
@@ -299,8 +300,9 @@ class _Preparation:
             where = self.job.locations[index]
             entries: list[dict[str, Any]]
             if isinstance(where, Hub):
-                entries = [{"name": where.name, "revision": where.revision, "subset": source.subset,
-                            "split": source.hub_split}]  # fmt: skip
+                facts = {"name": where.name, "revision": where.revision, "subset": source.subset}
+                names = dict.fromkeys(shard.task[1] for shard in self.shards if shard.source == index)
+                entries = [{**facts, "split": name} for name in names]
             elif where is None:
                 entries = [{"name": source.path, "seed": source.seed}]
             else:
@@ -326,14 +328,18 @@ def _state(file: Input) -> Any:
 
 
 def _hub_shards(number: int, hub: Hub, source: Source, limit: int | None) -> list[Shard]:
-    from nemotron_recipes.data.readers import hub_stream
+    """The data set's own files, of one split or of all one after another; with a limit each split is one shard."""
+    from nemotron_recipes.data.readers import hub_splits, hub_stream
 
-    shard = Shard(number, 0, "hub", f"hf://{hub.name}/{source.hub_split}", hub.name, limit=limit,
-                  task=(source.subset or "", source.hub_split), revision=hub.revision, size=1)  # fmt: skip
-    if limit is not None:
-        return [shard]
-    count = hub_stream(hub.name, source.subset, source.hub_split, hub.revision).num_shards
-    return [replace(shard, lo=index, hi=count) for index in range(count)] if count > 1 else [shard]
+    subset = source.subset
+    names = hub_splits(hub.name, subset, hub.revision) if source.hub_split == "all" else [source.hub_split]
+    shards = []
+    for index, name in enumerate(names):
+        shard = Shard(number, index, "hub", f"hf://{hub.name}/{name}", hub.name, limit=limit,
+                      task=(subset or "", name), revision=hub.revision, size=1)  # fmt: skip
+        count = 1 if limit is not None else hub_stream(hub.name, subset, name, hub.revision).num_shards
+        shards += [replace(shard, lo=part, hi=count) for part in range(count)] if count > 1 else [shard]
+    return shards
 
 
 def _total(merged: Merged) -> Account:

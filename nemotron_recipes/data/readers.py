@@ -213,8 +213,10 @@ def _hub(shard: Shard) -> Iterator[Line]:
         raise _hub_error(shard.place, error) from None
 
 
-def hub_stream(name: str, subset: str | None, split: str, revision: str | None) -> Any:
-    """A `datasets.IterableDataset`. UserError: `datasets` is missing, or the hub doesn't give the data."""
+def hub_stream(name: str, subset: str | None, split: str | None, revision: str | None) -> Any:
+    """A `datasets.IterableDataset`; without a split all of them by name.
+
+    UserError: `datasets` is missing, or the hub doesn't give the data."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -224,6 +226,11 @@ def hub_stream(name: str, subset: str | None, split: str, revision: str | None) 
         return load_dataset(name, subset, split=split, revision=revision, streaming=True)
     except (OSError, ValueError) as error:
         raise _hub_error(name, error) from None
+
+
+def hub_splits(name: str, subset: str | None, revision: str | None) -> list[str]:
+    """The names of a hub data set's splits, in its own order. UserError: as `hub_stream`."""
+    return list(hub_stream(name, subset, None, revision))
 
 
 def _hub_error(name: str, error: Exception) -> UserError:

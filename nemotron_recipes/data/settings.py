@@ -35,7 +35,7 @@ class Source:
     split: Literal["train", "validation", "test"] | None = None  # where its rows go; null: by hash
     weight: Annotated[float, Rule(gt=0)] = 1.0  # share in the blend, relative to its size
     subset: str | None = None  # hub data sets only: the configuration name
-    hub_split: str = "train"  # hub data sets only: the split that is read
+    hub_split: str = "train"  # hub data sets only: the split that is read; all: one after another
     origin: str | None = None  # for the data card: who made the rows, and how
     license: str | None = None  # for the data card
     rows: Positive | None = None  # sample: how many rows to generate; else: read at most this many

@@ -182,7 +182,6 @@ class ShardEncoder:
                 return verdict
         return None
 
-
     def _signatures(self, candidate: Candidate, ids: Sequence[np.ndarray], tally: Tally) -> list[bytes]:
         found = []
         for gate in self.recipe.gates.corpus:

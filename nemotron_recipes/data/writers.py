@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -26,6 +28,16 @@ class Written:
 
     tokens: int = 0
     learned_tokens: int = 0
+
+
+class Packs(Protocol):
+    """What writers read."""
+
+    packing: Packing
+
+    def pack(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(input_ids int32, loss_mask uint8, seq_start_id int32) of pack `number` in the packing's own order."""
+        ...
 
 
 class PackReader:
@@ -74,7 +86,7 @@ def _read(handle: IO[bytes], offset: int, into: np.ndarray) -> None:
         raise OSError(f"{handle.name} ends too early")
 
 
-def write_native(folder: Path, packs: PackReader, order: np.ndarray) -> Written:
+def write_native(folder: Path, packs: Packs, order: np.ndarray) -> Written:
     """One split in the native format. `order`: which pack comes where. Packs are read in their own order, and each is
     written to its place."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +138,7 @@ class _Column:
         self._handle.close()
 
 
-def write_parquet(path: Path, packs: PackReader, order: np.ndarray) -> Written:
+def write_parquet(path: Path, packs: Packs, order: np.ndarray) -> Written:
     """One split as the parquet that Megatron-Bridge reads: list columns input_ids, loss_mask, seq_start_id."""
     import pyarrow
     from pyarrow import parquet
@@ -149,7 +161,7 @@ def write_parquet(path: Path, packs: PackReader, order: np.ndarray) -> Written:
     return written
 
 
-def write_megatron(path: Path, packs: PackReader, order: np.ndarray) -> Written:
+def write_megatron(path: Path, packs: Packs, order: np.ndarray) -> Written:
     """One split as Megatron-Bridge's packed .npy: an object array of dicts of lists. The reader there joins lists
     (`seq_start_id + [len]`), so they must not be arrays. numpy stores this with pickle; nothing here reads it back.
 
@@ -168,6 +180,31 @@ def write_megatron(path: Path, packs: PackReader, order: np.ndarray) -> Written:
         pickler = pickle.Pickler(handle, protocol=4)
         pickler.fast = True  # no memo: it would keep every pack
         pickler.dump(_ObjectArray(len(order), dicts()))
+    return written
+
+
+def write_indexed(prefix: Path, packs: Packs, order: np.ndarray) -> Written:
+    """One split as Megatron's indexed dataset PREFIX.bin and PREFIX.idx, every sequence a document of its own.
+
+    The .idx, little-endian: magic, version 1, code 4 (int32), sequences, documents; then lengths (int32), byte offsets
+    (int64) and document bounds (int64) - megatron/core/datasets/indexed_dataset.py. Masks have no place in it."""
+    written = Written()
+    lengths = array("i")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with prefix.with_name(f"{prefix.name}.bin").open("wb") as handle:
+        for number in order.tolist():
+            ids, mask, starts = packs.pack(number)
+            handle.write(ids.astype("<i4", copy=False).tobytes())
+            lengths.extend(np.diff(np.append(starts, len(ids))).tolist())
+            written.tokens += len(ids)
+            written.learned_tokens += int(mask.sum())
+    sizes = np.array(lengths, dtype="<i4")
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1] * 4
+    with prefix.with_name(f"{prefix.name}.idx").open("wb") as handle:
+        handle.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, len(sizes), len(sizes) + 1))
+        handle.write(sizes.tobytes())
+        handle.write(offsets.astype("<i8").tobytes())
+        handle.write(np.arange(len(sizes) + 1).astype("<i8").tobytes())
     return written
 
 

@@ -140,7 +140,7 @@ def test_a_broken_config_disturbs_only_those_that_use_it(tmp_path: Path) -> None
 
 
 def test_missing_values_are_all_named() -> None:
-    found = problems_of(path="recipe/nano3/data/prep/sft/default")
+    found = problems_of(path="recipe/nano3/data/prep/dpo/default")
     assert [p.what for p in found] == ["'data.sources' has no default and must be set"]
 
 

@@ -16,11 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemotron_recipes.data.packed import PackedSplit
+from nemotron_recipes.data.prepare import Hub, Job, prepare
 from nemotron_recipes.data.readers import hub_stream, read_shard
+from nemotron_recipes.data.settings import read_settings
 from nemotron_recipes.data.shards import Shard
 from nemotron_recipes.data.splits import copies, split_of, weight_point
 from nemotron_recipes.errors import UserError
-from tests.helpers.data_prep import bytes_of, chat, encoder, rows_of, run_prepare, write_rows
+from tests.helpers.data_prep import TEMPLATE, bytes_of, chat, encoder, rows_of, run_prepare, tiny_folder, write_rows
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
@@ -305,10 +307,6 @@ def test_held_out_rows_carry_the_prompt_of_an_evaluation(
         content["messages"][1]["reasoning_content"] = "Nothing."
     file = write_rows(tmp_path / "rows.jsonl", [content])
     held_out = {"path": str(file), "split": "test"}
-    from nemotron_recipes.data.prepare import Job, prepare
-    from nemotron_recipes.data.settings import read_settings
-    from tests.helpers.data_prep import TEMPLATE, tiny_folder
-
     tree = {"sources": [{"path": str(file), "split": "train"}, held_out], "tokenizer": "tiny", "thinking": thinking}
     (tmp_path / "out").mkdir()
     prepare(Job("sft", read_settings(tree, "sft"), (file, file), tiny_folder(), TEMPLATE), tmp_path / "out")
@@ -344,6 +342,21 @@ def test_hub_rows_come_through_datasets(tmp_path: Path) -> None:
     assert [line.number for line in lines] == [1, 2]
     with pytest.raises(UserError, match="hub_split"):
         list(read_shard(replace(shard, task=("", "nope"))))
+
+
+def test_all_splits_of_a_hub_data_set(tmp_path: Path) -> None:
+    """One after another, each with its own counts."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "repo").mkdir()
+    for number, name in enumerate(("train", "test")):
+        table = datasets.Dataset.from_list(many(3 + number, start=10 * number))
+        table.to_parquet(str(tmp_path / "repo" / f"{name}.parquet"))
+    tree = {"path": "hf://some/where", "hub_split": "all", "split": "train"}
+    settings = read_settings({"sources": [tree], "tokenizer": "tiny", "pack_size": 128}, "sft")
+    (tmp_path / "out").mkdir()
+    job = Job("sft", settings, (Hub(str(tmp_path / "repo"), None),), tiny_folder(), TEMPLATE)
+    (source,) = prepare(job, tmp_path / "out").sources
+    assert [(one["identity"]["split"], one["rows_written"]) for one in source["files"]] == [("train", 3), ("test", 4)]
 
 
 def test_a_missing_datasets_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

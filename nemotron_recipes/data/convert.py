@@ -1,0 +1,178 @@
+"""Prepared data in another layout, without tokenising again: from an artifact's folder to a new folder.
+
+Packed sequences go to native columns (also of another pack size), parquet, Megatron-Bridge's .npy, or Megatron's
+.bin/.idx with one document per sequence. Preference and RL rows go to the JSON Lines of TRL or NeMo-RL, without ids:
+those trainers tokenise themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemotron_recipes.data.packed import PackedSplit
+from nemotron_recipes.data.packing import Packing, packing
+from nemotron_recipes.data.prepare import MEGATRON_NAMES
+from nemotron_recipes.data.settings import SPLITS
+from nemotron_recipes.data.writers import (
+    Packs,
+    Written,
+    write_indexed,
+    write_megatron,
+    write_native,
+    write_parquet,
+)
+from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.fsio import file_digest, files_below, fsync_tree, write_atomic
+
+PACKED = ("native", "parquet", "megatron_npy", "megatron_indexed")
+ROWS = ("trl", "nemo_rl")
+
+
+class PackedReader:
+    """The packs of a native split, or its sequences packed anew. See `writers.Packs`."""
+
+    def __init__(self, split: PackedSplit, pack_size: int | None):
+        counts = np.diff(split.seq_offsets)
+        self._split = split
+        self._starts = split.seq_start_id + np.repeat(split.pack_offsets[:-1], counts)
+        ends = np.concatenate([self._starts[1:], split.pack_offsets[-1:]]) if len(self._starts) else self._starts
+        self._lengths = (ends - self._starts).astype(np.int32)
+        if pack_size is None:
+            every: np.ndarray = np.arange(len(self._starts), dtype=np.int64)
+            self.packing = Packing(every, np.array(split.seq_offsets), np.diff(split.pack_offsets))
+        else:
+            longest = int(self._lengths.max(initial=0))
+            if longest > pack_size:
+                what = f"a sequence of {longest} tokens doesn't fit into packs of {pack_size}"
+                raise UserError(Problem(what, fix="prepare with that data.pack_size: what is tokenised is taken over"))
+            self.packing = packing(self._lengths, pack_size)
+
+    def pack(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        members = self.packing.members(number)
+        spans = [slice(int(self._starts[i]), int(self._starts[i] + self._lengths[i])) for i in members]
+        starts = np.concatenate([[0], np.cumsum(self._lengths[members][:-1])]).astype(np.int32)
+        ids = np.concatenate([self._split.input_ids[span] for span in spans])
+        return ids, np.concatenate([self._split.loss_mask[span] for span in spans]), starts
+
+
+def convert(source: Path, target: Path, layout: str, pack_size: int | None = None) -> dict[str, Any]:
+    """Write `source` (a folder that data prep made) as `layout` into the new folder `target`; returns its metadata.
+    A crash leaves no `target`. UserError: what can't be converted."""
+    metadata = _read_metadata(source)
+    _check(source, target, metadata, layout, pack_size)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        for name in ("chat_template.jinja", "bad_rows.jsonl"):
+            if (source / name).exists():
+                shutil.copyfile(source / name, temporary / name)
+        if layout in PACKED:
+            _convert_packs(source, temporary, metadata, layout, pack_size)
+        else:
+            for split in SPLITS:
+                _convert_rows(source / split / "rows.jsonl", temporary / f"{split}.jsonl", metadata["method"], layout)
+        metadata |= {"format": layout, "converted_from": file_digest(source / "metadata.json")}
+        metadata["files"] = {
+            path.relative_to(temporary).as_posix(): {"digest": file_digest(path), "bytes": path.stat().st_size}
+            for path in files_below(temporary)
+        }
+        text = json.dumps(metadata, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        write_atomic(temporary / "metadata.json", text.encode("utf-8", "backslashreplace"))
+        fsync_tree(temporary)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return metadata
+
+
+def _check(source: Path, target: Path, metadata: dict[str, Any], layout: str, pack_size: int | None) -> None:
+    layouts = PACKED if metadata["method"] == "sft" else ROWS
+    problems = []
+    if layout not in layouts:
+        what = f"{metadata['method']} data can't become '{layout}'"
+        problems.append(Problem(what, str(source), nearest(layout, layouts) or f"valid: {', '.join(layouts)}"))
+    if metadata["format"] != "native":
+        fix = "convert from the native format, or prepare anew: what is tokenised is kept"
+        problems.append(Problem(f"the format {metadata['format']} is for other tools to read", str(source), fix))
+    if metadata["method"] == "kto" and layout == "nemo_rl":
+        problems.append(Problem("NeMo-RL reads no KTO rows", fix="--to trl"))
+    if pack_size is not None and layout not in PACKED:
+        problems.append(Problem("--pack-size is for packed sequences", "command line"))
+    if target.exists():
+        problems.append(Problem(f"{target} is there already", fix="name a folder that doesn't exist"))
+    if problems:
+        raise UserError(*problems)
+
+
+def _convert_packs(source: Path, target: Path, metadata: dict[str, Any], layout: str, pack_size: int | None) -> None:
+    for split in SPLITS:
+        packs = PackedReader(PackedSplit(source / split), pack_size)
+        order = np.arange(len(packs.packing))
+        if pack_size is not None:  # as data prep does it
+            order = np.random.Generator(np.random.PCG64(0)).permutation(len(order))
+        _writer(layout, target, split)(packs, order)
+        facts = metadata["splits"][split]
+        facts["packs"] = len(order)
+        if pack_size is not None:
+            metadata["pack_size"] = pack_size
+        if len(order):
+            facts["packing_efficiency"] = round(facts["tokens"] / (len(order) * metadata["pack_size"]), 6)
+        rows = source / split / "rows.jsonl"
+        if rows.exists():
+            (target / split).mkdir(exist_ok=True)
+            shutil.copyfile(rows, target / split / "rows.jsonl")
+
+
+def _writer(layout: str, target: Path, split: str) -> Callable[[Packs, np.ndarray], Written]:
+    places: dict[str, Callable[[Packs, np.ndarray], Written]] = {
+        "native": lambda packs, order: write_native(target / split, packs, order),
+        "parquet": lambda packs, order: write_parquet(target / split / "packed.idx.parquet", packs, order),
+        "megatron_npy": lambda packs, order: write_megatron(target / f"{MEGATRON_NAMES[split]}.npy", packs, order),
+        "megatron_indexed": lambda packs, order: write_indexed(target / split / "text_document", packs, order),
+    }
+    return places[layout]
+
+
+def _convert_rows(source: Path, target: Path, method: str, layout: str) -> None:
+    with source.open(encoding="utf-8") as rows, target.open("w", encoding="utf-8", newline="\n") as out:
+        for number, line in enumerate(rows, 1):
+            row = json.loads(line)
+            made = _trl(row, method) if layout == "trl" else _nemo_rl(row, method, f"{source}, line {number}")
+            out.write(json.dumps(made, ensure_ascii=True) + "\n")
+
+
+def _trl(row: dict[str, Any], method: str) -> dict[str, Any]:
+    """TRL's conversational layouts: explicit prompt and answers; GRPO hands the other columns to its rewards."""
+    names = {"dpo": ("prompt", "chosen", "rejected"), "kto": ("prompt", "completion", "label")}
+    kept = {name: row[name] for name in names.get(method, ("prompt", "expected_answer"))}
+    if method == "rl":
+        kept |= {name: value for name, value in row["extra"].items() if name not in kept}
+    return kept | ({"tools": row["tools"]} if row.get("tools") else {})
+
+
+def _nemo_rl(row: dict[str, Any], method: str, where: str) -> dict[str, Any]:
+    """NeMo-RL's PreferenceDataset (rank 0 is preferred) and ResponseDataset (one question, one expected answer)."""
+    if method == "dpo":
+        ranked = [{"rank": rank, "completion": row[name]} for rank, name in enumerate(("chosen", "rejected"))]
+        return {"context": row["prompt"], "completions": ranked}
+    roles = [message["role"] for message in row["prompt"]]
+    if roles != ["user"] or row.get("tools"):
+        what = "NeMo-RL's response layout holds one question as text, and this row is a conversation"
+        raise UserError(Problem(what, where, "--to trl keeps conversations"))
+    return {"input": row["prompt"][0]["content"], "output": row["expected_answer"]}
+
+
+def _read_metadata(source: Path) -> dict[str, Any]:
+    try:
+        metadata: dict[str, Any] = json.loads((source / "metadata.json").read_text(encoding="utf-8"))
+        return {**metadata, "method": metadata["method"], "format": metadata["format"]}
+    except (OSError, ValueError, KeyError) as error:
+        what = f"{source} is nothing that data prep made: {error}"
+        raise UserError(Problem(what, fix="give artifact NAME[:VERSION] or its folder")) from None
