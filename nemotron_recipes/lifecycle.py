@@ -17,13 +17,13 @@ from nemotron_recipes.artifacts.records import RunView, list_runs, load_run
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import NemotronError, Problem, UserError
-from nemotron_recipes.executors import Liveness, get_executor
+from nemotron_recipes.executors import Liveness, folders, get_executor
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.mirror.journal import Journal, open_journal, pending, unmark
 from nemotron_recipes.mirror.sync import Outcome, replay_all
 from nemotron_recipes.redact import scrub, secret_values
 from nemotron_recipes.rundir import RunDir, append_event
-from nemotron_recipes.spec import JobHandle, Outlook, Plan, Rendered, Request, Tree, Wait, to_json
+from nemotron_recipes.spec import Examination, JobHandle, Outlook, Plan, Rendered, Request, Tree, Wait, to_json
 
 POLL_SECONDS = 0.2
 
@@ -58,8 +58,9 @@ def prepare(request: Request, environment: Environment | None = None) -> Prepare
     return Prepared(plan, get_executor(plan.stages[0].placement.executor).render(plan))
 
 
-def submit(prepared: Prepared) -> JobHandle:
-    """Write the run folder and hand it to the executor. UserError: an input is unpinned, or the plan has run already.
+def submit(prepared: Prepared, preflight: bool = True) -> JobHandle:
+    """Write the run folder and hand it to the executor. UserError: an input is unpinned, or the plan has run already;
+    or, unless `preflight` is False, all that the executor and the folders can't do, before anything is written.
 
     A plan whose run failed, was cancelled or got lost may be submitted again: that is its next attempt.
     """
@@ -67,6 +68,8 @@ def submit(prepared: Prepared) -> JobHandle:
     _refuse_unpinned(plan)
     run = RunDir(Path(plan.run_dir))
     _refuse_rerun(run)
+    if preflight:
+        _refuse_unfit(prepared)
     try:
         _write_run(run, prepared)
     except (KeyboardInterrupt, UserError):  # Ctrl-C, or the code is not what was planned any more
@@ -79,6 +82,21 @@ def submit(prepared: Prepared) -> JobHandle:
     open_journal(plan, run.path.parents[1])
     append_event(run.events, "submitted", executor=prepared.executor, mode=plan.request.mode)
     return get_executor(prepared.executor).submit(plan, prepared.rendered)
+
+
+def examine(profile: str) -> Examination:
+    """What the machine or cluster behind a profile, and the folders of env.toml, can do. UserError: no such profile."""
+    from nemotron_recipes.planning.validate import check_run
+
+    environment = read_environment()
+    given = environment.profile(profile)
+    complete, problems = check_run(given, lambda key: f"profile [{profile}]")
+    if problems:
+        raise UserError(*problems)
+    found = get_executor(complete["executor"]).examine(complete)
+    places = {"output folder": environment.output, "artifact store": environment.store}
+    looked = [finding for name, folder in places.items() for finding in folders.look_at(name, folder)]
+    return Examination((*found.findings, *looked), found.suggestion)
 
 
 def save_plan(prepared: Prepared, path: Path) -> None:
@@ -285,6 +303,16 @@ def _refuse_unpinned(plan: Plan) -> None:
     ]
     if unpinned:
         raise UserError(*unpinned)
+
+
+def _refuse_unfit(prepared: Prepared) -> None:
+    """All at once: folders that can't be written to, and what the executor knows that would not work."""
+    plan = prepared.plan
+    places = {"[artifacts] output": Path(plan.run_dir), "[artifacts] store": Path(plan.store)}
+    problems = [Problem(said, where) for where, folder in places.items() if (said := folders.refusal(folder))]
+    problems += get_executor(prepared.executor).preflight(plan)
+    if problems:
+        raise UserError(*problems)
 
 
 def _refuse_rerun(run: RunDir) -> None:

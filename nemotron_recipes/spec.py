@@ -242,6 +242,23 @@ class JobHandle:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: whether it is fine, and what was found. No secret's value."""
+
+    topic: str
+    state: str  # "ok", "warning" or "problem"
+    text: str
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What the machine or cluster behind a profile can do, and a profile that would fit it ({}: none to suggest)."""
+
+    findings: tuple[Finding, ...]
+    suggestion: Tree = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class JobFacts:
     """What a scheduler says of one stage's job, now. Times are seconds since the epoch; None: it doesn't say.
 

@@ -37,6 +37,7 @@ FIXED = {
     "gc": "nemotron_recipes.cli.gc:gc",
     "images": "nemotron_recipes.cli.images:images",
     "env": "nemotron_recipes.cli.environment:env",
+    "doctor": "nemotron_recipes.cli.doctor:doctor",
 }
 HELP = {
     "apply": "Run exactly a plan saved with --plan-out.",
@@ -49,6 +50,7 @@ HELP = {
     "gc": "Put into quarantine what nothing kept descends from.",
     "images": "List, check and import the images that stages run in.",
     "env": "Show the profiles of env.toml.",
+    "doctor": "Look at what a profile's machine or cluster can do.",
 }
 
 

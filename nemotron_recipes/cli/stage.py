@@ -112,6 +112,7 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
         click.Option(["-b", "--batch"], metavar="PROFILE", help="Submit where a profile says, and detach."),
         click.Option(["--wait"], is_flag=True, help="With --batch: wait for the end without a word."),
         click.Option(["--all-ranks"], is_flag=True, help="Show every rank's log, each line tagged."),
+        click.Option(["--skip-preflight"], is_flag=True, help="Submit without asking first whether it can run."),
         click.Option(["-d", "--dry-run"], is_flag=True, help="Show exactly what would run; write and start nothing."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print for programs."),
         click.Option(["--offline"], is_flag=True, help="Never ask the network; unpinned inputs show as UNPINNED."),
@@ -185,10 +186,10 @@ def _run(request: Request, options: dict[str, Any]) -> int:
         if options["plan_out"] and not options["as_json"]:
             click.echo(f"saved; run it with: nemotron apply {options['plan_out']}")
         return 0
-    return carry_out(prepared, options["as_json"], options["wait"], options["all_ranks"])
+    return carry_out(prepared, options["as_json"], options["wait"], options["all_ranks"], not options["skip_preflight"])
 
 
-def carry_out(prepared: Any, as_json: bool, wait: bool = False, all_ranks: bool = False) -> int:
+def carry_out(prepared: Any, as_json: bool, wait: bool = False, all_ranks: bool = False, preflight: bool = True) -> int:
     """Submit, then follow, or detach (`--batch`), or wait without a word for the end (`wait`); the exit code."""
     from nemotron_recipes import lifecycle
     from nemotron_recipes.cli import attach, plan_text
@@ -196,7 +197,7 @@ def carry_out(prepared: Any, as_json: bool, wait: bool = False, all_ranks: bool 
     if prepared.done:
         click.echo(plan_text.nothing_to_do(prepared, as_json))
         return 0
-    handle = lifecycle.submit(prepared)
+    handle = lifecycle.submit(prepared, preflight)
     detach = prepared.plan.request.mode == "batch"
     if detach and not (wait and as_json):  # programs get one document: the end
         click.echo(plan_text.submitted(handle, as_json))
@@ -208,8 +209,9 @@ def carry_out(prepared: Any, as_json: bool, wait: bool = False, all_ranks: bool 
 @click.command("apply")
 @click.argument("plan", type=click.Path(dir_okay=False, path_type=Path), metavar="PLAN.json")
 @click.option("-d", "--dry-run", is_flag=True, help="Check that the plan still holds and show it.")
+@click.option("--skip-preflight", is_flag=True, help="Submit without asking first whether it can run.")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
-def apply_command(plan: Path, dry_run: bool, as_json: bool) -> int:
+def apply_command(plan: Path, dry_run: bool, skip_preflight: bool, as_json: bool) -> int:
     """Run exactly a plan saved with --plan-out; refuse when an input, the code or the config has moved since."""
     from nemotron_recipes import lifecycle
     from nemotron_recipes.cli import plan_text
@@ -218,4 +220,4 @@ def apply_command(plan: Path, dry_run: bool, as_json: bool) -> int:
     if dry_run:
         click.echo(lifecycle.rendered_json(prepared) if as_json else plan_text.describe(prepared))
         return 0
-    return carry_out(prepared, as_json)
+    return carry_out(prepared, as_json, preflight=not skip_preflight)

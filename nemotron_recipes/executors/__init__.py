@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.spec import JobHandle, Liveness, Outlook, Plan, Rendered, StagePlan, Tree, Wait
+from nemotron_recipes.spec import Examination, JobHandle, Liveness, Outlook, Plan, Rendered, StagePlan, Tree, Wait
 
 REGISTRY = {
     "local": "nemotron_recipes.executors.local:LocalExecutor",
@@ -38,6 +38,14 @@ class Executor(Protocol):
 
     def render(self, plan: Plan) -> Rendered:
         """Exact files, argv and environment. Pure: no file is written, no process is started."""
+        ...
+
+    def preflight(self, plan: Plan) -> list[Problem]:
+        """Everything that the machine or cluster will not take, asked before the run folder is written."""
+        ...
+
+    def examine(self, profile: Tree) -> Examination:
+        """What there is to know before the first run: findings, and a profile that would fit."""
         ...
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Liveness, checks, memory
 from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event, read_json, read_jsonl
-from nemotron_recipes.spec import JobHandle, Outlook, Plan, Rendered, Tree, Wait
+from nemotron_recipes.spec import Examination, Finding, JobHandle, Outlook, Plan, Rendered, Tree, Wait
 
 DRIVER = "nemotron_recipes.executors.driver"
 
@@ -46,6 +46,15 @@ class DrivenExecutor:
 
     detaches = False
     ask_seconds = 0.2
+
+    def preflight(self, plan: Plan) -> list[Problem]:
+        """None: there is nobody to ask but this machine, which `submit` looks at."""
+        return []
+
+    def examine(self, profile: Tree) -> Examination:
+        """This machine needs no profile's help."""
+        said = f"{socket.gethostname()}, {os.cpu_count()} CPUs; nothing else has to be asked"
+        return Examination((Finding("machine", "ok", said),))
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
         """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start.

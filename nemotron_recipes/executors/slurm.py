@@ -18,18 +18,20 @@ from nemotron_recipes.executors import (
     checks,
     slurm_container,
     slurm_control,
+    slurm_doctor,
     slurm_facts,
     slurm_files,
     slurm_outcome,
     slurm_script,
 )
 from nemotron_recipes.executors.slurm_files import CODE, SNAPSHOT
+from nemotron_recipes.executors.slurm_preflight import plan_problems
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradictions
 from nemotron_recipes.executors.verdict import is_done
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, StageDir, append_event, read_json
-from nemotron_recipes.spec import JobHandle, Outlook, Plan, Rendered, StagePlan, Tree, Wait, to_json
+from nemotron_recipes.spec import Examination, JobHandle, Outlook, Plan, Rendered, StagePlan, Tree, Wait, to_json
 
 _STOP_SECONDS = 180.0  # beyond any site's KillWait (30 s unless told)
 _POLL_SECONDS = 0.2
@@ -65,6 +67,14 @@ class SlurmExecutor:
         run = [stage for stage in plan.stages if stage.reused is None]
         stages = tuple(slurm_script.rendered_stage(plan, stage, first=stage is run[0]) for stage in run)
         return Rendered(stages, slurm_script.submit_commands(run))
+
+    def preflight(self, plan: Plan) -> list[Problem]:
+        """What this cluster would refuse, or leave waiting for ever. UserError: Slurm can't be asked."""
+        return plan_problems(plan)
+
+    def examine(self, profile: Tree) -> Examination:
+        """Version, partitions, accounts, containers, credentials: what `nemotron doctor` shows."""
+        return slurm_doctor.examine(SlurmProfile.model_validate(profile))
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
         """Submit the jobs of all stages that have not succeeded yet.

@@ -100,6 +100,14 @@ def job_state(job: str) -> JobState | None:
     return state
 
 
+def answer(*argv: str) -> str:
+    """What one of Slurm's commands prints. Unreachable: it refuses, or nobody answers."""
+    try:
+        return _question([*argv])
+    except Refused as error:
+        raise Unreachable(f"{argv[0]}: {error}") from None
+
+
 def ask(*argv: str) -> str:
     """What one of Slurm's commands prints; times as seconds since the epoch. "" where it refuses or nobody answers."""
     try:

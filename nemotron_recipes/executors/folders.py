@@ -1,0 +1,67 @@
+"""What a folder that runs write to can do: room, rights, locks, and whether its server's clock agrees with ours."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from nemotron_recipes.spec import Finding
+
+LITTLE = 1e9  # bytes; a run's own files take some MB, a checkpoint of any model more than this
+SKEW_SECONDS = 2.0  # a later deadline or a record's time would lie by more than a step
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the first above it that is there: where it would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def look_at(name: str, folder: Path) -> list[Finding]:
+    """The findings about one folder. Makes and removes one small file."""
+    place = nearest_existing(folder)
+    usage = shutil.disk_usage(place)
+    room = "problem" if usage.free == 0 else "warning" if usage.free < LITTLE else "ok"
+    said = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free below {place}; quotas are not looked at"
+    findings = [Finding(f"{name} room", room, said)]
+    probe = place / f".doctor-{uuid.uuid4().hex}"
+    try:
+        with open(probe, "xb") as handle:
+            handle.write(b"x")
+            handle.flush()
+            os.fsync(handle.fileno())
+            skew = probe.stat().st_mtime - time.time()
+            findings.append(Finding(f"{name} writable", "ok", str(place)))
+            findings.append(_locks(name, handle.fileno()))
+            state = "ok" if abs(skew) <= SKEW_SECONDS else "warning"
+            said = f"its files are stamped {skew:+.1f} s from this machine's time"
+            findings.append(Finding(f"{name} clock", state, said))
+    except OSError as error:
+        findings.append(Finding(f"{name} writable", "problem", f"{place}: {error.strerror}"))
+    finally:
+        probe.unlink(missing_ok=True)
+    return findings
+
+
+def refusal(folder: Path) -> str:
+    """Why nothing can be written there; "" when something can."""
+    place = nearest_existing(folder)
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"{place} is not writable: {os.strerror(errno.EACCES)}"
+    free = shutil.disk_usage(place).free
+    return "" if free else f"no room is left below {place}"
+
+
+def _locks(name: str, descriptor: int) -> Finding:
+    for how, lock in (("flock", fcntl.flock), ("fcntl", fcntl.lockf)):
+        try:
+            lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return Finding(f"{name} locks", "warning", f"{how} does not work there: {error.strerror}")
+    return Finding(f"{name} locks", "ok", "flock and fcntl work")

@@ -1,0 +1,128 @@
+"""Whether a plan can run on this cluster, asked before anything is queued."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemotron_recipes.errors import Problem
+from nemotron_recipes.executors import checks, slurm_control
+from nemotron_recipes.executors.slurm_profile import SlurmProfile, limit_seconds
+from nemotron_recipes.executors.slurm_script import profile_of
+from nemotron_recipes.executors.slurm_site import Association, Partition, Site, Unreadable, read_site
+from nemotron_recipes.spec import Plan, StagePlan
+
+
+def plan_problems(plan: Plan) -> list[Problem]:
+    """What the cluster would refuse, or leave waiting for ever; everything at once. UserError: it can't be asked."""
+    try:
+        site = read_site()
+    except slurm_control.Unreachable as error:
+        raise slurm_control.missing(error) from None
+    except Unreadable as error:
+        fix = "--skip-preflight submits without these checks; please report what Slurm printed"
+        return [Problem(f"Slurm printed what is not known here: {error}", fix=fix)]
+    run = [stage for stage in plan.stages if stage.reused is None]
+    found = (stage_problems(stage, profile_of(stage), site, plan.request.mode) for stage in run)
+    return [problem for problems in found for problem in problems]
+
+
+def stage_problems(stage: StagePlan, profile: SlurmProfile, site: Site, mode: str) -> Iterator[Problem]:
+    """Everything about a stage that this cluster will not take, or never start."""
+    name = profile.partition_for(mode)
+    partition = site.partition(name)
+    if partition is None:
+        known = ", ".join(p.name for p in site.partitions)
+        what = f"the cluster has no partition '{name}'" if name else "no partition is set, and there is no default"
+        yield Problem(what, checks.where(stage, "partition"), f"one of: {known}")
+    else:
+        yield from _partition_problems(stage, profile, site, partition)
+    if site.enforces_accounts and site.associations is not None:
+        yield from _account_problems(stage, profile, site.associations)
+    yield from _host_problems(stage, profile)
+
+
+def _partition_problems(stage: StagePlan, profile: SlurmProfile, site: Site, partition: Partition) -> Iterator[Problem]:
+    where = f"partition {partition.name}"
+    if partition.state != "UP":
+        fix = "choose another partition, or wait until it is up"
+        yield Problem(f"{where} is {partition.state}", checks.where(stage, "partition"), fix)
+    seconds = limit_seconds(profile.time)
+    if seconds is not None and partition.max_seconds is not None and seconds > partition.max_seconds:
+        what = f"time {profile.time} is more than {where} gives: {partition.max_time}"
+        yield Problem(what, checks.where(stage, "time"), f"run.time={partition.max_time}, or max_requeues to go on")
+    nodes = stage.placement.nodes
+    most = min(partition.nodes, partition.max_nodes if partition.max_nodes is not None else partition.nodes)
+    if not partition.min_nodes <= nodes <= most:
+        what = f"{nodes} node(s) are asked for, and {where} gives {max(1, partition.min_nodes)} to {most}"
+        yield Problem(what, checks.where(stage, "nodes"), "change run.nodes, or the partition")
+    elif lacking := _lacking(profile, site, partition, nodes):
+        have = sorted({f"{k.cpus} CPUs, {k.memory} MB, {k.gpus} GPU(s)" for k in site.nodes_of(partition.name)})
+        fix = f"its nodes have {'; or '.join(have)}"
+        what = f"{where} has fewer than {nodes} node(s) with {lacking}"
+        yield Problem(what, checks.where(stage, "partition"), fix)
+    if partition.accounts is not None and profile.account and profile.account not in partition.accounts:
+        fix = f"it takes {', '.join(sorted(partition.accounts))}"
+        yield Problem(f"{where} does not take account {profile.account}", checks.where(stage, "account"), fix)
+    if profile.account in partition.denied_accounts:
+        what = f"{where} refuses account {profile.account}"
+        yield Problem(what, checks.where(stage, "account"), "choose another account or partition")
+    if profile.qos and (profile.qos in partition.denied_qos or (partition.qos and profile.qos not in partition.qos)):
+        fix = f"it takes {', '.join(sorted(partition.qos))}" if partition.qos else "choose another QOS or partition"
+        yield Problem(f"{where} does not take QOS {profile.qos}", checks.where(stage, "qos"), fix)
+
+
+def _lacking(profile: SlurmProfile, site: Site, partition: Partition, nodes: int) -> str:
+    """What fewer nodes have than are asked for, in words; "" when there are enough."""
+    memory = memory_mb(profile.mem)
+    wanted = (
+        ("GPU(s)", profile.gpus_per_node or 0, "gpus"),
+        ("CPUs", profile.cpus_per_task or 0, "cpus"),
+        ("MB of memory", memory or 0, "memory"),
+    )
+    fitting = [kind for kind in site.nodes_of(partition.name) if all(getattr(kind, f) >= n for _, n, f in wanted)]
+    if sum(kind.count for kind in fitting) >= nodes:
+        return ""
+    return ", ".join(f"{number} {unit}" for unit, number, _ in wanted if number)
+
+
+def memory_mb(text: str | None) -> int | None:
+    """A size as sbatch's --mem has it, in MB; 0: all of a node; None without one, and for what sbatch refuses."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", text or "", re.IGNORECASE)
+    if not found:
+        return None
+    factor = {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024 * 1024}[found[2].upper()]
+    return round(int(found[1]) * factor)
+
+
+def _account_problems(
+    stage: StagePlan, profile: SlurmProfile, associations: tuple[Association, ...]
+) -> Iterator[Problem]:
+    mine = sorted({found.account for found in associations})
+    if not mine:
+        yield Problem("this user has no account on the cluster", checks.where(stage, "account"), "ask the site")
+        return
+    if profile.account and profile.account.lower() not in (account.lower() for account in mine):
+        what = f"account {profile.account} is not one of this user's"
+        yield Problem(what, checks.where(stage, "account"), f"one of: {', '.join(mine)}")
+        return
+    allowed = {q for a in associations if not profile.account or a.account == profile.account.lower() for q in a.qos}
+    if profile.qos and allowed and profile.qos not in allowed:
+        what = f"QOS {profile.qos} does not go with account {profile.account or ', '.join(mine)}"
+        yield Problem(what, checks.where(stage, "qos"), f"one of: {', '.join(sorted(allowed))}")
+
+
+def _host_problems(stage: StagePlan, profile: SlurmProfile) -> Iterator[Problem]:
+    """Files that nodes need, as this machine sees them."""
+    fix = "name one that is there; --skip-preflight where this machine can't see what nodes see"
+    if profile.image:
+        if profile.image.startswith("/") and not Path(profile.image).is_file():
+            yield Problem(f"there is no image {profile.image}", checks.where(stage, "container_image"), fix)
+        for mount in profile.mounts:
+            host = mount.split(":")[0]
+            if host.startswith("/") and not os.path.exists(host):
+                yield Problem(f"there is no {host} to mount", checks.where(stage, "mounts"), fix)
+    elif profile.python and profile.python.startswith("/") and not os.access(profile.python, os.X_OK):
+        yield Problem(f"there is no interpreter {profile.python}", checks.where(stage, "python"), fix)
