@@ -91,7 +91,10 @@ class Site:
 
 
 def read_site() -> Site:
-    """Ask Slurm, hidden partitions included. Unreachable: it can't be asked; Unreadable: it answers in words that are not known."""
+    """Ask Slurm, hidden partitions included.
+
+    Unreachable: it can't be asked; Unreadable: it answers in words that are not known.
+    """
     config = parse_config(slurm_control.answer("scontrol", "show", "config"))
     user = getpass.getuser()
     fields = "format=cluster,account,partition,qos,defaultqos"
