@@ -53,9 +53,9 @@ def refusal(folder: Path) -> str:
     """Why nothing can be written there; "" when something can."""
     place = nearest_existing(folder)
     if not os.access(place, os.W_OK | os.X_OK):
-        return f"{place} is not writable: {os.strerror(errno.EACCES)}"
+        return f"{folder} can't be written: {place}: {os.strerror(errno.EACCES)}"
     free = shutil.disk_usage(place).free
-    return "" if free else f"no room is left below {place}"
+    return "" if free else f"{folder} can't be written: no room is left below {place}"
 
 
 def _locks(name: str, descriptor: int) -> Finding:

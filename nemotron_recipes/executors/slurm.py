@@ -182,9 +182,9 @@ class SlurmExecutor:
         with suppress(OSError), open(run.path / "settle.lock", "ab") as lock:  # somebody else's run: only read
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)  # where locks lie, the events may stand there twice: no harm
             if missing and not slurm_outcome.has_ended(run):
+                slurm_files.secrets(run).unlink(missing_ok=True)  # before anybody hears of the end, and submits again
                 for event in missing:
                     append_event(run.events, **event)
-                slurm_files.secrets(run).unlink(missing_ok=True)
         return missing
 
     def cancel(self, handle: JobHandle) -> None:
@@ -202,10 +202,10 @@ class SlurmExecutor:
             problem = Problem(f"run {handle.run} can't be stopped: {error}", fix=f"scancel {' '.join(jobs.values())}")
             raise UserError(problem) from None
         if not slurm_outcome.has_ended(run):
+            slurm_files.secrets(run).unlink(missing_ok=True)
             begun = [e for e in slurm_outcome.since_submission(run) if e["event"] == "stage-started"]
             stage, attempt = (begun[-1]["stage"], begun[-1]["attempt"]) if begun else (None, None)
             append_event(run.events, "cancelled", stage=stage, attempt=attempt)
-        slurm_files.secrets(run).unlink(missing_ok=True)
 
     def _unfinished(self, plan: Plan, run: RunDir, rendered: Rendered) -> dict[str, tuple[str, ...]]:
         """Stage -> its command, for those that have not succeeded in an earlier submission."""

@@ -217,16 +217,15 @@ class Node:
         if wish and wish != slurm_requeue.SIGNAL:
             how = {"scheduler": "TIMEOUT"} if wish == slurm_requeue.TIME_LIMIT else {}
             cause = slurm_requeue.given_up(wish, self.launch["max_requeues"])
-            append_event(self.run.events, "finished", state="failed", stage=self.launch["stage"], cause=cause, **how)
+            self._finish("failed", stage=self.launch["stage"], cause=cause, **how)
         elif own.stopped and cause and not (first and first.time <= own.time):
             return code or 1
         elif cause:
-            append_event(self.run.events, "finished", state="failed", stage=self.launch["stage"], cause=cause)
+            self._finish("failed", stage=self.launch["stage"], cause=cause)
         elif self.launch["stage"] == [*slurm_files.attempts(self.run)][-1]:
-            append_event(self.run.events, "finished", state="succeeded")
+            self._finish("succeeded")
         else:
             return code
-        slurm_files.secrets(self.run).unlink(missing_ok=True)
         return code or (1 if cause else 0)  # what follows must not start
 
     def _cause(self, code: int, first: NodeReport | None, silent: list[str]) -> str:
@@ -256,9 +255,13 @@ class Node:
         slurm_files.write_report(self.stage, self.attempt, report)
         if self.number == 0:
             cause = f"{self.host}: {problem}"
-            append_event(self.run.events, "finished", state="failed", stage=self.launch["stage"], cause=cause)
-            slurm_files.secrets(self.run).unlink(missing_ok=True)
+            self._finish("failed", stage=self.launch["stage"], cause=cause)
         return 1
+
+    def _finish(self, state: str, **fields: object) -> None:
+        """The run's end. First its secrets go: whoever hears of the end may submit again, with secrets of its own."""
+        slurm_files.secrets(self.run).unlink(missing_ok=True)
+        append_event(self.run.events, "finished", state=state, **fields)
 
     def _wait_for_others(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -261,4 +261,4 @@ def test_the_example_profiles_are_valid(tmp_path: Path) -> None:
     assert SlurmProfile(**environment.profiles["YOUR-CLUSTER"]).nproc_per_node == 8
     assert DockerProfile(**environment.profiles["YOUR-SPARK"]).ipc == "host"
     assert environment.store == Path("/shared/team/nemotron-store")
-    assert dict(environment.wandb) == {"entity": "my-team", "project": "nemotron"}
+    assert {"entity": "my-team", "project": "nemotron"}.items() <= dict(environment.wandb).items()
