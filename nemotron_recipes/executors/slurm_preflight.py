@@ -118,7 +118,7 @@ def _host_problems(stage: StagePlan, profile: SlurmProfile) -> Iterator[Problem]
     """Files that nodes need, as this machine sees them."""
     fix = "name one that is there; --skip-preflight where this machine can't see what nodes see"
     if profile.image:
-        if profile.image.startswith("/") and not Path(profile.image).is_file():
+        if profile.image.startswith("/") and not (profile.container_name or Path(profile.image).is_file()):
             yield Problem(f"there is no image {profile.image}", checks.where(stage, "container_image"), fix)
         for mount in profile.mounts:
             host = mount.split(":")[0]
