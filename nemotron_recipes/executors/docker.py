@@ -27,7 +27,7 @@ from nemotron_recipes.executors.docker_profile import DockerProfile, contradicti
 from nemotron_recipes.executors.driven import DrivenExecutor, driver_command, has_ended
 from nemotron_recipes.executors.verdict import failure_cause
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir, append_event, read_json, read_jsonl
-from nemotron_recipes.spec import JobHandle, Plan, Rendered, RenderedStage, StagePlan, Tree
+from nemotron_recipes.spec import Examination, JobHandle, Plan, Rendered, RenderedStage, StagePlan, Tree
 
 LAUNCHER = "nemotron_recipes.executors.docker_launch"
 HOME = "/tmp"  # of a user whom the image does not know; every image lets all write there
@@ -80,6 +80,13 @@ class DockerExecutor(DrivenExecutor):
                 what = f"docker can't be used: {error}"
                 yield Problem(what, checks.where(stage), _how_to_reach(str(error)))
                 return
+
+    def examine(self, profile: Tree) -> Examination:
+        """The machine, its memory and GPUs, docker and the image."""
+        from nemotron_recipes.executors import docker_doctor
+
+        wanted = DockerProfile.model_validate(profile)
+        return Examination(tuple(docker_doctor.findings(wanted, Path(_hf_cache(wanted)))))
 
     def shell(self, handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
         """The command in the stage's container."""

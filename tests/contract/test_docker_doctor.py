@@ -1,0 +1,47 @@
+"""What `nemotron doctor` says of this machine's docker, and of what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemotron_recipes.executors import docker_doctor, memory
+from nemotron_recipes.executors.docker import DockerExecutor
+from nemotron_recipes.executors.memory import GIB, Memory
+from tests.helpers import docker
+
+pytestmark = pytest.mark.docker
+
+
+def look(**fields: object) -> dict[str, tuple[str, str]]:
+    return {f.topic: (f.state, f.text) for f in DockerExecutor().examine(docker.profile(**fields)).findings}
+
+
+def test_a_machine_with_docker(docker_daemon: docker.Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", docker_daemon.host)
+    found = look(memory_stop_gib=6.0)
+    assert found["docker"][0] == "ok"
+    assert docker_daemon.host in found["docker"][1]
+    assert found["docker restarts"] == ("warning", 'set "live-restore": true in /etc/docker/daemon.json')
+    assert found["image"][0] == "ok"
+    assert "GiB available" in found["memory"][1]
+    assert found["memory watchdog"] == ("ok", "runs are stopped below 6 GiB")
+    assert look(container_image="no.such/image:1")["image"][0] == "problem"
+    docker_daemon.load_foreign_image("nemotron-test:doctor", "s390x")
+    assert look(container_image="nemotron-test:doctor")["image"] == ("problem", "nemotron-test:doctor: s390x")
+    assert look(docker_host="unix:///nowhere")["docker"][0] == "problem"
+
+
+def test_a_machine_that_shares_its_memory_wants_a_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a faked product name and a faked state of the memory."""
+    fake_product = tmp_path / "product_name"
+    fake_product.write_text("NVIDIA DGX Spark\n")
+    monkeypatch.setattr(docker_doctor, "_PRODUCT", fake_product)
+    monkeypatch.setattr(memory, "read_memory", lambda: Memory(120 * GIB, 100 * GIB, 20 * GIB))
+    found = look(docker_host=f"unix://{tmp_path}/nobody")
+    assert "NVIDIA DGX Spark" in found["machine"][1]
+    assert found["memory"] == ("ok", "100.0 of 120.0 GiB available, 20.0 GiB without the page cache")
+    assert found["page cache"][0] == "warning"
+    assert "drop_caches" in found["page cache"][1]
+    assert found["memory watchdog"][0] == "problem"
