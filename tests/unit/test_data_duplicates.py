@@ -182,6 +182,18 @@ def test_which_one_stays(tmp_path: Path) -> None:
         assert [one.index for one in found] == [gone]
 
 
+def test_a_stranger_in_the_only_common_band_hides_no_pair(tmp_path: Path) -> None:
+    gate = near()
+    deep = gate.rows_per_band
+    stranger, one = (RANDOM.integers(0, 2**32, 129, dtype=np.uint32) for _ in range(2))
+    stranger[:deep] = one[:deep]
+    other = one.copy()
+    other[deep:128:deep] += 1  # one number of every other band
+    assert (one[:128] == other[:128]).mean() >= 0.8
+    found = swept(gate, tmp_path / "s", [row.tobytes() for row in (stranger, one, other)], ["train"] * 3)
+    assert [(row.index, row.example) for row in found] == [(2, "row 2: like row 1")]
+
+
 def test_rows_that_earlier_gates_dropped_do_not_count(tmp_path: Path) -> None:
     signature = sign(near(), RANDOM.integers(0, 5000, 400))
     found = swept(near(), tmp_path / "s", [signature] * 3, ["train"] * 3, [False, True, True])
