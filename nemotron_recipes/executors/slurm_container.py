@@ -13,6 +13,9 @@ from nemotron_recipes.executors.slurm_profile import SlurmProfile
 from nemotron_recipes.spec import Plan, StagePlan
 
 HF_HOME = "HF_HOME"
+# Without the user's own, nobody has a home in a container: its root is read-only, and libraries keep caches at home
+# (Triton's compiled kernels). enroot mounts an empty /tmp that is the user's (conf/mounts/10-system.fstab).
+NO_HOME = "/tmp"
 
 # Profile field -> (flag if true, flag if false); unset leaves it to the site.
 _SWITCHES = {
@@ -53,6 +56,11 @@ def hf_home(profile: SlurmProfile) -> str | None:
     """HF_HOME of the stages: the profile's, else the submitter's own, who inherits it to his jobs anyway."""
     named = profile.hf_cache or profile.env.get(HF_HOME) or os.environ.get(HF_HOME)
     return os.path.abspath(os.path.expanduser(named)) if named else None
+
+
+def home(profile: SlurmProfile) -> dict[str, str]:
+    """HOME where nobody has one."""
+    return {"HOME": NO_HOME} if profile.image is not None and not profile.container_mount_home else {}
 
 
 def folders(plan: Plan, profile: SlurmProfile) -> tuple[str, ...]:

@@ -106,6 +106,7 @@ def environment(plan: Plan, stage: StagePlan) -> dict[str, str]:
     return {
         "PYTHONSAFEPATH": "1",  # `-m` looks for modules in the environment alone, not in the stage's folder
         "PYTHONUNBUFFERED": "1",
+        **slurm_container.home(profile),
         **stage.launch.env,
         **profile.env,
         **({HF_HOME: cache} if cache else {}),

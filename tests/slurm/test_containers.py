@@ -105,8 +105,8 @@ def test_what_every_task_gets(cluster: slurm.Cluster, image: Path, tmp_path: Pat
         env={"OF_PROFILE": "it's $HOME"},
     )
     texts = ("/opt/Automodel/who", "/etc/image", "/etc/os-release", str(ROOT / "LICENSE"))
-    writes = ("/opt/Automodel/new", "/data/new", "/scratch/new", "/etc/new", f"{cache}/new")
-    names = ("FROM_IMAGE", "KEPT", "OF_JOB", "OF_PROFILE", "HF_HOME", "SLURM_JOB_ID", "RANK")
+    writes = ("/opt/Automodel/new", "/data/new", "/scratch/new", "/etc/new", f"{cache}/new", "/tmp/new")
+    names = ("FROM_IMAGE", "KEPT", "OF_JOB", "OF_PROFILE", "HF_HOME", "HOME", "SLURM_JOB_ID", "RANK")
     handle, seen = run_of(tmp_path, looking_stage(place, texts, writes, names))
     assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
     assert len(seen) == 2
@@ -117,13 +117,14 @@ def test_what_every_task_gets(cluster: slurm.Cluster, image: Path, tmp_path: Pat
         assert here["texts"]["/etc/os-release"] is None, "nothing of the node's own system"
         assert here["texts"][str(ROOT / "LICENSE")]
         read_only = "Read-only file system"
-        assert here["writes"] == dict(zip(writes, (read_only, "", "", read_only, ""), strict=True))
+        assert here["writes"] == dict(zip(writes, (read_only, "", "", read_only, "", ""), strict=True))
         assert here["env"] == {
             "FROM_IMAGE": "the image's",
             "KEPT": "the job's",
             "OF_JOB": "the job's",
             "OF_PROFILE": "it's $HOME",
             "HF_HOME": str(cache),
+            "HOME": "/tmp",
             "SLURM_JOB_ID": handle.native["jobs"]["first"],
             "RANK": str(number),
         }
@@ -138,10 +139,11 @@ def test_what_every_task_gets(cluster: slurm.Cluster, image: Path, tmp_path: Pat
 def test_a_registry_name_a_kept_container_and_home(cluster: slurm.Cluster, image: Path, tmp_path: Path) -> None:
     (cluster.folder / "registry" / "nvcr.io#nvidia+kept+1.sqsh").symlink_to(image)
     place = placed("docker://nvcr.io/nvidia/kept:1", container_name="kept", container_mount_home=True)
-    handle, (seen,) = run_of(tmp_path, looking_stage(place, texts=("/etc/image",), names=("PYTHONPATH",)))
+    handle, (seen,) = run_of(tmp_path, looking_stage(place, texts=("/etc/image",), names=("HOME",)))
     assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
     assert seen["texts"] == {"/etc/image": "one\n"}
     assert str(Path.home()) in seen["mounts"]
+    assert seen["env"] == {"HOME": str(Path.home())}
     assert [*(cluster.folder / "containers").glob(f"{seen['host']}.kept")], "Pyxis keeps a container that has a name"
 
 
