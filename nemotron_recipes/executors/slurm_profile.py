@@ -160,6 +160,11 @@ class SlurmProfile(BaseModel):
         """The image that stages run in, as it is written; None on bare metal."""
         return None if self.container is False else self.container_image
 
+    @property
+    def workdir(self) -> str | None:
+        """Where processes start instead of the stage's folder; None on bare metal."""
+        return self.container_workdir if self.image else None
+
     def partition_for(self, mode: str) -> str | None:
         """The partition of a run that is followed (`run`), or left alone (`batch`)."""
         special = {"run": self.run_partition, "batch": self.batch_partition}.get(mode)

@@ -39,7 +39,7 @@ def rendered_stage(plan: Plan, stage: StagePlan, first: bool) -> RenderedStage:
     files[str(folder.files / slurm_files.LAUNCH)] = launch
     files[str(slurm_files.script(folder))] = _script(plan, stage, container, first)
     notes = slurm_container.notes(stage, profile, container)
-    return RenderedStage(stage.name, files, argv, env, stage.directory, profile.container_workdir, notes)
+    return RenderedStage(stage.name, files, argv, env, stage.directory, profile.workdir, notes)
 
 
 def submit_commands(stages: list[StagePlan]) -> tuple[tuple[str, ...], ...]:
@@ -127,7 +127,7 @@ def _launch(plan: Plan, stage: StagePlan, argv: tuple[str, ...], env: dict[str, 
         "argv": list(argv),
         "env": env,
         "cwd": stage.directory,
-        "workdir": profile_of(stage).container_workdir,
+        "workdir": profile_of(stage).workdir,
     }
 
 

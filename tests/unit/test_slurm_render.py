@@ -160,6 +160,9 @@ def test_container_flags_follow_the_profile() -> None:
     wanted = "--container-name=nemo --container-mount-home --no-container-remap-root --container-readonly"
     assert f" {wanted} --container-entrypoint python3 -m " in line
     assert "container" not in srun_of({**fields, "container": False})
+    for container, workdir in ((True, "/opt/x"), (False, None)):
+        stage = EXECUTOR.render(pipe_of({**fields, "container": container, "container_workdir": "/opt/x"})).stages[-1]
+        assert stage.workdir == workdir
 
 
 def test_container_flags_that_a_site_does_not_know_can_be_taken_out() -> None:
