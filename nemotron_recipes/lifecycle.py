@@ -256,7 +256,7 @@ def mirror(output: Path) -> list[Outcome]:
         if journal.target is not None:
             view = load(journal.run_dir)
             _note_ends(journal, view)
-            if view.state in ("running", "pending"):
+            if view.state in ("running", "stalled", "pending"):
                 active.add(name)
     outcomes = replay_all(output, active)
     for outcome in outcomes:
@@ -319,8 +319,8 @@ def _refuse_rerun(run: RunDir) -> None:
     if not run.plan.exists():
         return
     view = load(run.path)
-    if view.state in ("running", "succeeded"):
-        what = "is running" if view.state == "running" else "has run"
+    if view.state in ("running", "stalled", "succeeded"):
+        what = "has run" if view.state == "succeeded" else "is running"
         fix = f"see nemotron runs show {view.id}; a new plan makes a new run"
         raise UserError(Problem(f"this plan {what} already", view.path, fix))
 

@@ -9,6 +9,7 @@
             files/                the exact files of the Plan (train.yaml, ...)
             events/attempt-1.rank-0.jsonl    append-only, one writer each
             logs/attempt-1/rank-0.log        stdout and stderr of each rank; launcher.log beside them
+            heartbeats/attempt-1.rank-0.json where a rank is now; stacks/ its Python stacks, when somebody asked
             metrics.jsonl         one line per logged step, written by rank 0
             checkpoints/          iter_NNNNNNN folders, latest_checkpointed_iteration.txt; partial/: not whole
             failures/attempt-1.rank-0.json   what ended a rank: time, rank, error, exit_code, lines
@@ -32,6 +33,7 @@ from nemotron_recipes.fsio import fsync_folder, write_atomic
 TRACKER = "latest_checkpointed_iteration.txt"
 ATTEMPT_ENV = "NEMOTRON_ATTEMPT"
 DEADLINE_ENV = "NEMOTRON_DEADLINE"  # seconds since the epoch: by then a worker must have saved and ended
+STACKS_SIGNAL = "SIGUSR2"  # a worker that gets it writes the Python stacks of all its threads to its stacks file
 RUN_ID_ENV = "NEMOTRON_RUN_ID"  # in the environment of every process that an executor starts for a run
 
 
@@ -76,6 +78,17 @@ class StageDir:
         files = (self.path / "failures").glob(f"attempt-{attempt}.rank-*.json")
         found = [failure for path in files if (failure := read_json(path)) is not None]
         return min(found, key=lambda failure: failure["time"], default=None)
+
+    def heartbeat(self, attempt: int, rank: int) -> Path:
+        """Where that rank is (pulse.Beat); replaced again and again."""
+        return self.path / "heartbeats" / f"attempt-{attempt}.rank-{rank}.json"
+
+    def heartbeats(self, attempt: int) -> list[Path]:
+        return [*(self.path / "heartbeats").glob(f"attempt-{attempt}.rank-*.json")]
+
+    def stacks(self, attempt: int, rank: int) -> Path:
+        """Python stacks of that rank, one dump after another; none where nobody asked."""
+        return self.path / "stacks" / f"attempt-{attempt}.rank-{rank}.txt"
 
     def logs(self, attempt: int) -> Path:
         return self.path / "logs" / f"attempt-{attempt}"

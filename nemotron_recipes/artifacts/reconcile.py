@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from nemotron_recipes.spec import Liveness
 
-State = Literal["pending", "running", "succeeded", "failed", "cancelled", "lost", "reused"]
+State = Literal["pending", "running", "stalled", "succeeded", "failed", "cancelled", "lost", "reused"]
 CANCELLED_CODE = 130
 
 

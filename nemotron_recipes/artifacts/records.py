@@ -12,6 +12,7 @@ from typing import Any
 from nemotron_recipes.artifacts.owner import fate
 from nemotron_recipes.artifacts.reconcile import Evidence, State, exit_text, judge
 from nemotron_recipes.errors import Problem, UserError, nearest, printable
+from nemotron_recipes.pulse import limits_of, log_stopped, pulse
 from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
 from nemotron_recipes.spec import JobHandle, Liveness, Tree
 
@@ -175,6 +176,8 @@ def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Livene
             stopped_by=_stopped_by_scheduler(events, name, attempt),
         )
     )
+    if state == "running":
+        state, note = _alive_or_stalled(stage, folder, attempt, note)
     said = record or {}
     began = launched or worker or {}
     ended = said.get("ended") or (exited or {}).get("time")
@@ -196,6 +199,17 @@ def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Livene
         explanation=explanation,
         log=str(log) if log else None,
     )
+
+
+def _alive_or_stalled(stage: Tree, folder: StageDir, attempt: int, note: str) -> tuple[State, str]:
+    """What the disk says of a stage whose processes are there."""
+    found = pulse(folder, attempt, time.time(), *limits_of(stage.get("placement", {}).get("options", {})))
+    if found is None:
+        return "running", note
+    if found.stalled:
+        return "stalled", "; ".join([*([note] if note else []), found.words()])
+    notes = [note, log_stopped(folder, attempt)]
+    return "running", "; ".join(each for each in notes if each)
 
 
 def _launched(events: list[Tree], name: str) -> list[int]:
@@ -312,7 +326,7 @@ def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
 def _overall(stages: Iterable[StageView], events: list[Tree], alive: Liveness | None) -> tuple[State, str]:
     """(state, explanation) of the whole run."""
     states = {stage.state: stage for stage in reversed(tuple(stages))}  # the first stage of each state
-    for state in ("running", "failed", "lost", "cancelled"):
+    for state in ("stalled", "running", "failed", "lost", "cancelled"):
         if state in states:
             stage = states[state]
             return stage.state, f"stage {stage.name}: {stage.explanation or stage.note}".rstrip(": ")

@@ -28,7 +28,7 @@ def explain(view: RunView, as_json: bool) -> str:
     if not stages and view.state in ("failed", "lost"):  # its job ended before anything of ours ran in it
         stages = [stage for stage in view.stages if stage.state == "pending"][:1]
     found = [diagnose(RunDir(Path(view.path)), stage.name, stage.attempt) for stage in stages]
-    waits = lifecycle.waits(view.handle) if view.handle and view.state in ("pending", "running") else []
+    waits = lifecycle.waits(view.handle) if view.handle and view.state in ("pending", "running", "stalled") else []
     if as_json:
         tree: dict[str, Any] = {"id": view.id, "state": view.state, "explanation": view.explanation}
         tree |= {"waits": [asdict(wait) for wait in waits], "failures": [asdict(each) for each in found]}

@@ -107,7 +107,7 @@ def shell(run: str, stage: str | None, command: tuple[str, ...]) -> None:
 def cancel(run: str) -> None:
     """Stop a run and everything that it started."""
     view = lifecycle.load(_find(run))
-    if view.state not in ("running", "pending") or view.handle is None:
+    if view.state not in ("running", "stalled", "pending") or view.handle is None:
         raise UserError(Problem(f"run {view.id} is not running: it is {view.state}", view.path))
     lifecycle.cancel(view.handle)
     after = lifecycle.load(Path(view.path))

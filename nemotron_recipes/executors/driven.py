@@ -36,6 +36,8 @@ class DrivenProfile(BaseModel):
     env: dict[str, str] = {}  # set for every stage; written to the run folder in plain text
     secrets: list[str] = []  # names of variables that must be set where the run is started; never shown
     grace_seconds: Annotated[float, Field(ge=0)] = DEFAULT_GRACE_SECONDS  # between SIGTERM and SIGKILL
+    stall_factor: Annotated[float, Field(gt=0)] | None = None  # for how many median steps nothing may move; unset: 20
+    stall_seconds: Annotated[float, Field(gt=0)] | None = None  # at least so many seconds; unset: 120
     # For machines whose GPU uses the host's memory, and which hang when it is used up. Unset: not looked at.
     memory_reserve_gib: Annotated[float, Field(ge=0)] | None = None  # a stage that does not leave that much is refused
     memory_stop_gib: Annotated[float, Field(gt=0)] | None = None  # a run is stopped when less than that is available

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from nemotron_recipes.errors import Unfinished
-from nemotron_recipes.executors import slurm_files, slurm_meeting, slurm_requeue, torchrun
+from nemotron_recipes.executors import slurm_files, slurm_meeting, slurm_requeue, torchrun, watchdog
 from nemotron_recipes.executors.slurm_files import NodeReport
 from nemotron_recipes.executors.verdict import failure_cause
 from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RunDir, StageDir, append_event, read_json
@@ -57,6 +57,7 @@ class Node:
     deadline: float | None = None
     stopping: bool = False
     overdue: bool = False
+    stalled: str = ""  # words on why the watchdog has stopped this node's processes
     hosts: list[str] = field(default_factory=list)
     port: int = 0  # where several nodes meet
     held: socket.socket | None = None  # keeps other jobs off that port, for as long as this launcher lives
@@ -192,11 +193,30 @@ class Node:
         if self.deadline is not None:  # for workers that do not look at the clock
             alarm = slurm_requeue.alarm_of(self.environ, self.deadline)
             signal.setitimer(signal.ITIMER_REAL, max(0.001, alarm - time.time()))
-        code = child.wait()
+        code = self._wait(child)
         signal.setitimer(signal.ITIMER_REAL, 0)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)  # what the process left behind
         return code if code >= 0 else 128 - code
+
+    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        """Until the child has ended; one whose ranks hang is ended."""
+        if not self.launch["watchdog"]:
+            return child.wait()
+        factor, minimum = self.launch["stall"]
+        dog = watchdog.Watchdog(
+            *(self.launch["watchdog"], factor, minimum, self.run, self.stage, self.launch["stage"], self.attempt),
+            first=self.number == 0,
+        )
+        while not self.stalled:
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(watchdog.LOOK_SECONDS)
+            self.stalled = dog.look(child.pid)
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(watchdog.KILL_SECONDS)
+        watchdog.kill_tree(child.pid)
+        return child.wait()
 
     def _conclude(self, own: NodeReport, seconds: float) -> int:
         """The first node's: events, once every node has reported or can't be waited for any longer."""
@@ -209,16 +229,18 @@ class Node:
         told: Tree = {"exit_code": code, "seconds": round(seconds, 3)}
         if first and first.rank is not None:
             told |= {"rank": first.rank, "rank_exit_code": first.rank_exit_code}
-        cause = self._cause(code, first, silent)
+        cause = self.stalled or self._cause(code, first, silent)
         wish = slurm_requeue.wish_of(reports, self.launch["nodes"], self.deadline) if cause else ""
+        if self.stalled:
+            wish = slurm_requeue.STALLED if self.launch["watchdog"] == "requeue" else ""
         if wish and self.restarts < self.launch["max_requeues"] and self._ask_for_requeue(wish, told):
             return Unfinished.exit_code
         self._event("stage-exited", **told)
-        if wish and wish != slurm_requeue.SIGNAL:
+        if wish and wish not in (slurm_requeue.SIGNAL, slurm_requeue.STALLED):
             how = {"scheduler": "TIMEOUT"} if wish == slurm_requeue.TIME_LIMIT else {}
             cause = slurm_requeue.given_up(wish, self.launch["max_requeues"])
             self._finish("failed", stage=self.launch["stage"], cause=cause, **how)
-        elif own.stopped and cause and not (first and first.time <= own.time):
+        elif own.stopped and cause and not self.stalled and not (first and first.time <= own.time):
             return code or 1
         elif cause:
             self._finish("failed", stage=self.launch["stage"], cause=cause)

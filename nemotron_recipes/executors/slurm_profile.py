@@ -108,6 +108,11 @@ class SlurmProfile(BaseModel):
     max_requeues: Annotated[int, Field(ge=0)] = 0  # how often a job may go back into the queue before its work is done
     # Seconds before the limit by which all must be saved; unset: 60, and of short jobs a tenth of their time.
     save_margin: Annotated[float, Field(ge=0)] | None = None
+    # What the launchers do when no rank comes further: collect Python's stacks of all ranks, then let it be, end the
+    # run, or put the job back into the queue. Unset: nothing.
+    watchdog: Literal["dump", "cancel", "requeue"] | None = None
+    stall_factor: Annotated[float, Field(gt=0)] | None = None  # for how many median steps nothing may move; unset: 20
+    stall_seconds: Annotated[float, Field(gt=0)] | None = None  # at least so many seconds; unset: 120
     dependency: str | None = None  # of the first stage's job, e.g. "afterok:1234"
     comment: str | None = None
     open_mode: Literal["append", "truncate"] | None = None
@@ -184,6 +189,8 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
     limit = limit_seconds(profile.time)
     if limit is not None and profile.save_margin is not None and profile.save_margin >= limit:
         yield "save_margin", f"{profile.save_margin:g} s before the end of {limit} s leaves no time to work", "lower it"
+    if profile.watchdog == "requeue" and not profile.max_requeues:
+        yield "watchdog", "it is to put the job back, but max_requeues is 0", "set max_requeues"
     yield from _container(profile)
     for field in ("setup", "srun_args"):
         for text in getattr(profile, field):

@@ -28,8 +28,8 @@ _ENDING_SECONDS = 10.0  # of a process that has saved, at most: Python with torc
 _STOPPED_CODES = (Unfinished.exit_code, Cancelled.exit_code, 128 + 15)
 
 # Why, as the events say it.
-TIME_LIMIT, SIGNAL, PREEMPTED, NODE_FAILURE, WORKER, SCHEDULER = (
-    *("time-limit", "signal", "preempted", "node-failure", "worker", "scheduler"),
+TIME_LIMIT, SIGNAL, PREEMPTED, NODE_FAILURE, WORKER, SCHEDULER, STALLED = (
+    *("time-limit", "signal", "preempted", "node-failure", "worker", "scheduler", "stalled"),
 )
 
 

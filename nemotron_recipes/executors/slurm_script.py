@@ -11,6 +11,7 @@ from nemotron_recipes.executors import slurm_container, slurm_files, slurm_reque
 from nemotron_recipes.executors.slurm_container import HF_HOME, Container
 from nemotron_recipes.executors.slurm_launch import HOSTS_ENV
 from nemotron_recipes.executors.slurm_profile import SBATCH_FIELDS, SlurmProfile
+from nemotron_recipes.pulse import limits_of
 from nemotron_recipes.rundir import DEADLINE_ENV, RUN_ID_ENV, RunDir, StageDir
 from nemotron_recipes.spec import Plan, RenderedStage, StagePlan, Tree, to_json
 
@@ -124,6 +125,8 @@ def _launch(plan: Plan, stage: StagePlan, argv: tuple[str, ...], env: dict[str, 
         "launcher": stage.launch.launcher,
         "max_requeues": profile_of(stage).max_requeues,
         "save_margin": profile_of(stage).save_margin,
+        "watchdog": profile_of(stage).watchdog,
+        "stall": limits_of(stage.placement.options),
         "argv": list(argv),
         "env": env,
         "cwd": stage.directory,

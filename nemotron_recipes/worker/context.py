@@ -9,8 +9,10 @@ from typing import Any
 from nemotron_recipes.artifacts.staging import Staged
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import nearest
+from nemotron_recipes.pulse import Phase
 from nemotron_recipes.rundir import StageDir, append_event
 from nemotron_recipes.spec import Artifact, Output
+from nemotron_recipes.worker.heartbeat import Heartbeat
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Context:
     metadata: dict[str, Any] = field(default_factory=dict)
     staged: dict[str, Staged] = field(default_factory=dict)
     expendable: list[Path] = field(default_factory=list)
+    heartbeat: Heartbeat | None = None
     stop_signal: bool = False  # a signal asked this rank to stop
     stop_watched: bool = False  # the module asks from time to time, so it stops by itself
     stop_seen: bool = False  # the module was told to stop
@@ -60,6 +63,11 @@ class Context:
         if slot not in self.staged:
             self.staged[slot] = self.store.stage(self.declared[slot].name)
         return self.staged[slot].content
+
+    def at(self, phase: Phase, step: int = 0, steps: int = 0) -> None:
+        """Say where this rank is, often: a module that does can be seen to hang (nemotron_recipes.pulse)."""
+        if self.heartbeat is not None:
+            self.heartbeat.mark(phase, step, steps)
 
     def stop_requested(self) -> bool:
         """Whether this rank was asked to stop (SIGTERM, Ctrl-C).

@@ -39,6 +39,7 @@ from nemotron_recipes.spec import Artifact, Producer
 from nemotron_recipes.worker import room
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.facts import collect
+from nemotron_recipes.worker.heartbeat import Heartbeat, Stacks
 from nemotron_recipes.worker.inputs import resolve_inputs
 from nemotron_recipes.worker.logs import RankLog
 from nemotron_recipes.worker.workerfile import REGISTRY, WorkerFile, attempt_from, load_worker_file, ranks_from
@@ -85,7 +86,13 @@ def main(argv: list[str] | None = None) -> int:
             store=Store(Path(file.run["store"])),
             declared=file.outputs,
         )
-        return Attempt(file, context, log).run()
+        context.heartbeat = Heartbeat(file.dir, attempt, ranks.rank, ranks.world_size)
+        stacks = Stacks(file.dir, attempt, ranks.rank)
+        try:
+            return Attempt(file, context, log).run()
+        finally:
+            stacks.close()
+            context.heartbeat.close()
     finally:
         log.close()
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from nemotron_recipes.pulse import read_beats
 from nemotron_recipes.rundir import StageDir, latest_checkpoint, read_json
 from tests.helpers.training import events, finish, losses, prepared, start, worker_file
 
@@ -38,6 +39,9 @@ def test_two_processes_and_small_micro_batches_give_the_same_losses(tmp_path, da
     for name, nproc, micro in (("accumulated", 1, 2), ("two", 2, 2)):
         assert finish(start(stage_with(tmp_path, name, data, nproc, micro), nproc)) == 0
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-3), name
+        beats = read_beats(StageDir(tmp_path / name), 1)
+        assert [(beat.rank, beat.phase, beat.step) for beat in beats] == [(r, "ending", STEPS) for r in range(nproc)]
+        assert all(beat.step_seconds > 0 and beat.save_seconds > 0 for beat in beats)
 
 
 def test_stopped_killed_and_continued_gives_the_same_losses(tmp_path, data, reference):

@@ -2,12 +2,13 @@
 
     python -m tests.helpers.worker_probe --config FILE
 
-action: write | write-and-raise | nothing | watch | sleep | raise | user-error | import | kill
+action: write | write-and-raise | nothing | watch | sleep | raise | user-error | import | kill | steps
 only: the one rank that raises or is killed, once the others have begun to work (default: all)
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -26,7 +27,9 @@ def run(config: dict[str, Any], ctx: Context) -> None:
     print(f"hello from rank {ctx.rank}")
     subprocess.run(["echo", "hello from a child process"], check=True)
     action = config.get("action", "write")
-    if ctx.rank == config.get("only", ctx.rank):
+    if action == "steps":
+        _train(config, ctx)
+    elif ctx.rank == config.get("only", ctx.rank):
         if "only" in config:
             _wait_for_the_others(ctx)
         _misbehave(action)
@@ -48,6 +51,35 @@ def run(config: dict[str, Any], ctx: Context) -> None:
         ctx.metadata["rows"] = 3
     if action == "write-and-raise":
         raise ValueError("boom")
+
+
+def _train(config: dict[str, Any], ctx: Context) -> None:
+    """Steps in which every rank waits for the others; in its first attempt rank `only` hangs at step `hang`.
+
+    With `mute` rank 0 prints no line after the first step, though it goes on.
+    """
+    steps = config.get("steps", 20)
+    for step in range(1, steps + 1):
+        ctx.at("loading", step - 1, steps)
+        if ctx.attempt == 1 and ctx.rank == config.get("only") and step == config.get("hang"):
+            hangs_here()
+        ctx.at("training", step - 1, steps)
+        met = [ctx.dir.path / f"met-{ctx.attempt}-{step}-{rank}" for rank in range(ctx.world_size)]
+        met[ctx.rank].touch()
+        while not all(path.exists() for path in met):
+            time.sleep(0.02)
+        if ctx.is_main:
+            if step == 1 or not config.get("mute"):
+                print(f"step {step}/{steps}" + "." * config.get("padding", 0), flush=True)
+            row = {"step": step, "steps": steps, "time": time.time(), "loss": 1.0}
+            with open(ctx.dir.metrics, "a") as metrics:
+                metrics.write(json.dumps(row) + "\n")
+        time.sleep(config.get("pause", 0.05))
+    ctx.at("ending", steps, steps)
+
+
+def hangs_here() -> None:
+    time.sleep(600)
 
 
 def _wait_for_the_others(ctx: Context) -> None:

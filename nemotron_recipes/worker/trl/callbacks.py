@@ -16,6 +16,7 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.pulse import Phase
 from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import Pace
@@ -64,6 +65,35 @@ class Progress(TrainerCallback):
             print(f"step {line['step']}/{line['steps']} validation loss {logs['eval_loss']:.4f}", flush=True)
         with open(self.context.dir.metrics, "a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(line) + "\n")
+
+
+class WhereItIs(TrainerCallback):
+    """Every rank's heartbeat. Added last: what the others want to be done after a step is known then."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.context.at("loading", state.global_step, state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.context.at("training", state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        phase: Phase = "saving" if control.should_save else "loading"
+        self.context.at("evaluating" if control.should_evaluate else phase, state.global_step, state.max_steps)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.context.at("evaluating", state.global_step, state.max_steps)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.context.at("saving" if control.should_save else "loading", state.global_step, state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.context.at("loading", state.global_step, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.context.at("ending", state.global_step, state.max_steps)
 
 
 class StopWhenAsked(TrainerCallback):

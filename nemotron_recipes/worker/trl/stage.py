@@ -13,7 +13,7 @@ from transformers.utils import logging
 from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import Pace, deadline_from, last_save_seconds
-from nemotron_recipes.worker.trl.callbacks import Progress, SaveWhole, StopWhenAsked
+from nemotron_recipes.worker.trl.callbacks import Progress, SaveWhole, StopWhenAsked, WhereItIs
 from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, quarantine, staging_folder
 from nemotron_recipes.worker.trl.config import TrlSettings
 from nemotron_recipes.worker.trl.data import DataFolder
@@ -50,6 +50,7 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
         if settings.method == "dpo" and resume is None and settings.trainer.get("loss_type", "sigmoid") == "sigmoid":
             trainer.add_callback(LeavesLn2())
         trainer.add_callback(SaveWhole(context, settings.trainer.get("save_total_limit") or 1, pace))
+        trainer.add_callback(WhereItIs(context))
         sizes = [parameter.numel() for parameter in trainer.model.parameters()]
         origin = str(resume) if resume else None
         context.event("ready", parameters=sum(sizes), resume_from=origin, deadline=pace.deadline)
