@@ -54,13 +54,14 @@ class Artifact:
     source    what is set
     store     name, version, uri (folder), digest, producer
     path      uri (absolute path or glob), digest of the contents
+    remote    uri (s3://..., gs://...; file, folder or glob), digest of what the store says of its files
     hub       name (org/repo), revision (commit; None = UNPINNED, refused at submission)
     wandb     name (entity/project/name), revision (vN; None = UNPINNED), W&B's digest
     builtin   name ("tiny", "sample:largest_of_three"); its content follows from the code and the config
     pending   name, producer; the worker that runs later finds and verifies it by producer
     """
 
-    source: Literal["store", "path", "hub", "wandb", "builtin", "pending"]
+    source: Literal["store", "path", "remote", "hub", "wandb", "builtin", "pending"]
     kind: str  # "model", "tokenizer", "data", "checkpoint"
     name: str = ""
     version: int | None = None
@@ -74,7 +75,7 @@ class Artifact:
         """For people: NAME:vN, a path, org/name@commit, builtin:NAME or NAME (pending)."""
         if self.source == "store":
             return f"{self.name}:v{self.version}"
-        if self.source == "path":
+        if self.source in ("path", "remote"):
             return self.uri
         if self.source == "hub":
             return f"hf://{self.name}@{self.revision or 'UNPINNED'}"

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.fsio import file_digest, files_below
+from nemotron_recipes.spec import sha256_text, to_json
 
 # Suffix -> how it is read.
 KINDS = {
@@ -59,6 +60,11 @@ class Input:
 
 def is_remote(place: str) -> bool:
     return place.startswith(REMOTE)
+
+
+def listing_digest(location: str) -> str:
+    """What changes when the remote files of an address do: names, sizes and what their store says of them."""
+    return sha256_text(to_json([[file.name, file.size, file.identity] for file in find_files(location)]))
 
 
 def open_input(place: str) -> Input:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.config.schema import REFERENCES
+from nemotron_recipes.data.files import is_remote, listing_digest
 from nemotron_recipes.data.template import BUILTIN as BUILTIN_TEMPLATES
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.fsio import path_digest
@@ -58,6 +59,8 @@ class Resolver:
             return self._wandb(reference.removeprefix("wandb:"), kind)
         if reference.startswith("hf://"):
             return self._hub(reference.removeprefix("hf://"), kind)
+        if kind == "data" and is_remote(reference):
+            return self._remote(reference)
         if kind == "checkpoint":
             return self._checkpoint(reference)
         if kind == "template":
@@ -91,6 +94,11 @@ class Resolver:
             raise UserError(Problem(f"nothing at {path}", fix=_near(path))) from None
         except OSError as error:
             raise UserError(Problem(f"{error.filename or path} can't be read: {error.strerror}")) from None
+
+    def _remote(self, reference: str) -> Artifact:
+        if self.offline:
+            raise UserError(Problem(f"{reference} can't be looked at with --offline", fix="leave --offline out"))
+        return Artifact("remote", "data", uri=reference, digest=listing_digest(reference))
 
     def _checkpoint(self, reference: str) -> Artifact:
         path = self._path(reference)

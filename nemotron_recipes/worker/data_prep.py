@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.data.fetch import fetch_tokenizer
+from nemotron_recipes.data.files import listing_digest
 from nemotron_recipes.data.gates.build import build_gates
 from nemotron_recipes.data.metadata import write_metadata
 from nemotron_recipes.data.prepare import Hub, Job, Progress, Report, prepare
@@ -57,13 +58,17 @@ def run(config: Tree, ctx: Context) -> None:
     progress.last(_summary(metadata, report))
 
 
-def _location(index: int, settings: Settings, ctx: Context) -> Path | Hub | None:
+def _location(index: int, settings: Settings, ctx: Context) -> Path | str | Hub | None:
     key = f"data.sources.{index}.path"
     if key in ctx.inputs:
         return ctx.inputs[key]
     artifact = ctx.artifacts.get(key)
     if artifact is not None and artifact.source == "hub":
         return Hub(artifact.name, artifact.revision)
+    if artifact is not None and artifact.source == "remote":
+        if listing_digest(artifact.uri) != artifact.digest:
+            raise UserError(Problem(f"{artifact.uri} has changed since it was planned", fix="plan again"))
+        return artifact.uri
     if settings.sources[index].path.startswith("sample:"):
         return None
     raise UserError(Problem(f"the worker file has no input {key} for {settings.sources[index].path}"))

@@ -516,3 +516,29 @@ def test_integers_of_any_size_stay_exact(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"n": [1, {"m": 123456789012345678901234567890}], "x": 18446744073709551615, "f": 1.5}\n')
     assert find_rows(file, None) == [{"n": [1, {"m": 123456789012345678901234567890}], "x": 2**64 - 1, "f": 1.5}]
+
+
+def test_remote_files_are_read_by_ranges_and_pinned(tmp_path: Path) -> None:
+    """fsspec's memory store stands for s3:// and gs://: the same calls, no server."""
+    import fsspec
+
+    from nemotron_recipes.artifacts.store import Store
+    from nemotron_recipes.planning.resolve import Resolver
+
+    store = fsspec.filesystem("memory")
+    content = write_rows(tmp_path / "rows.jsonl", varied(40)).read_bytes()
+    for name, part in (("a.jsonl", content), ("deep/b.jsonl.gz", gzip.compress(content)), ("notes.txt", b"none")):
+        store.pipe(f"/bucket/{name}", part)
+    assert [file.name for file in find_files("memory://bucket")] == ["a.jsonl", "deep/b.jsonl.gz"]
+    shards_ = cut_inputs(0, find_files("memory://bucket/*.jsonl"), None, 700)
+    assert len(shards_) > 3
+    rows = [line.value for shard in shards_ for line in read_shard(shard)]
+    assert rows == find_rows(tmp_path / "rows.jsonl", None)
+    resolver = Resolver(Store(tmp_path / "store"), tmp_path, lambda _: ())
+    pinned = resolver.resolve("memory://bucket", "data")
+    assert (pinned.source, pinned.label) == ("remote", "memory://bucket")
+    assert resolver.resolve("memory://bucket", "data") == pinned
+    store.pipe("/bucket/a.jsonl", content + b"{}")
+    assert resolver.resolve("memory://bucket", "data").identity != pinned.identity
+    with pytest.raises(UserError, match="no rows at memory://bucket/none"):
+        resolver.resolve("memory://bucket/none.jsonl", "data")
