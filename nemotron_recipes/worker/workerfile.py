@@ -123,13 +123,13 @@ def _input_problems(inputs: Any) -> Iterator[tuple[str, str]]:
         except (TypeError, AttributeError) as error:
             yield f"inputs.{key} isn't an artifact: {error}", f"fields: {', '.join(Artifact.__dataclass_fields__)}"
             continue
-        if artifact.source not in ("store", "path", "hub", "wandb", "builtin", "pending"):
+        if artifact.source not in ("store", "path", "remote", "hub", "wandb", "builtin", "pending"):
             yield f"inputs.{key}.source: '{artifact.source}' is unknown", ""
         elif artifact.source == "pending" and artifact.producer is None:
             yield f"inputs.{key} is pending but names no producer", ""
         elif artifact.source == "store" and not (artifact.name and isinstance(artifact.version, int)):
             yield f"inputs.{key} needs a name and a version", ""
-        elif artifact.source == "path" and not artifact.uri:
+        elif artifact.source in ("path", "remote") and not artifact.uri:
             yield f"inputs.{key} needs a uri", ""
 
 
