@@ -50,8 +50,8 @@ class DrivenExecutor:
     ask_seconds = 0.2
 
     def preflight(self, plan: Plan) -> list[Problem]:
-        """None: there is nobody to ask but this machine, which `submit` looks at."""
-        return []
+        """What does not fit into this machine's memory, and what else it can't do of the plan."""
+        return [*_misfits(plan), *self._unfit(plan)]
 
     def examine(self, profile: Tree) -> Examination:
         """This machine needs no profile's help."""
@@ -59,15 +59,8 @@ class DrivenExecutor:
         return Examination((Finding("machine", "ok", said),))
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
-        """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start.
-
-        UserError: the plan asks for what this machine can't do; nothing has been started.
-        """
+        """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start."""
         run = RunDir(Path(plan.run_dir))
-        problems = [*_misfits(plan), *self._unfit(plan)]
-        if problems:
-            append_event(run.events, "cancelled", stage=None, attempt=None)
-            raise UserError(*problems)
         earlier = len(list(read_jsonl(run.events)))
         (command,) = rendered.submit
         with open(run.driver_log, "ab") as log:

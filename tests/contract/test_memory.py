@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.artifacts.records import load_run
-from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors import get_executor, memory
 from nemotron_recipes.executors.memory import GIB, Memory
 from nemotron_recipes.spec import Artifact, StagePlan
@@ -98,8 +97,8 @@ def test_a_hub_model_counts_where_it_is_in_the_cache(tmp_path: Path) -> None:
     assert memory.needed(hub, {"HF_HOME": str(tmp_path / "nothing")}) is None
 
 
-def test_a_plan_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     stage = of_model(tmp_path / "model", 4_000, fields={"memory_reserve_gib": 4.0})
-    with pytest.raises(UserError, match="kept in reserve"):
-        submit(get_executor("local"), plan_of(tmp_path / "run", stage))
-    assert not (tmp_path / "run" / "driver.log").exists()
+    (problem,) = get_executor("local").preflight(plan_of(tmp_path / "run", stage))
+    assert "kept in reserve" in problem.what
+    assert "memory_reserve_gib" in problem.where
