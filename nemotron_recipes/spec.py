@@ -116,6 +116,18 @@ class Output:
 
 
 @dataclass(frozen=True)
+class StageSpec:
+    """All that a backend knows of a stage when it says what to launch."""
+
+    config: Tree  # validated and complete
+    inputs: dict[str, Artifact]  # config key -> what it is pinned to
+    outputs: tuple[Output, ...]
+    run: Tree  # the worker file's `run` section (docs/contracts.md)
+    nproc: int = 1  # processes in all
+    resume_from: str | None = None  # a whole checkpoint to continue from
+
+
+@dataclass(frozen=True)
 class Launch:
     """What runs, before an executor says how: files to write (name -> text), and a module with its arguments."""
 

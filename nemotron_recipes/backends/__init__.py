@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Protocol
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.spec import Artifact, Launch, Output, Tree
+from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 REGISTRY = {
     "trl": "nemotron_recipes.backends.trl:TrlBackend",
@@ -37,16 +37,8 @@ class Backend(Protocol):
         """Everything that this backend can't do with a validated config on `nproc` processes in all."""
         ...
 
-    def describe(
-        self,
-        config: Tree,
-        inputs: dict[str, Artifact],
-        outputs: tuple[Output, ...],
-        run: Tree,
-        resume_from: str | None,
-        nproc: int,
-    ) -> Launch:
-        """The module, arguments and files to run. `run` is the worker file's `run` section (docs/contracts.md)."""
+    def describe(self, stage: StageSpec) -> Launch:
+        """The module, arguments and files to run."""
         ...
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
-
-import yaml
-
+from nemotron_recipes.backends.workerfile import MODULE, worker_args, worker_file
 from nemotron_recipes.data.settings import METHODS, cross_problems
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.rundir import StageDir
-from nemotron_recipes.spec import Artifact, Launch, Output, Tree
+from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 FILE = "prep.yaml"
 
@@ -34,27 +29,12 @@ class DataPrepBackend:
             problems.append(Problem(f"data prep is one process, not {nproc}", fix="run.nproc_per_node=1"))
         return problems
 
-    def describe(
-        self,
-        config: Tree,
-        inputs: dict[str, Artifact],
-        outputs: tuple[Output, ...],
-        run: Tree,
-        resume_from: str | None,
-        nproc: int,
-    ) -> Launch:
-        content = {
-            "worker": self.name,
-            "run": run,
-            "inputs": {key: asdict(artifact) for key, artifact in inputs.items()},
-            "outputs": [asdict(output) for output in outputs],
-            "method": config["method"],
-            "data": config["data"],
-        }
+    def describe(self, stage: StageSpec) -> Launch:
+        config = stage.config
         return Launch(
-            module="nemotron_recipes.worker",
-            args=("--config", str(StageDir(Path(run["dir"])).files / FILE)),
-            files={FILE: yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)},
+            module=MODULE,
+            args=worker_args(stage, FILE),
+            files={FILE: worker_file(self.name, stage, method=config["method"], data=config["data"])},
             launcher="plain",
             env={"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_TELEMETRY": "1"},
         )

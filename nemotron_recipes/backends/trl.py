@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from nemotron_recipes.backends.workerfile import MODULE, worker_args, worker_file
 from nemotron_recipes.errors import Problem, nearest
-from nemotron_recipes.rundir import StageDir
-from nemotron_recipes.spec import Artifact, Launch, Output, Tree
+from nemotron_recipes.spec import Launch, StageSpec, Tree
 
+FILE = "train.yaml"
 METHODS = frozenset({"sft", "dpo", "kto", "grpo"})
 REWARDS = frozenset({"exact_match"})  # worker/trl/rewards.py; a contract test holds them equal
 BUILTIN_MODEL = "tiny"
@@ -104,34 +102,24 @@ class TrlBackend:
     def check(self, config: Tree, nproc: int) -> list[Problem]:
         return [*_batch_problems(config, nproc), *_method_problems(config), *_model_problems(config), *_native(config)]
 
-    def describe(
-        self,
-        config: Tree,
-        inputs: dict[str, Artifact],
-        outputs: tuple[Output, ...],
-        run: Tree,
-        resume_from: str | None,
-        nproc: int,
-    ) -> Launch:
-        method = config["method"]
-        content = {
-            "worker": self.name,
-            "run": run,
-            "inputs": {key: asdict(artifact) for key, artifact in inputs.items()},
-            "outputs": [asdict(output) for output in outputs],
-            "method": method,
-            "processes": nproc,
-            "model": {key: config["model"][key] for key in ("dtype", "attn_implementation", "arch")},
-            "trainer": {**native_values(config, nproc), **config["backend"]["native"]},
-            "peft": config["peft"],
-            "rewards": config["grpo"]["rewards"] if method == "grpo" else [],
-            "resume_from": resume_from,
-            "evaluation": config["evaluation"],
-        }
+    def describe(self, stage: StageSpec) -> Launch:
+        config, method = stage.config, stage.config["method"]
+        text = worker_file(
+            self.name,
+            stage,
+            method=method,
+            processes=stage.nproc,
+            model={key: config["model"][key] for key in ("dtype", "attn_implementation", "arch")},
+            trainer={**native_values(config, stage.nproc), **config["backend"]["native"]},
+            peft=config["peft"],
+            rewards=config["grpo"]["rewards"] if method == "grpo" else [],
+            resume_from=stage.resume_from,
+            evaluation=config["evaluation"],
+        )
         return Launch(
-            module="nemotron_recipes.worker",
-            args=("--config", str(StageDir(Path(run["dir"])).files / "train.yaml")),
-            files={"train.yaml": yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)},
+            module=MODULE,
+            args=worker_args(stage, FILE),
+            files={FILE: text},
             launcher="torchrun",
             env={
                 # More threads than one made the tiny model 4 to 18 times slower; a GPU run needs none either.

@@ -37,6 +37,7 @@ from nemotron_recipes.spec import (
     Producer,
     Request,
     StagePlan,
+    StageSpec,
     Tree,
     sha256_text,
 )
@@ -197,7 +198,7 @@ class _StagePlanner:
             "store": str(self.resolver.store.root),
             "fingerprint": print_,
         }
-        launch = backend.describe(config, inputs, outputs, run, resume_from, nproc)
+        launch = backend.describe(StageSpec(config, inputs, outputs, run, nproc, resume_from))
         stage = StagePlan(
             name=step.name,
             words=step.words,

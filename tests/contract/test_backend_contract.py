@@ -8,7 +8,7 @@ import yaml
 
 from nemotron_recipes.backends import REGISTRY, get_backend
 from nemotron_recipes.config.schema import KINDS
-from nemotron_recipes.spec import Artifact, Output
+from nemotron_recipes.spec import Artifact, Output, StageSpec
 
 RUN = {"id": "run-1", "stage": "stage-1", "dir": "/runs/run-1/stage-1", "store": "/store", "fingerprint": "sha256:0"}
 HOSTILE = (
@@ -64,7 +64,7 @@ def launch_for(name, method, config=None, inputs=None, run=None, nproc=1, resume
     config = config or config_for(name, method)
     kind = "model" if config["kind"] == "train" else "data"
     outputs = (Output(kind, "made", kind),)
-    return get_backend(name).describe(config, inputs or {}, outputs, run or RUN, resume_from, nproc)
+    return get_backend(name).describe(StageSpec(config, inputs or {}, outputs, run or RUN, nproc, resume_from))
 
 
 @pytest.mark.parametrize("name", REGISTRY)

@@ -10,7 +10,7 @@ import yaml
 
 from nemotron_recipes.backends.trl import TrlBackend, native_values
 from nemotron_recipes.config.schema import TrainConfig
-from nemotron_recipes.spec import Output
+from nemotron_recipes.spec import Output, StageSpec
 
 ROOT = Path(__file__).parent.parent.parent
 FIELDS = ROOT / "nemotron_recipes" / "backends" / "trl_fields.json"
@@ -81,7 +81,7 @@ def test_every_value_of_the_table_arrives(classes, method, tmp_path):
     """Envelope -> worker file -> YAML -> the real config object, and back through the table."""
     config = config_for(method)
     assert TrlBackend().check(config, nproc=2) == []
-    launch = TrlBackend().describe(config, {}, (Output("model", "made", "model"),), RUN, None, nproc=2)
+    launch = TrlBackend().describe(StageSpec(config, {}, (Output("model", "made", "model"),), RUN, nproc=2))
     trainer = yaml.safe_load(launch.files["train.yaml"])["trainer"]
     eval_batch = {"per_device_eval_batch_size": 4} if method == "grpo" else {}
     real = classes[method](**trainer, **eval_batch, output_dir=str(tmp_path), use_cpu=True, report_to=[])

@@ -18,7 +18,7 @@ from nemotron_recipes.data.prepare import Job, prepare
 from nemotron_recipes.data.settings import Settings, Source
 from nemotron_recipes.data.template import template_source
 from nemotron_recipes.rundir import ATTEMPT_ENV, StageDir, read_jsonl
-from nemotron_recipes.spec import Artifact, Output
+from nemotron_recipes.spec import Artifact, Output, StageSpec
 from nemotron_recipes.tiny.tokenizer import write_tokenizer
 from nemotron_recipes.worker.context import Context
 
@@ -69,7 +69,7 @@ def worker_file(
     }
     run = {"id": "run", "stage": stage.name, "dir": str(stage), "store": str(stage.parent / "store")}
     run["fingerprint"] = f"fingerprint-of-{stage.name}"
-    launch = TrlBackend().describe(config, inputs, (Output("model", "made", "model"),), run, None, nproc)
+    launch = TrlBackend().describe(StageSpec(config, inputs, (Output("model", "made", "model"),), run, nproc))
     path = StageDir(stage).files / "train.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(launch.files["train.yaml"], encoding="utf-8")

@@ -21,7 +21,7 @@ from nemotron_recipes.data.packed import PackedSplit
 from nemotron_recipes.data.settings import read_settings
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.planning.resolve import Resolver
-from nemotron_recipes.spec import Artifact, Output
+from nemotron_recipes.spec import Artifact, Output, StageSpec
 from tests.helpers.data_prep import chat, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +129,7 @@ def launch(tmp_path: Path, method: str, inputs: dict[str, Artifact], **data: Any
         "fingerprint": "f",
     }
     outputs = (Output("data", "rows", "data"),)
-    described = backend.describe(config(method, **data), inputs, outputs, run, None, 1)
+    described = backend.describe(StageSpec(config(method, **data), inputs, outputs, run))
     assert (described.module, described.launcher) == ("nemotron_recipes.worker", "plain")
     for name, text in described.files.items():
         path = directory / "files" / name
