@@ -136,6 +136,7 @@ class Launch:
     files: dict[str, str]
     launcher: Literal["plain", "torchrun"] = "plain"
     env: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # for people who read the plan: no problem, but good to know
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 REGISTRY = {
     "trl": "nemotron_recipes.backends.trl:TrlBackend",
+    "megatron_bridge": "nemotron_recipes.backends.megatron_bridge:MegatronBridgeBackend",
+    "automodel": "nemotron_recipes.backends.automodel:AutoModelBackend",
     "data_prep": "nemotron_recipes.backends.data_prep:DataPrepBackend",
 }
 
@@ -30,7 +32,12 @@ class Backend(Protocol):
         ...
 
     def native_keys(self, method: str) -> frozenset[str]:
-        """Every key that `backend.native` may hold for this method: the fields of the real config class."""
+        """Every key that `backend.native` may hold for this method, dotted where it lies in sections: the fields of the
+        real config class. `section.*` stands for a section that takes whatever it is given."""
+        ...
+
+    def makes(self, config: Tree) -> str:
+        """The slot of a stage's one output, which is also its kind: "data", "model", "checkpoint", "adapter"."""
         ...
 
     def check(self, config: Tree, nproc: int) -> list[Problem]:

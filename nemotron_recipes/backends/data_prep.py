@@ -23,6 +23,9 @@ class DataPrepBackend:
     def native_keys(self, method: str) -> frozenset[str]:
         return frozenset()
 
+    def makes(self, config: Tree) -> str:
+        return "data"
+
     def check(self, config: Tree, nproc: int) -> list[Problem]:
         problems = cross_problems(config["data"], config["method"])
         if nproc != 1:

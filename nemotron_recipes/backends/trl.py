@@ -99,8 +99,17 @@ class TrlBackend:
     def native_keys(self, method: str) -> frozenset[str]:
         return frozenset(_native_types(method))
 
+    def makes(self, config: Tree) -> str:
+        return "model"
+
     def check(self, config: Tree, nproc: int) -> list[Problem]:
-        return [*_batch_problems(config, nproc), *_method_problems(config), *_model_problems(config), *_native(config)]
+        return [
+            *_not_mine(config),
+            *_batch_problems(config, nproc),
+            *_method_problems(config),
+            *_model_problems(config),
+            *_native(config),
+        ]
 
     def describe(self, stage: StageSpec) -> Launch:
         config, method = stage.config, stage.config["method"]
@@ -147,6 +156,17 @@ def native_values(config: Tree, nproc: int) -> Tree:
         section, _, name = key.partition(".")
         values[native] = converted[key] if key in converted else config[section][name]
     return values
+
+
+def _not_mine(config: Tree) -> Iterator[Problem]:
+    """Settings of other backends: kept, they would look as if they did something."""
+    if config["parallel"] is not None:
+        yield Problem("trl shares out batches alone, not the model", "parallel", "parallel=null")
+    if config["data"]["pack_size"] is not None:
+        yield Problem("data prep has set the pack size of trl's data", "data.pack_size", "data.pack_size=null")
+    if config["checkpoint"]["pretrained_checkpoint"] is not None:
+        fix = "checkpoint.pretrained_checkpoint=null; the base model is model.path"
+        yield Problem("trl starts from a Hugging Face folder", "checkpoint.pretrained_checkpoint", fix)
 
 
 def _batch_problems(config: Tree, nproc: int) -> Iterator[Problem]:

@@ -78,6 +78,7 @@ def _stage(stage: StagePlan, rendered: RenderedStage | None) -> list[str]:
         lines += [f"  {name:<12} {text}" for name, text in rendered.notes]
     if place.secrets:
         lines.append(f"               secrets passed on by name: {', '.join(place.secrets)}")
+    lines += [f"  note         {note}" for note in stage.launch.notes]
     lines.append("  inputs")
     lines += [f"    {key:<24} {_pinned(artifact)}" for key, artifact in stage.inputs.items()]
     if stage.resume_from:

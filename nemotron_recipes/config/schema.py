@@ -62,6 +62,7 @@ class DataInput(Section):
     """Prepared data that a training stage reads."""
 
     path: str  # a reference
+    pack_size: Positive | None = None  # tokens of a pack, for backends that size themselves by it; as data prep had it
 
 
 class Model(Section):
@@ -72,6 +73,17 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     arch: dict[str, Any] = {}
+
+
+class Parallel(Section):
+    """How a model and its batches are shared out over the processes; in Megatron's words."""
+
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    context_parallel_size: Positive = 1
+    expert_model_parallel_size: Positive = 1
+    expert_tensor_parallel_size: Positive = 1
+    sequence_parallel: bool = False
 
 
 class Train(Section):
@@ -106,11 +118,15 @@ class Scheduler(Section):
 
 
 class Checkpoint(Section):
-    """`load`: a checkpoint root or an iter_NNNNNNN folder to continue from; a missing one is an error."""
+    """`load`: a checkpoint root or an iter_NNNNNNN folder to continue from; a missing one is an error.
+
+    `pretrained_checkpoint`: the base model in the backend's own format, where that is not a Hugging Face folder.
+    """
 
     save_interval: Positive | None = None  # steps; null: only the end
     keep: Positive = 2  # newest whole checkpoints kept
     load: str | None = None
+    pretrained_checkpoint: str | None = None
 
 
 class Lora(Section):
@@ -158,6 +174,7 @@ class Backend(Section):
     """`native`: keys of the backend's own config, for what the envelope has no name for."""
 
     name: str
+    image: str | None = None  # what the recipe was published with; a profile's container_image comes first
     native: dict[str, Any] = {}
 
 
@@ -172,6 +189,8 @@ class Outputs(Section):
 
     data: str | None = None
     model: str | None = None
+    checkpoint: str | None = None
+    adapter: str | None = None
 
 
 class DataPrepConfig(Section):
@@ -189,13 +208,14 @@ class TrainConfig(Section):
     """A stage that trains."""
 
     kind: Literal["train"]
-    method: Literal["sft", "dpo", "kto", "grpo"]
+    method: Literal["pretrain", "sft", "dpo", "kto", "grpo"]
     model: Model
     data: DataInput
     train: Train
     optimizer: Optimizer
     scheduler: Scheduler = Scheduler()
     checkpoint: Checkpoint = Checkpoint()
+    parallel: Parallel | None = None
     peft: Lora | None = None
     dpo: Dpo | None = None
     kto: Kto | None = None
@@ -239,5 +259,6 @@ REFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
         ("model.tokenizer", "tokenizer"),
         ("data.path", "data"),
         ("checkpoint.load", "checkpoint"),
+        ("checkpoint.pretrained_checkpoint", "checkpoint"),
     ),
 }

@@ -183,7 +183,7 @@ class _StagePlanner:
         if config["code"]["require_clean"] and self.code.uncommitted:
             what = f"uncommitted changes: {', '.join(self.code.uncommitted[:SHOWN])}"
             problems.append(Problem(what, "code.require_clean=true", "commit them, or set code.require_clean=false"))
-        outputs, found = _outputs(config, composed)
+        outputs, found = _outputs(config, composed, backend.makes(config))
         problems += found
         if problems:
             raise UserError(*problems)
@@ -231,9 +231,8 @@ class _StagePlanner:
         return base_tree(self.catalog, "/".join(("recipe", self.request.family, *step.words, "default")))
 
 
-def _outputs(config: Tree, composed: Composed) -> tuple[tuple[Output, ...], list[Problem]]:
-    """What the stage makes; names that the store refuses and outputs that no such stage makes are problems."""
-    made = "data" if config["kind"] == "data_prep" else "model"
+def _outputs(config: Tree, composed: Composed, made: str) -> tuple[tuple[Output, ...], list[Problem]]:
+    """The output of slot `made`; names that the store refuses and outputs that no such stage makes are problems."""
     outputs: list[Output] = []
     problems: list[Problem] = []
     for slot, name in config["outputs"].items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -101,13 +101,34 @@ def _check_backend(backend: Tree, method: Any, composed: Composed, problems: lis
         return
     valid = described.native_keys(method)
     back = {native_key: key for key, native_key in described.table(method).items()}
-    for key in native:
+    for key in _native_names(native, valid):
         where = str(composed.origin(f"backend.native.{key}") or "")
         if key in back:
             fix = f"set {back[key]} instead"
             problems.append(Problem(f"'backend.native.{key}' and '{back[key]}' are one thing", where, fix))
-        elif key not in valid:
-            problems.append(Problem(f"unknown key 'backend.native.{key}' of {name}", where, nearest(key, valid)))
+        elif key not in valid and not _is_open(key, valid):
+            problems.append(Problem(f"unknown key 'backend.native.{key}' of {name}", where, _closest(key, valid)))
+
+
+def _closest(key: str, valid: frozenset[str]) -> str:
+    return nearest(f"backend.native.{key}", [f"backend.native.{name}" for name in valid])
+
+
+def _is_open(key: str, valid: frozenset[str]) -> bool:
+    """Whether a section above the key takes whatever it is given."""
+    parts = key.split(".")
+    return any(".".join([*parts[:end], "*"]) in valid for end in range(1, len(parts) + 1))
+
+
+def _native_names(native: Tree, valid: frozenset[str], prefix: str = "") -> Iterator[str]:
+    """Dotted names of what is set: down to a value, or to a key below which the backend knows of nothing."""
+    for key, value in native.items():
+        name = prefix + str(key)
+        section = name not in valid or any(other.startswith(f"{name}.") for other in valid)
+        if isinstance(value, dict) and value and section:
+            yield from _native_names(value, valid, f"{name}.")
+        elif value != {}:
+            yield name
 
 
 def _problems(

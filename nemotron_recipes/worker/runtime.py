@@ -46,6 +46,9 @@ from nemotron_recipes.worker.workerfile import REGISTRY, WorkerFile, attempt_fro
 
 LIBRARIES = (
     "nemotron-recipes",
+    "megatron-bridge",
+    "megatron-core",
+    "nemo-automodel",
     "torch",
     "transformers",
     "trl",
@@ -147,7 +150,8 @@ class Attempt:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] == "nemotron_recipes":
                 raise
-            fix = f"pip install 'nemotron-recipes[{extra}]', or use an image that has it"
+            image = "use an image that has it"
+            fix = f"pip install 'nemotron-recipes[{extra}]', or {image}" if extra else image
             raise UserError(Problem(f"this stage needs the package '{error.name}'", sys.executable, fix)) from error
         if context.is_main:
             self._wait_for_the_other_ranks()

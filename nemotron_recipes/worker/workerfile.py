@@ -15,9 +15,11 @@ from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.rundir import ATTEMPT_ENV, StageDir, read_json
 from nemotron_recipes.spec import Artifact, Output, Tree
 
-REGISTRY = {  # worker -> (module with `run(config, context) -> None`, the extra that installs what it imports)
+REGISTRY = {  # worker -> (module with `run(config, context)`, the extra that installs what it imports or "": an image)
     "data_prep": ("nemotron_recipes.worker.data_prep", "data"),
     "trl": ("nemotron_recipes.worker.trl", "trl"),
+    "megatron_bridge": ("nemotron_recipes.worker.megatron_bridge", ""),
+    "automodel": ("nemotron_recipes.worker.automodel", ""),
 }
 RUN_KEYS = ("id", "stage", "dir", "store", "fingerprint")
 

@@ -38,6 +38,24 @@ TRAIN = {
     "outputs": {"model": "made"},
 }
 
+# What a backend needs beside that.
+NEEDS = {
+    "megatron_bridge": {
+        "data": {"path": "artifact:rows", "pack_size": 64},
+        "checkpoint": {"pretrained_checkpoint": "artifact:base"},
+        "parallel": {},
+        "peft": {"target_modules": ["linear_qkv"]},
+        "evaluation": {"rows": 0},
+        "backend": {"native": {"recipe": "nemotron_3_nano_sft_config"}},
+    },
+    "automodel": {
+        "data": {"path": "artifact:rows", "pack_size": 64},
+        "parallel": {},
+        "peft": {"target_modules": ["*_proj"]},
+        "evaluation": {"rows": 0},
+    },
+}
+
 
 def cases(kind=None):
     return [
@@ -54,10 +72,23 @@ def config_for(name, method):
     kind = "train" if "train" in backend.kinds else "data_prep"
     tree = copy.deepcopy(TRAIN if kind == "train" else DATA_PREP) | {"method": method}
     if kind == "train":
-        tree["backend"] = {"name": name}
+        tree |= copy.deepcopy(NEEDS.get(name, {}))
+        tree["backend"] = {**tree.get("backend", {}), "name": name}
+        if method == "pretrain":
+            tree["peft"] = None
         if method in ("dpo", "kto", "grpo"):
             tree[method] = {}
     return KINDS[kind].model_validate(tree).model_dump()
+
+
+def worker_tree(launch):
+    """The worker file: the one that the arguments name."""
+    return yaml.safe_load(launch.files[launch.args[1].rpartition("/")[2]])
+
+
+def everything(launch):
+    """All that the launch writes, file by file."""
+    return {name: yaml.safe_load(text) for name, text in launch.files.items()}
 
 
 def launch_for(name, method, config=None, inputs=None, run=None, nproc=1, resume_from=None):
@@ -108,10 +139,9 @@ def test_describe_is_pure(name, method):
 def test_the_worker_file_follows_the_contract(name, method):
     launch = launch_for(name, method, inputs={"data.path": Artifact("path", "data", uri="/rows", digest="sha256:1")})
     assert launch.module == "nemotron_recipes.worker"
-    assert len(launch.files) == 1 and launch.args[0] == "--config"
-    (file, text) = next(iter(launch.files.items()))
-    assert launch.args[1] == f"{RUN['dir']}/files/{file}"
-    tree = yaml.safe_load(text)
+    assert launch.args[0] == "--config"
+    assert launch.args[1] in [f"{RUN['dir']}/files/{file}" for file in launch.files]
+    tree = worker_tree(launch)
     assert tree["run"] == RUN
     assert tree["outputs"] == [{"slot": tree["outputs"][0]["slot"], "name": "made", "kind": tree["outputs"][0]["kind"]}]
     assert Artifact(**tree["inputs"]["data.path"]) == Artifact("path", "data", uri="/rows", digest="sha256:1")
@@ -120,7 +150,7 @@ def test_the_worker_file_follows_the_contract(name, method):
 
 @pytest.mark.parametrize(("name", "method"), cases())
 def test_every_path_that_is_written_lies_in_the_stage_folder_or_the_store(name, method):
-    tree = yaml.safe_load(next(iter(launch_for(name, method).files.values())))
+    launch = launch_for(name, method)
 
     def absolute(value):
         if isinstance(value, dict):
@@ -129,7 +159,8 @@ def test_every_path_that_is_written_lies_in_the_stage_folder_or_the_store(name, 
             return [path for item in value for path in absolute(item)]
         return [value] if isinstance(value, str) and value.startswith("/") else []
 
-    assert set(absolute(tree)) <= {RUN["dir"], RUN["store"]}
+    found = set(absolute(everything(launch)))
+    assert found and all(path == RUN["store"] or f"{path}/".startswith(f"{RUN['dir']}/") for path in found)
 
 
 @pytest.mark.parametrize("word", HOSTILE)
@@ -138,7 +169,7 @@ def test_hostile_text_arrives_unchanged(name, method, word):
     run = {**RUN, "dir": f"/runs/{word}/stage", "store": f"/store/{word}"}
     artifact = Artifact("path", "data", uri=f"/data/{word}", digest="sha256:1")
     launch = launch_for(name, method, inputs={"data.path": artifact}, run=run)
-    tree = yaml.safe_load(next(iter(launch.files.values())))
+    tree = worker_tree(launch)
     assert tree["run"] == run
     assert tree["inputs"]["data.path"]["uri"] == artifact.uri
     assert launch.args[1].startswith(run["dir"] + "/")
@@ -149,16 +180,17 @@ def test_numbers_stay_numbers(name, method):
     config = config_for(name, method)
     for value in (1e-5, 5e-324, 1.0, 3e10):
         config["optimizer"]["lr"] = value
-        tree = yaml.safe_load(next(iter(launch_for(name, method, config).files.values())))
+        tree = everything(launch_for(name, method, config))
         found = [number for number in _numbers(tree) if number == value and isinstance(number, float)]
         assert found, f"{value} got lost"
 
 
 @pytest.mark.parametrize(("name", "method"), cases("train"))
 def test_resuming_reaches_the_worker(name, method):
-    text = next(iter(launch_for(name, method, resume_from="/elsewhere/iter_0000005").files.values()))
-    assert "/elsewhere/iter_0000005" in str(yaml.safe_load(text))
-    assert "/elsewhere" not in next(iter(launch_for(name, method).files.values()))
+    assert "/elsewhere/iter_0000005" in str(
+        worker_tree(launch_for(name, method, resume_from="/elsewhere/iter_0000005"))
+    )
+    assert "/elsewhere" not in str(everything(launch_for(name, method)))
 
 
 @pytest.mark.parametrize(("name", "method"), cases("train"))

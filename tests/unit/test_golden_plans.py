@@ -10,11 +10,16 @@ import pytest
 from nemotron_recipes import lifecycle
 from nemotron_recipes.cli import plan_text
 from nemotron_recipes.planning import plan as planning
+from nemotron_recipes.rundir import TRACKER
 from nemotron_recipes.spec import Code, Request
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ENV = (
     '[desk]\nexecutor = "local"\nnproc_per_node = 2\nenv = {GREETING = "hello $(world)"}\nsecrets = ["PLANTED_TOKEN"]\n'
+    '[h100]\ntime = "04:00:00"\nexecutor = "slurm"\naccount = "lab"\n'
+    'nodes = 2\nnproc_per_node = 8\ngpus_per_node = 8\n'
+    '[gb200]\ntime = "04:00:00"\nexecutor = "slurm"\naccount = "lab"\n'
+    'nodes = 4\nnproc_per_node = 4\ngpus_per_node = 4\n'
 )
 
 CASES = {
@@ -34,6 +39,15 @@ CASES = {
         overrides=("data.sources=[{path: 'my chats.jsonl'}]", "data.pack_size=512"),
         offline=True,
     ),
+    "nano3-sft-2x8-h100": Request(
+        "nano3",
+        ("sft",),
+        mode="batch",
+        profile="h100",
+        overrides=("data.path=packs", "checkpoint.pretrained_checkpoint=base"),
+        offline=True,
+    ),
+    "ultra3-lora-4x4-gb200": Request("ultra3", ("lora",), "gb200", mode="batch", profile="gb200", offline=True),
 }
 
 
@@ -46,6 +60,9 @@ def test_golden_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PLANTED_TOKEN", "s3cr3t-value")
     (tmp_path / "env.toml").write_text(ENV)
     (tmp_path / "my chats.jsonl").write_text('{"messages": []}\n')
+    (tmp_path / "base" / "iter_0000000").mkdir(parents=True)
+    (tmp_path / "base" / TRACKER).write_text("0")
+    (tmp_path / "packs").mkdir()
     request = CASES[name]
     prepared = lifecycle.prepare(Request(**{**request.__dict__, "cwd": str(tmp_path)}))
     text = plan_text.describe(prepared) + "\n"

@@ -21,7 +21,21 @@ RECIPES = [
     for words in CATALOG.stages(family)
     for config in CATALOG.configs(family, *words)
 ]
-REQUIRED = {"data_prep": ("data.sources=[{path: 'sample:largest_of_three', rows: 8}]",)}
+SOURCES = "data.sources=[{path: 'sample:largest_of_three', rows: 8}]"
+REQUIRED = {  # what a recipe leaves to its user
+    ("nano3", "pretrain"): ("data.path=blend.json",),
+    ("your-model", "data", "prep", "sft"): (SOURCES, "data.tokenizer=tiny"),
+    ("your-model", "lora"): ("model.path=ORG/NAME",),
+}
+# GPUs of the published layouts: (nodes, processes on each). An executor of one machine gets them all there.
+LAYOUTS = {
+    ("nano3", "pretrain"): (4, 8),
+    ("nano3", "sft", "default"): (2, 8),
+    ("nano3", "sft", "bridge-recipe"): (2, 8),
+    ("nano3", "sft", "lora"): (1, 8),
+    ("ultra3", "lora", "gb200"): (4, 4),
+    ("ultra3", "lora", "h100"): (4, 8),
+}
 
 
 @pytest.mark.parametrize("executor", sorted(REGISTRY))
@@ -30,20 +44,34 @@ def test_recipe_plans_and_renders(
     family: str, words: tuple[str, ...], config: str, executor: str, tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "store")
-    made = ("sft-data", "dpo-data", "kto-data", "rl-data", "sft", "spark-sft")  # by earlier stages
-    for name in made:
-        for prefix in (family, f"{family}-tiny"):
-            staged = store.stage(f"{prefix}-{name}")
-            (staged.content / "content.txt").write_text("made by a test")
-            store.commit(staged, kind="model" if name.endswith("sft") else "data")
-    overrides = REQUIRED["data_prep"] if words[0] == "data" and config == "default" else ()
+    for name, kind in _made(family):  # what an earlier stage would have made
+        staged = store.stage(name)
+        (staged.content / "content.txt").write_text("made by a test")
+        store.commit(staged, kind=kind)
+    (tmp_path / "blend.json").write_text("{}")
+    overrides = REQUIRED.get((family, *words), ())
+    if words[0] == "data" and not overrides and "tiny" not in config:
+        overrides = (SOURCES,)
+    nodes, nproc = LAYOUTS.get((family, *words, config)) or LAYOUTS.get((family, *words)) or (1, 1)
+    profile = dict(HARNESSES[executor].profile)
+    if nodes * nproc > 1:
+        several = {"nodes": nodes, "nproc_per_node": nproc}
+        profile |= several if executor == "slurm" else {"nproc_per_node": nodes * nproc}
     environment = Environment(
         tmp_path,
         artifacts={"output": str(tmp_path), "store": str(store.root)},
-        profiles={"here": HARNESSES[executor].profile},
+        profiles={"here": profile},
     )
     request = Request(family, words, config, "run", "here", overrides, offline=True, cwd=str(tmp_path))
     plan = make_plan(request, CATALOG, environment)
     rendered = get_executor(executor).render(plan)
     assert [s.name for s in rendered.stages] == [s.name for s in plan.stages]
     assert all(stage.files and stage.argv for stage in rendered.stages)
+
+
+def _made(family: str) -> list[tuple[str, str]]:
+    """(artifact, kind) of everything that a recipe of the family may ask for."""
+    data = [f"{family}{tiny}-{name}-data" for tiny in ("", "-tiny") for name in ("sft", "dpo", "kto", "rl")]
+    data += [f"{family}-sft-megatron-data", f"{family}-sft-megatron-2k-data"]
+    models = [f"{family}-sft", f"{family}-tiny-sft", f"{family}-spark-sft"]
+    return [*((n, "data") for n in data), *((n, "model") for n in models), (f"{family}-megatron", "checkpoint")]

@@ -1,0 +1,94 @@
+"""What backends share whose own config has sections: dotted keys, translation, and what a schema says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from nemotron_recipes.backends import schemas
+from nemotron_recipes.backends.schemas import NativeSchema
+from nemotron_recipes.errors import Problem
+from nemotron_recipes.spec import Tree
+
+
+@cache
+def keys(names: tuple[str, ...]) -> frozenset[str]:
+    """Every dotted key of the schemas of these names."""
+    return frozenset(key for name in names for key in schemas.load(name).fields)
+
+
+def schema_for(config: Tree, images: Mapping[str, str], nearest: str) -> tuple[NativeSchema, str]:
+    """The schema of the image that will be used, and a note where nobody has said which version that image holds."""
+    image = config["run"].get("container_image") or config["backend"]["image"]
+    if image in images:
+        return schemas.load(images[image]), ""
+    schema = schemas.load(nearest)
+    against = f"{schema.content['package']} {schema.version}"
+    if image is None:
+        return schema, f"no image is named: values are checked against {against}"
+    return schema, f"which version {image} holds is unknown: values are checked against {against}, the nearest known"
+
+
+def translate(config: Tree, table: Mapping[str, str], converted: Mapping[str, Any]) -> Tree:
+    """Dotted native key -> value of each row, a section that is null left out; `converted` comes before the config."""
+    values: Tree = {}
+    for key, native in table.items():
+        section, _, name = key.partition(".")
+        if config[section] is not None:
+            values[native] = converted[key] if key in converted else config[section][name]
+    return values
+
+
+def nested(values: Mapping[str, Any]) -> Tree:
+    """`{"a.b": 1}` -> `{"a": {"b": 1}}`; a number after a dot is a place in a list, given from 0 on."""
+    tree: Tree = {}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node: Any = tree
+        for part, following in zip(path, [*path, last][1:], strict=True):
+            node = node.setdefault(part, [] if following.isdigit() else {})
+        if isinstance(node, list):
+            node.append(value)
+        else:
+            node[last] = value
+    return tree
+
+
+def flat(tree: Tree, known: frozenset[str], prefix: str = "") -> Tree:
+    """Dotted key -> value, down to keys that are `known` or to values."""
+    found: Tree = {}
+    for key, value in tree.items():
+        name = prefix + key
+        below = any(other.startswith(f"{name}.") for other in known)
+        if isinstance(value, dict) and value and (below or name not in known):
+            found |= flat(value, known, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
+def owned_problems(config: Tree, owned: Mapping[str, str], prefixes: Mapping[str, str]) -> Iterator[Problem]:
+    """Native keys that the launch decides itself."""
+    for key in _names(config["backend"]["native"]):
+        reason = owned.get(key) or next((why for prefix, why in prefixes.items() if key.startswith(prefix)), None)
+        if reason:
+            yield Problem(f"backend.native.{key} can't be set: {reason}", fix="leave it out")
+
+
+def not_measured(config: Tree, name: str) -> Iterator[Problem]:
+    """Envelope settings that these backends have nothing for."""
+    if config["evaluation"]["rows"]:
+        yield Problem(f"{name} measures no held-out rows before and after training", fix="evaluation.rows=0")
+    if config["model"]["arch"]:
+        yield Problem(f"{name} makes no tiny model", "model.arch", "~model.arch, or backend=trl")
+    for section in ("dpo", "kto", "grpo"):
+        if config[section] is not None:
+            yield Problem(f"the section '{section}' means nothing for method {config['method']}", fix=f"{section}=null")
+
+
+def _names(tree: Tree, prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")

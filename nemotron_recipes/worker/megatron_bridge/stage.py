@@ -1,0 +1,81 @@
+"""One Megatron-Bridge stage from its inputs to its output, on this rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.rundir import TRACKER, latest_checkpoint
+from nemotron_recipes.spec import Tree
+from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.guest import CheckpointWatch, Guest, link_tree, step_of
+from nemotron_recipes.worker.megatron_bridge.config import Paths, build_config, read_native
+
+
+def run(config: Tree, context: Context) -> None:
+    """Build the real config, train, and keep the last checkpoint as the output."""
+    from megatron.bridge.training.gpt_step import forward_step
+
+    paths = find_paths(config, context)
+    method = config["method"]
+    native = build_config(config["recipe"], method, config["pack_size"], read_native(Path(config["config"])), paths)
+    if method == "pretrain":
+        from megatron.bridge.training.pretrain import pretrain as train
+    else:
+        from megatron.bridge.training.finetune import finetune as train
+    context.event("ready", resume_from=str(paths.load) if paths.load else None)
+    guest = Guest(context)
+    with CheckpointWatch(context), guest:
+        train(native, forward_step)
+    newest = latest_checkpoint(context.dir.checkpoints)
+    reached = step_of(newest) if newest else 0
+    guest.conclude(reached, config["train_iters"])
+    if context.is_main and not context.stop_seen:
+        assert newest is not None
+        write_output(newest, context.output("checkpoint"))
+        context.results["step"] = reached
+        context.metadata["format"] = "megatron"
+
+
+def find_paths(config: Tree, context: Context) -> Paths:
+    """Where everything lies, on this machine and in this attempt. UserError: a checkpoint that is not there."""
+    own = context.dir.checkpoints
+    load: Path | None = None
+    step: int | None = None
+    if context.attempt > 1 and (own / TRACKER).is_file():
+        load = own
+    elif config["resume_from"]:
+        folder = Path(config["resume_from"])
+        if not folder.is_dir():
+            raise UserError(
+                Problem(f"there is no checkpoint {folder}", "checkpoint.load", "give an iter_NNNNNNN folder")
+            )
+        load, step = folder.parent, step_of(folder)
+    tokenizer = context.artifacts.get("model.tokenizer") or context.artifacts["model.path"]
+    key = "model.tokenizer" if "model.tokenizer" in context.artifacts else "model.path"
+    return Paths(
+        data=context.inputs["data.path"],
+        tokenizer=str(context.inputs[key]) if key in context.inputs else tokenizer.name,
+        pretrained=_root(context.inputs.get("checkpoint.pretrained_checkpoint")),
+        load=load,
+        load_step=step,
+    )
+
+
+def _root(path: Path | None) -> Path | None:
+    """The folder with the tracker file, of which Megatron-Bridge loads the newest: an older one is refused."""
+    if path is None or not path.name.startswith("iter_"):
+        return path
+    if latest_checkpoint(path.parent) != path:
+        what = f"{path} is not the newest checkpoint of {path.parent}, and Megatron-Bridge would load the newest"
+        raise UserError(Problem(what, "checkpoint.pretrained_checkpoint", "copy it into a folder of its own"))
+    return path.parent
+
+
+def write_output(checkpoint: Path, output: Path) -> None:
+    """A checkpoint root with this one checkpoint; the tracker comes last."""
+    link_tree(checkpoint, output / checkpoint.name)
+    state = checkpoint.parent / "latest_train_state.pt"
+    if state.is_file():
+        (output / state.name).write_bytes(state.read_bytes())  # a copy: the next save writes it in place
+    (output / TRACKER).write_text(f"{step_of(checkpoint)}\n")

@@ -1,0 +1,109 @@
+"""The checked-in schemas of the NVIDIA packages, and what a plan makes of a wrong key or value."""
+
+import pytest
+
+from nemotron_recipes.backends import REGISTRY, schemas
+from nemotron_recipes.config.catalog import Catalog, package_root
+from nemotron_recipes.config.compose import compose
+from nemotron_recipes.planning.validate import validate
+
+CATALOG = Catalog((package_root(),))
+NANO = "recipe/nano3/sft/default"
+ULTRA = "recipe/ultra3/lora/h100"
+
+
+def test_what_was_read_from_the_packages():
+    bridge = schemas.load("megatron_bridge-0.3.1")
+    assert bridge.fields["train.train_iters"] == [{"default": None, "type": "None | int"}]
+    assert bridge.fields["checkpoint.exit_on_missing_checkpoint"][0]["default"] is False
+    assert "nemotron_3_nano_sft_config" in bridge.recipes
+    assert bridge.content["with"]["megatron-core"] == "0.16.1"
+    assert all("." not in stub or stub.startswith("megatron.") for stub in bridge.content["stubs"])
+    automodel = schemas.load("automodel-0.5.0")
+    assert automodel.fields["step_scheduler.ckpt_every_steps"] == [{"default": 100, "type": "None | int"}]
+    assert len(automodel.content["with"]["commit"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("path", "override", "message"),
+    [
+        (NANO, "+backend.native.train.train_itres=4", "did you mean 'backend.native.train.train_iters'?"),
+        (NANO, "+backend.native.model.recompute_granularty=full", "did you mean 'backend.native.model.recompute_gran"),
+        (NANO, "+backend.native.optimizer.lr=1e-5", "set optimizer.lr instead"),
+        (NANO, "+backend.native.rng.seed=1", "set train.seed instead"),
+        (NANO, "+train.train_itres=4", "did you mean 'train.train_iters'?"),
+        (
+            ULTRA,
+            "+backend.native.step_scheduler.ckpt_every_step=4",
+            "'backend.native.step_scheduler.ckpt_every_steps'?",
+        ),
+        (ULTRA, "+backend.native.optimizer.lr=1e-5", "set optimizer.lr instead"),
+        (ULTRA, "+backend.native.optimzer.lr=1e-5", "unknown key 'backend.native.optimzer.lr' of automodel"),
+    ],
+)
+def test_a_typo_or_a_second_name_fails_in_the_plan(path, override, message):
+    checked, problems = validate(compose(CATALOG, path, (override,)), path)
+    assert checked == {}
+    assert len(problems) == 1 and message in str(problems[0]), problems
+
+
+def test_any_keyword_may_be_given_to_a_section_with_a_target():
+    override = "+backend.native.model.something_of_this_model=1"
+    checked, problems = validate(compose(CATALOG, ULTRA, (override,)), ULTRA)
+    assert problems == [] and checked["backend"]["native"]["model"]["something_of_this_model"] == 1
+
+
+def problems_of(path, *overrides, nproc=16):
+    from nemotron_recipes.backends import get_backend
+
+    checked, problems = validate(compose(CATALOG, path, overrides), path)
+    assert problems == []
+    return [str(problem) for problem in get_backend(checked["backend"]["name"]).check(checked, nproc)]
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "message"),
+    [
+        (NANO, ("backend.native.recipe=nemotron_3_nano_stf_config",), "did you mean 'nemotron_3_nano_sft_config'"),
+        (NANO, ("~backend.native.recipe",), "must name a recipe"),
+        (NANO, ("+backend.native.train.manual_gc=often",), "'backend.native.train.manual_gc' should be bool"),
+        (NANO, ("backend.native.model.recompute_granularity=7",), "should be"),
+        (NANO, ("+backend.native.checkpoint.save=/x",), "can't be set: everything goes to the run folder"),
+        (NANO, ("data.pack_size=null",), "data.pack_size=4096"),
+        (NANO, ("checkpoint.pretrained_checkpoint=null",), "none is named"),
+        (NANO, ("evaluation.rows=5",), "evaluation.rows=0"),
+        (NANO, ("+peft.target_modules=[q_proj]",), "Megatron calls it linear_qkv"),
+        (NANO, ("+peft.target_modules=[linear_qvk]",), "did you mean 'linear_qkv'"),
+        (NANO, ("+dpo={beta: 0.1}",), "the section 'dpo' means nothing for method sft"),
+        (
+            ULTRA,
+            ("+parallel.expert_tensor_parallel_size=2", "parallel.expert_model_parallel_size=16"),
+            "AutoModel shares out whole experts only",
+        ),
+        (ULTRA, ("+checkpoint.pretrained_checkpoint=x",), "starts from a Hugging Face folder"),
+        (ULTRA, ("+backend.native.step_scheduler.num_epochs=1",), "train.train_iters says how long"),
+        (ULTRA, ("+backend.native.step_scheduler.gc_every_steps=often",), "should be None | int, not 'often'"),
+    ],
+)
+def test_refused(path, overrides, message):
+    found = problems_of(path, *overrides, nproc=32 if path == ULTRA else 16)
+    assert len(found) == 1 and message in found[0], found
+
+
+def test_the_image_says_which_version_or_that_nobody_knows(monkeypatch):
+    from nemotron_recipes.backends import megatron_bridge
+
+    def note(**run):
+        return megatron_bridge.schema_of({"run": run, "backend": {"image": "recipe's"}})[1]
+
+    assert "which version recipe's holds is unknown" in note()
+    assert "which version mine holds is unknown" in note(container_image="mine")
+    monkeypatch.setattr(megatron_bridge, "IMAGES", {"mine": "megatron_bridge-0.3.1"})
+    assert note(container_image="mine") == ""
+
+
+def test_every_schema_belongs_to_a_backend():
+    from importlib import import_module
+
+    used = {n for b in REGISTRY for n in getattr(import_module(f"nemotron_recipes.backends.{b}"), "SCHEMAS", ())}
+    assert {file.stem for file in schemas.HERE.glob("*.json")} == used

@@ -1,0 +1,145 @@
+"""Write nemotron_recipes/backends/schemas/*.json from the real packages: `make schemas`, or one of them by its name.
+
+Each version gets a virtual environment of its own below .schemas/, without what needs CUDA; nothing of it is imported
+here. megatron-bridge 0.4 and newer need Python 3.12 (PYTHON312=/path/to/python3.12).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TARGET = ROOT / "nemotron_recipes" / "backends" / "schemas"
+WORK = ROOT / ".schemas"
+HERE = Path(__file__).parent
+# Modules that can't be imported without CUDA, or would pull gigabytes for a name in an annotation.
+STUBS = (
+    "transformer_engine",
+    "megatron.energon",
+    "megatron.core.inference.contexts.attention_context.triton",
+)
+NANO = "nemotronh.nemotron_3_nano"
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """One version of megatron-bridge: what to install for it, and the recipes that are asked for their values."""
+
+    version: str
+    core: str
+    others: tuple[str, ...]
+    stubs: tuple[str, ...]
+    recipes: tuple[str, ...]
+    python: str = ""  # variable that names the interpreter; "": this one
+
+
+BRIDGES = {
+    "megatron_bridge-0.3.1": Bridge(
+        "0.3.1",
+        "0.16.1",
+        (
+            *("torch==2.13.0", "numpy", "packaging", "transformers>=4.57,<5", "omegaconf", "hydra-core<1.4", "pyyaml"),
+            *("rich", "einops", "regex", "six", "datasets", "tqdm", "typing-extensions", "tensorboard", "wandb"),
+            *("click", "sentencepiece", "tiktoken", "accelerate", "psutil", "platformdirs", "pydantic"),
+        ),
+        STUBS,
+        tuple(f"{NANO}:nemotron_3_nano_{kind}_config" for kind in ("pretrain", "sft", "peft")),
+    ),
+}
+AUTOMODEL = {
+    "automodel-0.5.0": ("0.5.0", "d02f49cb314554715aabb97e8dba6599c9f6e9e0"),
+}
+AUTOMODEL_SOURCE = "https://github.com/NVIDIA-NeMo/Automodel"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join([*BRIDGES, *AUTOMODEL])}")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where a file is not what it would be"
+    )
+    parser.add_argument("--automodel", metavar="REPOSITORY", default=AUTOMODEL_SOURCE, help="a clone of NeMo AutoModel")
+    parser.add_argument("--venv", metavar="FOLDER", type=Path, help="an environment that has the packages already")
+    options = parser.parse_args()
+    differs = []
+    for name in options.names or [*BRIDGES, *AUTOMODEL]:
+        if name in BRIDGES:
+            schema = collect_bridge(name, BRIDGES[name], options.venv)
+        elif name in AUTOMODEL:
+            schema = collect_automodel(*AUTOMODEL[name], options.automodel)
+        else:
+            parser.error(f"unknown schema {name}")
+        file, text = TARGET / f"{name}.json", dump(schema)
+        if options.check and (not file.is_file() or file.read_text(encoding="utf-8") != text):
+            differs.append(name)
+        elif not options.check:
+            file.write_text(text, encoding="utf-8")
+        print(f"{name}: {len(schema['sections'])} sections, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}")
+    if differs:
+        print(f"differs from what is checked in: {', '.join(differs)}; run `make schemas`", file=sys.stderr)
+    return 1 if differs else 0
+
+
+def collect_bridge(name: str, bridge: Bridge, ready: Path | None) -> dict[str, Any]:
+    """The schema of one version, asked of the real package in an environment without CUDA."""
+    venv = ready or WORK / name
+    if not ready and not (venv / "done").exists():
+        python = os.environ.get(bridge.python, "") if bridge.python else sys.executable
+        if not python:
+            sys.exit(f"{name} needs another Python: set {bridge.python}")
+        subprocess.run([python, "-m", "venv", "--clear", venv], check=True)
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *bridge.others], check=True)
+        exact = [f"megatron-bridge=={bridge.version}", f"megatron-core=={bridge.core}"]
+        subprocess.run([*pip, "--no-deps", *exact], check=True)
+        (venv / "done").touch()
+    collector = [str(venv / "bin" / "python"), str(HERE / "collect_megatron_bridge.py")]
+    arguments = [",".join(bridge.stubs), ",".join(bridge.recipes)]
+    with tempfile.TemporaryDirectory() as empty:  # recipes put their default folders below the working folder
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [*collector, *arguments], cwd=empty, env=environment, check=True, capture_output=True, text=True
+        )
+        return json.loads(done.stdout.replace(os.path.realpath(empty), "."))
+
+
+def collect_automodel(version: str, commit: str, repository: str) -> dict[str, Any]:
+    """The schema of one commit of NeMo AutoModel, read from its source."""
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", "-C", folder]
+        subprocess.run(["git", "init", "--quiet", folder], check=True)
+        subprocess.run([*git, "fetch", "--quiet", "--depth=1", repository, commit], check=True)
+        subprocess.run([*git, "checkout", "--quiet", commit], check=True)
+        collector = [sys.executable, str(HERE / "collect_automodel.py"), folder, version, commit]
+        return json.loads(subprocess.run(collector, check=True, capture_output=True, text=True).stdout)
+
+
+def dump(schema: dict[str, Any]) -> str:
+    """JSON with one line for each field, so that a diff between versions can be read."""
+    lines = ["{"]
+    head = {key: value for key, value in sorted(schema.items()) if key not in ("classes", "recipes")}
+    lines += [f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}," for key, value in head.items()]
+    lines.append('"recipes": {')
+    recipes = [
+        f" {json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in sorted(schema["recipes"].items())
+    ]
+    lines += [",\n".join(recipes), "},", '"classes": {']
+    classes = []
+    for name, value in sorted(schema["classes"].items()):
+        rest = {key: item for key, item in value.items() if key != "fields"}
+        fields = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in value["fields"].items())
+        classes.append(f' {json.dumps(name)}: {{{json.dumps(rest, sort_keys=True)[1:-1]}, "fields": {{\n{fields}}}}}')
+    return "\n".join([*lines, ",\n".join(classes), "}}"]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
