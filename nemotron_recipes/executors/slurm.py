@@ -261,12 +261,11 @@ def _jobs(handle: JobHandle) -> dict[str, str]:
 
 
 def _make_ready(plan: Plan, run: RunDir) -> None:
-    """What containers mount. UserError names everything that is not there, before anything is queued."""
+    """The folders that containers mount and stages write to. UserError names those that can't be made."""
     problems = []
     for stage in (stage for stage in plan.stages if stage.reused is None):
         profile = slurm_script.profile_of(stage)
-        container = slurm_container.container_of(plan, stage, profile)
-        if container is None:
+        if profile.image is None:
             continue
         for folder in slurm_container.folders(plan, profile):
             try:
@@ -276,9 +275,6 @@ def _make_ready(plan: Plan, run: RunDir) -> None:
                 problems.append(
                     Problem(what, checks.where(stage), "make it, or set another: hf_cache, [artifacts] store")
                 )
-        for field, path in slurm_container.missing_here(container, plan.run_dir):
-            what = f"there is no {'image' if field == 'container_image' else 'folder or file to mount at'} {path}"
-            problems.append(Problem(what, checks.where(stage, field), f"make it, or set another: run.{field}=..."))
     if problems:
         append_event(run.events, "cancelled", stage=None, attempt=None)
         raise UserError(*problems)

@@ -87,14 +87,17 @@ def notes(stage: StagePlan, profile: SlurmProfile, container: Container | None) 
     return tuple(lines)
 
 
-def missing_here(container: Container, run_dir: str) -> Iterator[tuple[str, str]]:
+def missing_here(profile: SlurmProfile, run_dir: str) -> Iterator[tuple[str, str]]:
     """(profile field, path) of the image and of mounts that are not there, as far as this machine can know.
 
-    It can where the path would lie on a file system that nodes share: a network's, or that of the run folder.
+    It can where the path would lie on a file system that nodes share: a network's, or that of the run folder. A
+    container that is kept by name needs no image any more.
     """
-    image = [("container_image", container.image)] if container.image.startswith("/") else []
-    sources = [("mounts", mount.source) for mount in container.mounts if mount.source != "tmpfs"]
-    for field, path in (*image, *sources):
+    if profile.image is None:
+        return
+    image = [("container_image", profile.image)] if profile.image.startswith("/") and not profile.container_name else []
+    sources = [("mounts", parse_mount(mount).source) for mount in profile.mounts]
+    for field, path in (*image, *((field, path) for field, path in sources if path != "tmpfs")):
         if not os.path.exists(path) and _shared(os.path.realpath(path), run_dir):  # a link may lead to a node's own
             yield field, path
 

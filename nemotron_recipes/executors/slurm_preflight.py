@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.executors import checks, slurm_control
+from nemotron_recipes.executors.slurm_container import missing_here
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, limit_seconds
 from nemotron_recipes.executors.slurm_script import profile_of
 from nemotron_recipes.executors.slurm_site import Association, Partition, Site, Unreadable, read_site
@@ -26,7 +26,8 @@ def plan_problems(plan: Plan) -> list[Problem]:
         return [Problem(f"Slurm printed what is not known here: {error}", fix=fix)]
     run = [stage for stage in plan.stages if stage.reused is None]
     found = (stage_problems(stage, profile_of(stage), site, plan.request.mode) for stage in run)
-    return [problem for problems in found for problem in problems]
+    hosts = (_host_problems(stage, profile_of(stage), plan.run_dir) for stage in run)
+    return [problem for problems in (*found, *hosts) for problem in problems]
 
 
 def stage_problems(stage: StagePlan, profile: SlurmProfile, site: Site, mode: str) -> Iterator[Problem]:
@@ -41,7 +42,6 @@ def stage_problems(stage: StagePlan, profile: SlurmProfile, site: Site, mode: st
         yield from _partition_problems(stage, profile, site, partition)
     if site.enforces_accounts and site.associations is not None:
         yield from _account_problems(stage, profile, site.associations)
-    yield from _host_problems(stage, profile)
 
 
 def _partition_problems(stage: StagePlan, profile: SlurmProfile, site: Site, partition: Partition) -> Iterator[Problem]:
@@ -114,15 +114,13 @@ def _account_problems(
         yield Problem(what, checks.where(stage, "qos"), f"one of: {', '.join(sorted(allowed))}")
 
 
-def _host_problems(stage: StagePlan, profile: SlurmProfile) -> Iterator[Problem]:
+def _host_problems(stage: StagePlan, profile: SlurmProfile, run_dir: str) -> Iterator[Problem]:
     """Files that nodes need, as this machine sees them."""
     fix = "name one that is there; --skip-preflight where this machine can't see what nodes see"
+    for field, path in missing_here(profile, run_dir):
+        what = f"there is no image {path}" if field == "container_image" else f"there is no {path} to mount"
+        yield Problem(what, checks.where(stage, field), fix)
     if profile.image:
-        if profile.image.startswith("/") and not (profile.container_name or Path(profile.image).is_file()):
-            yield Problem(f"there is no image {profile.image}", checks.where(stage, "container_image"), fix)
-        for mount in profile.mounts:
-            host = mount.split(":")[0]
-            if host.startswith("/") and not os.path.exists(host):
-                yield Problem(f"there is no {host} to mount", checks.where(stage, "mounts"), fix)
-    elif profile.python and profile.python.startswith("/") and not os.access(profile.python, os.X_OK):
+        return
+    if profile.python and profile.python.startswith("/") and not os.access(profile.python, os.X_OK):
         yield Problem(f"there is no interpreter {profile.python}", checks.where(stage, "python"), fix)

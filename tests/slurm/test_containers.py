@@ -17,7 +17,6 @@ import pytest
 
 from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import RunView, load_run
-from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors.slurm import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, read_json
 from nemotron_recipes.spec import JobHandle, Placement, StagePlan
@@ -166,13 +165,9 @@ def test_what_is_not_there_is_said_before_anything_is_queued(
     where = str(tmp_path / "no such")
     place = placed(where if gone == "image" else image, mounts=[f"{where}:/x"] if gone == "mount" else [])
     plan = plan_of(tmp_path / "run", probe_stage("first", placement=place))
-    with pytest.raises(UserError) as refused:
-        submit(EXECUTOR, plan)
-    (problem,) = refused.value.problems
+    (problem,) = EXECUTOR.preflight(plan)
     assert where in problem.what
-    assert "run." in problem.fix
-    assert cluster.run("squeue", "--noheader", "--states=all", f"--name={plan.id}.first").stdout == ""
-    assert settled(JobHandle("slurm", plan.id, plan.run_dir, {"jobs": {}, "names": {}})).state == "cancelled"
+    assert "--skip-preflight" in problem.fix
 
 
 @pytest.mark.parametrize(

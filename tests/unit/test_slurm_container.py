@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemotron_recipes.executors.enroot import Mount
-from nemotron_recipes.executors.slurm_container import Container, missing_here
+from nemotron_recipes.executors.slurm_container import missing_here
+from nemotron_recipes.executors.slurm_profile import SlurmProfile
 
 
 def test_what_shared_folders_do_not_hold_is_missing(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    mounts = (Mount(str(tmp_path / "there"), "/a"), Mount(str(tmp_path / "no/such"), "/b"), Mount("tmpfs", "/c"))
-    container = Container(str(tmp_path / "no.sqsh"), "", mounts, ())
-    assert [*missing_here(container, str(tmp_path / "runs/run"))] == [
-        ("container_image", str(tmp_path / "no.sqsh")),
-        ("mounts", str(tmp_path / "no/such")),
-    ]
+    image, mounts = str(tmp_path / "no.sqsh"), [f"{tmp_path}/there:/a", f"{tmp_path}/no/such:/b", "tmpfs:/c"]
+    profile = SlurmProfile(container_image=image, mounts=mounts)
+    run = str(tmp_path / "runs/run")
+    assert [*missing_here(profile, run)] == [("container_image", image), ("mounts", f"{tmp_path}/no/such")]
+    kept = SlurmProfile(container_image=image, container_name="kept")
+    assert [*missing_here(kept, run)] == []
+    assert [*missing_here(SlurmProfile(container=False, container_image=image, mounts=mounts), run)] == []
 
 
 def test_of_folders_that_are_each_nodes_own_nothing_is_known(tmp_path: Path) -> None:
-    container = Container("/dev/shm/no.sqsh", "", (Mount("/proc/no", "/a"), Mount("/dev/shm/no/such", "/b")), ())
-    assert [*missing_here(container, str(tmp_path))] == []
     (tmp_path / "link.sqsh").symlink_to("/dev/shm/no.sqsh")
-    assert [*missing_here(Container(str(tmp_path / "link.sqsh"), "", (), ()), str(tmp_path))] == []
-    assert [*missing_here(Container("nvcr.io#nvidia/nemo:1", "", (), ()), str(tmp_path))] == []
+    for image in ("/dev/shm/no.sqsh", str(tmp_path / "link.sqsh"), "nvcr.io/nvidia/nemo:1"):
+        profile = SlurmProfile(container_image=image, mounts=["/proc/no:/a", "/dev/shm/no/such:/b"])
+        assert [*missing_here(profile, str(tmp_path))] == []
