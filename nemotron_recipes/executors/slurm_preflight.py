@@ -25,12 +25,11 @@ def plan_problems(plan: Plan) -> list[Problem]:
         fix = "--skip-preflight submits without these checks; please report what Slurm printed"
         return [Problem(f"Slurm printed what is not known here: {error}", fix=fix)]
     run = [stage for stage in plan.stages if stage.reused is None]
-    found = (stage_problems(stage, profile_of(stage), site, plan.request.mode) for stage in run)
-    hosts = (_host_problems(stage, profile_of(stage), plan.run_dir) for stage in run)
-    return [problem for problems in (*found, *hosts) for problem in problems]
+    found = (stage_problems(stage, profile_of(stage), site, plan.request.mode, plan.run_dir) for stage in run)
+    return [problem for problems in found for problem in problems]
 
 
-def stage_problems(stage: StagePlan, profile: SlurmProfile, site: Site, mode: str) -> Iterator[Problem]:
+def stage_problems(stage: StagePlan, profile: SlurmProfile, site: Site, mode: str, run_dir: str) -> Iterator[Problem]:
     """Everything about a stage that this cluster will not take, or never start."""
     name = profile.partition_for(mode)
     partition = site.partition(name)
@@ -42,6 +41,7 @@ def stage_problems(stage: StagePlan, profile: SlurmProfile, site: Site, mode: st
         yield from _partition_problems(stage, profile, site, partition)
     if site.enforces_accounts and site.associations is not None:
         yield from _account_problems(stage, profile, site.associations)
+    yield from _host_problems(stage, profile, run_dir)
 
 
 def _partition_problems(stage: StagePlan, profile: SlurmProfile, site: Site, partition: Partition) -> Iterator[Problem]:

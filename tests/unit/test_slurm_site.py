@@ -147,7 +147,7 @@ SITE = Site(
 def test_preflight_names_everything_at_once(fields: dict[str, Any], told: list[str]) -> None:
     profile = SlurmProfile(**fields)
     place = Placement("slurm", "lab", profile.nodes, 1, profile.model_dump())
-    problems = list(slurm_preflight.stage_problems(probe_stage("sft", placement=place), profile, SITE, "batch"))
+    problems = list(slurm_preflight.stage_problems(probe_stage("sft", placement=place), profile, SITE, "batch", "/"))
     assert len(problems) == len(told)
     for problem, words in zip(problems, told, strict=True):
         assert words in problem.what
@@ -159,7 +159,7 @@ def test_accounts_that_nobody_enforces_are_not_checked() -> None:
     profile = SlurmProfile(account="other")
     stage = probe_stage("sft", placement=Placement("slurm", "lab", 1, 1, profile.model_dump()))
     for site in (replace(SITE, enforced=frozenset({"none"})), replace(SITE, associations=None)):
-        assert list(slurm_preflight.stage_problems(stage, profile, site, "batch")) == []
+        assert list(slurm_preflight.stage_problems(stage, profile, site, "batch", "/")) == []
 
 
 def test_without_slurm_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
