@@ -23,6 +23,7 @@ from nemotron_recipes.data.files import Input, find_files
 from nemotron_recipes.data.gates import Gates
 from nemotron_recipes.data.ledger import Account, BadRows
 from nemotron_recipes.data.merge import Merged, Merger, by_length
+from nemotron_recipes.data.packed import PARQUET
 from nemotron_recipes.data.packing import packing
 from nemotron_recipes.data.pool import Task, run_here, run_parallel, usable_cpus
 from nemotron_recipes.data.settings import SPLITS, Settings, Source
@@ -270,7 +271,7 @@ class _Preparation:
         if self.settings.format == "native":
             return lambda packs, order: write_native(self.output / split, packs, order)
         if self.settings.format == "parquet":
-            return lambda packs, order: write_parquet(self.output / split / "packed.idx.parquet", packs, order)
+            return lambda packs, order: write_parquet(self.output / split / PARQUET, packs, order)
         return lambda packs, order: write_megatron(self.output / f"{MEGATRON_NAMES[split]}.npy", packs, order)
 
     def _key(self, encoder: Encoder) -> list[str]:

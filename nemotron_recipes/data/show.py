@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_recipes.data.packed import PackedSplit
+from nemotron_recipes.data.packed import PARQUET, PackedSplit
 from nemotron_recipes.data.settings import SPLITS
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.fsio import file_digest
@@ -102,7 +102,7 @@ def _native(folder: Path, number: int) -> tuple[int, int, np.ndarray, np.ndarray
 def _parquet(folder: Path, number: int) -> tuple[int, int, np.ndarray, np.ndarray]:
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(folder / "packed.parquet")
+    file = parquet.ParquetFile(folder / PARQUET)
     pack = 0
     for group in range(file.num_row_groups):
         counts = np.array([len(one) for one in file.read_row_group(group, ["seq_start_id"])["seq_start_id"]])
