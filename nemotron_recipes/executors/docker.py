@@ -72,7 +72,7 @@ class DockerExecutor(DrivenExecutor):
                     yield Problem(what, checks.where(stage, "docker_host"), "start the run on that machine")
                     return
                 if docker.is_podman():
-                    what = f"{docker.host} is Podman's socket, on which this executor's tests do not pass"
+                    what = f"{docker.host} is Podman's socket, on which this executor is not proved"
                     yield Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon")
                     return
                 yield from _misfits(docker, profile, stage)
