@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_recipes.data.packed import PackedSplit
+from nemotron_recipes.data.packed import PARQUET, PackedSplit
 from nemotron_recipes.data.packing import Packing, packing
 from nemotron_recipes.data.prepare import MEGATRON_NAMES
 from nemotron_recipes.data.settings import SPLITS
@@ -133,7 +133,7 @@ def _convert_packs(source: Path, target: Path, metadata: dict[str, Any], layout:
 def _writer(layout: str, target: Path, split: str) -> Callable[[Packs, np.ndarray], Written]:
     places: dict[str, Callable[[Packs, np.ndarray], Written]] = {
         "native": lambda packs, order: write_native(target / split, packs, order),
-        "parquet": lambda packs, order: write_parquet(target / split / "packed.idx.parquet", packs, order),
+        "parquet": lambda packs, order: write_parquet(target / split / PARQUET, packs, order),
         "megatron_npy": lambda packs, order: write_megatron(target / f"{MEGATRON_NAMES[split]}.npy", packs, order),
         "megatron_indexed": lambda packs, order: write_indexed(target / split / "text_document", packs, order),
     }

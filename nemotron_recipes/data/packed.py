@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-PARQUET = "packed.idx.parquet"  # of a split; Megatron-Bridge takes no other ending
+PARQUET = "packed.idx.parquet"  # of a split, with an ending that Megatron-Bridge reads
 COLUMNS = {
     "input_ids": np.int32,
     "loss_mask": np.uint8,
