@@ -52,7 +52,7 @@ class Store:
         check_name(name)
         versions = self.versions(name)
         if not versions:
-            fix = nearest(name, self.names()) or "nothing is registered there yet; run the stage that makes it"
+            fix = nearest(name, self.names()) or "nothing is registered there yet: run what makes it, or give a path"
             raise UserError(Problem(f"no artifact '{name}' in the store", str(self.root), fix))
         if not colon or selector == LATEST:
             return self._artifact(name, versions[-1])
