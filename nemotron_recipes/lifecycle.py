@@ -16,7 +16,7 @@ from pathlib import Path
 from nemotron_recipes.artifacts.records import RunView, list_runs, load_run
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
-from nemotron_recipes.errors import NemotronError, Problem, UserError
+from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import Liveness, folders, get_executor
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.mirror.journal import Journal, open_journal, pending, unmark
@@ -182,7 +182,7 @@ class _Asking(threading.Thread):
         self.handle, self.executor = handle, get_executor(handle.executor)
         self.wake, self.over = threading.Event(), False
         self._outlook: Outlook | None = None
-        self._error: NemotronError | None = None
+        self._error: BaseException | None = None
 
     def told(self) -> Outlook | None:
         """The newest answer; None before the first. Raises what asking has raised."""
@@ -196,7 +196,7 @@ class _Asking(threading.Thread):
             self.wake.clear()
             try:
                 self._outlook = self.executor.look(self.handle)
-            except NemotronError as error:
+            except BaseException as error:  # noqa: BLE001  raised again where the answer is waited for
                 self._error = error
                 return
             waited = time.monotonic() - began
@@ -319,8 +319,9 @@ def _refuse_rerun(run: RunDir) -> None:
     if not run.plan.exists():
         return
     view = load(run.path)
-    if view.state in ("running", "stalled", "succeeded"):
-        what = "has run" if view.state == "succeeded" else "is running"
+    queued = view.state == "pending" and view.handle is not None and liveness(view.handle) == "queued"
+    if queued or view.state in ("running", "stalled", "succeeded"):
+        what = "is in the queue" if queued else "has run" if view.state == "succeeded" else "is running"
         fix = f"see nemotron runs show {view.id}; a new plan makes a new run"
         raise UserError(Problem(f"this plan {what} already", view.path, fix))
 

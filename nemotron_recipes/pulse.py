@@ -23,6 +23,7 @@ from nemotron_recipes.spec import Tree
 DEFAULT_FACTOR = 20.0  # how many median steps nothing may move
 WRITE_SECONDS = 1.0  # a heartbeat reaches the disk at most so much later
 DEFAULT_MINIMUM = 120.0  # seconds; a short step says little about a slow file system
+UNKNOWN_STEP = 900.0  # seconds; a process's first step, which compiles kernels and whose time nobody knows yet
 UNKNOWN_SAVE = 900.0  # seconds; the first checkpoint of a large model, whose time nobody knows yet
 SAVE_FACTOR = 3.0  # a later one may take this many times the slowest before it
 LOG_ROWS = 3  # so many rows of the metrics without a line in the log
@@ -116,6 +117,8 @@ def pulse(
 def allowance(beat: Beat, factor: float, minimum: float) -> float:
     """How long a rank at this place may be silent."""
     allowed = max(minimum, factor * beat.step_seconds) + WRITE_SECONDS
+    if not beat.step_seconds:
+        allowed += UNKNOWN_STEP
     if beat.phase == "saving":
         allowed += SAVE_FACTOR * beat.save_seconds if beat.save_seconds else UNKNOWN_SAVE
     return allowed
@@ -123,8 +126,17 @@ def allowance(beat: Beat, factor: float, minimum: float) -> float:
 
 def read_beats(stage: StageDir, attempt: int) -> tuple[Beat, ...]:
     """Every rank's newest heartbeat, by rank."""
-    found = (read_json(path) for path in stage.heartbeats(attempt))
-    return tuple(sorted((Beat(**tree) for tree in found if tree), key=lambda beat: beat.rank))
+    found = (_read_beat(path) for path in stage.heartbeats(attempt))
+    return tuple(sorted((beat for beat in found if beat), key=lambda beat: beat.rank))
+
+
+def _read_beat(path: Path) -> Beat | None:
+    """None of a file that a crash of its node left empty or torn: it is not synced to the disk."""
+    try:
+        tree = read_json(path)
+        return Beat(**tree) if tree else None
+    except (ValueError, TypeError):
+        return None
 
 
 def median(seconds: Sequence[float]) -> float:

@@ -111,7 +111,8 @@ CAUSES = (
     ),
     Cause(
         *("download", "something could not be had over the network from there"),
-        r"huggingface\.co|LocalEntryNotFoundError|Max retries exceeded|Connection error, and we cannot find",
+        r"(Connection|Proxy|SSL)Error.*huggingface\.co|couldn't connect to '?https://huggingface\.co|"
+        r"LocalEntryNotFoundError|Max retries exceeded|Connection error, and we cannot find",
         "fetch it before, where there is a network, and let the profile's env name the cache (HF_HOME)",
     ),
     Cause(
@@ -145,7 +146,7 @@ CAUSES = (
     ),
     Cause(
         *("permission", "a file or folder may not be read or written there"),
-        r"PermissionError|Permission denied|Read-only file system",
+        r"^(\S+: )?PermissionError|Read-only file system|\[Errno 13\]",
         "see who owns it, and what `mounts` makes of it",
     ),
 )

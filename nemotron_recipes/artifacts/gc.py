@@ -123,8 +123,9 @@ def purge(root: Path, before: float) -> list[str]:
 def _kept(
     store: Store, manifests: dict[tuple[str, int], Tree], views: list[RunView], policy: Policy, now: float
 ) -> tuple[set[tuple[str, int]], set[str]]:
-    """(versions that stay, folders that kept versions were made from)"""
+    """(versions that stay, folders that kept versions were made from or that runs which go on will read)"""
     wanted: list[tuple[str, int]] = []
+    folders: set[str] = set()
     for name in store.names():
         versions, named = store.versions(name), store.aliases(name).values()
         wanted += [(name, version) for version in {*versions[-max(1, policy.keep) :], *named}]
@@ -133,8 +134,8 @@ def _kept(
         if view.state not in ENDED:
             inputs = [artifact for stage in view.plan["stages"] for artifact in stage["inputs"].values()]
             wanted += [(a["name"], a["version"]) for a in inputs if a["source"] == "store"]
+            folders |= {os.path.realpath(a["uri"]) for a in inputs if a["source"] == "path"}
     kept: set[tuple[str, int]] = set()
-    folders: set[str] = set()
     while wanted:
         key = wanted.pop()
         if key in kept or key not in manifests:
@@ -144,7 +145,7 @@ def _kept(
             if parent["source"] == "store":
                 wanted.append((parent["name"], parent["version"]))
             elif parent["source"] == "path":
-                folders.add(parent["uri"])
+                folders.add(os.path.realpath(parent["uri"]))
     return kept, folders
 
 
@@ -156,8 +157,10 @@ def _checkpoints(view: RunView, folders: set[str], policy: Policy, now: float) -
             continue
         newest = latest_checkpoint(root)
         for folder in sorted(root.glob("iter_*")):
-            used = any(place == str(folder) or place.startswith(f"{folder}/") for place in folders)
-            if folder != newest and not used and folder.is_dir():
+            real = os.path.realpath(folder)
+            used = any(place == real or place.startswith(f"{real}/") for place in folders)
+            # A link names a folder that its backend keeps under a name of its own: that one is the backend's to remove.
+            if folder != newest and not used and folder.is_dir() and not folder.is_symlink():
                 size = sum(path.stat().st_size for path in files_below(folder))
                 what = f"{view.id}/{stage.name}/{folder.name}"
                 yield Item(what, str(folder), size, "the stage has succeeded, and this is not its last checkpoint")

@@ -81,8 +81,8 @@ def layout_problems(layout: Layout) -> Iterator[Problem]:
         yield Problem(what, "parallel", "parallel.sequence_parallel=false, or a larger tensor_model_parallel_size")
 
 
-def batch_problems(layout: Layout, config: Tree, packed_mamba: bool = False) -> Iterator[Problem]:
-    """Whether batches and sequences can be shared out."""
+def batch_problems(layout: Layout, config: Tree, packs: bool = False) -> Iterator[Problem]:
+    """Whether batches and sequences can be shared out. packs: rows are data prep's, several sequences each."""
     train = config["train"]
     whole, micro = train["global_batch_size"], train["micro_batch_size"]
     step = micro * (layout.data or 1)
@@ -97,8 +97,11 @@ def batch_problems(layout: Layout, config: Tree, packed_mamba: bool = False) -> 
             f"train.global_batch_size {whole} can't be shared out over {layout.world} process(es)",
             fix=f"train.global_batch_size={_near(whole, layout.world * micro)}",
         )
-    if packed_mamba and micro != 1:
-        yield Problem("packed sequences in Mamba layers need micro batches of one pack", fix="train.micro_batch_size=1")
+    if packs and micro != 1:
+        yield Problem("packed sequences need micro batches of one pack", fix="train.micro_batch_size=1")
+    if packs and layout.context > 1:
+        what = "context parallelism needs each sequence of a pack padded for it, which data prep does not do"
+        yield Problem(what, fix="parallel.context_parallel_size=1")
     size = config["data"]["pack_size"]
     parts = 2 * layout.context if layout.context > 1 else 1
     if layout.sequence_parallel:

@@ -103,7 +103,7 @@ class MegatronBridgeBackend:
         layout = Layout.of(config, nproc)
         return [
             *layout_problems(layout),
-            *batch_problems(layout, config),
+            *batch_problems(layout, config, packs=config["method"] == "sft"),
             *_needed(config),
             *_lora_problems(config),
             *native.owned_problems(config, _OWNED, _OWNED_SECTIONS),

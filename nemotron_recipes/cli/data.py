@@ -45,7 +45,10 @@ def show(name: str, row: int | None, split: str, page: Path | None, tokenizer: P
     if row is None:
         if page is not None:
             raise UserError(Problem("--html shows one row", "command line", "add --row N"))
-        click.echo(printable((folder / "data-card.md").read_text(encoding="utf-8")))
+        card = folder / "data-card.md"
+        if not card.is_file():
+            raise UserError(Problem(f"{folder} has no data card", fix="show one row of it with --row N"))
+        click.echo(printable(card.read_text(encoding="utf-8")))
         click.echo(f"{folder}")
         return
     with tempfile.TemporaryDirectory() as scratch:

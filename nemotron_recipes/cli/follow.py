@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from typing import Any
@@ -44,8 +43,8 @@ class Follower:
         """Print new log lines, then news of the run; `last` also prints an unfinished line."""
         if not self.quiet:
             self._show_logs(last)
-            for line in self.events.lines():
-                self._show_event(json.loads(line))
+            for event in self.events.rows():
+                self._show_event(event)
         if outlook is not None:
             self._show_queue(outlook)
         if not self.quiet:
@@ -102,8 +101,7 @@ class Follower:
                 if not (self.bar and STEP_LINE.match(line)):
                     self._line(tag + line)
         if self.bar and self.metrics:
-            rows = [json.loads(line) for line in self.metrics.lines()]
-            steps = [row for row in rows if "loss" in row]  # a validation has a row of its own
+            steps = [row for row in self.metrics.rows() if "loss" in row]  # a validation has a row of its own
             if steps:
                 self._draw(steps[-1])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -134,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     except NemotronError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        click.echo(f"error: {printable(f'{error.filename}: {error.strerror}')}", err=True)
+        sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         sys.exit(130)
@@ -149,7 +153,8 @@ def _mirror_in_background(arguments: list[str]) -> None:
     from nemotron_recipes.config.profiles import read_environment
     from nemotron_recipes.mirror import sync
 
-    sync.in_background(read_environment().output)
+    with suppress(OSError, UserError):  # the command itself is done, and `artifacts sync` says what is wrong
+        sync.in_background(read_environment().output)
 
 
 def take_config_dirs(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 LONGEST = 64 * 1024  # bytes of one line; a longer one (a bar drawn with carriage returns) is cut into several
 
@@ -39,6 +42,13 @@ class Tail:
                         return
                 self.offset += len(piece)
                 yield piece.decode("utf-8", "replace").rstrip("\r\n").rsplit("\r", 1)[-1]
+
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The same of a JSONL file; a line that a crash tore is left out."""
+        for line in self.lines():
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
 
 
 def _at_a_letter(piece: bytes) -> bytes:

@@ -82,9 +82,10 @@ def show_row(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str,
 def _sequence(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str, number: int) -> Shown:
     rows = metadata["splits"][split]["sequences"]
     _check(number, rows, split)
-    if metadata["format"] == "megatron_npy":
+    if metadata["format"] not in ("native", "parquet"):
+        why = " (pickles, which are not opened here)" if metadata["format"] == "megatron_npy" else ""
         fix = "prepare the same with data.format=native: what was encoded is used again"
-        raise UserError(Problem("data.format=megatron_npy are pickles, which are not opened here", fix=fix))
+        raise UserError(Problem(f"rows in the format {metadata['format']} can't be shown{why}", fix=fix))
     at, pack, ids, mask = (
         _native(folder / split, number) if metadata["format"] == "native" else _parquet(folder / split, number)
     )

@@ -31,8 +31,10 @@ class Spools:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._say("another run prepares the same data: waiting for it, to take over what it has done")
+            self._say("another run prepares data with the same settings: waiting for it, to take over what it has done")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:  # spools are whole or absent without a lock too; only work may be done twice
+            self._say(f"{self.folder} knows no locks ({error.strerror}): going on without")
         self._clean()
         return self
 

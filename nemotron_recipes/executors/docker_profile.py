@@ -63,7 +63,7 @@ def contradictions(profile: DockerProfile) -> Iterator[tuple[str, str, str]]:
     if profile.user is not None and not re.fullmatch(r"\d+:\d+", profile.user):
         yield "user", f"{profile.user!r} is no user", "UID:GID, two numbers"
     for option in profile.options:
-        flag = option.partition("=")[0]
+        flag = option.partition("=")[0] if option.startswith("--") else option[:2]  # -eNAME=VALUE is one word
         if flag in OWN_FLAGS:
             yield "options", f"{flag} is decided by the executor", f"set {OWN_FLAGS[flag]}"
     host = profile.docker_host

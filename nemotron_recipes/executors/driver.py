@@ -153,10 +153,10 @@ class Driver:
         append_event(self.run.events, "stage-exited", stage=stage.name, attempt=attempt, **told)
         if self.stopping:
             raise Stopped
-        if short:
-            raise StageFailed(memory.ended_for(short, folder), memory.STOPPED_BY)
         fingerprint = self._stage_plan(stage.name)["fingerprint"]
         cause = failure_cause(folder, fingerprint, attempt, code, failure, log)
+        if short and cause:  # else it was done before it could be stopped
+            raise StageFailed(memory.ended_for(short, folder), memory.STOPPED_BY)
         if cause and not interrupted:
             raise StageFailed(cause)
         return interrupted if cause else ""

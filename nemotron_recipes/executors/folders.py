@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from nemotron_recipes.spec import Finding
@@ -17,8 +18,8 @@ SKEW_SECONDS = 2.0  # a later deadline or a record's time would lie by more than
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The folder, or the first above it that is there: where it would be made."""
-    while not folder.exists() and folder != folder.parent:
+    """The folder, or the first above it that is seen to be there: where it would be made."""
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 
@@ -45,7 +46,8 @@ def look_at(name: str, folder: Path) -> list[Finding]:
     except OSError as error:
         findings.append(Finding(f"{name} writable", "problem", f"{place}: {error.strerror}"))
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
     return findings
 
 

@@ -212,6 +212,9 @@ class Node:
             with suppress(subprocess.TimeoutExpired):
                 return child.wait(watchdog.LOOK_SECONDS)
             self.stalled = dog.look(child.pid)
+            if (code := child.poll()) is not None:  # it ended while its stacks were collected
+                self.stalled = ""
+                return code
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
             return child.wait(watchdog.KILL_SECONDS)

@@ -31,14 +31,17 @@ def plan_problems(plan: Plan) -> list[Problem]:
 
 def stage_problems(stage: StagePlan, profile: SlurmProfile, site: Site, mode: str, run_dir: str) -> Iterator[Problem]:
     """Everything about a stage that this cluster will not take, or never start."""
-    name = profile.partition_for(mode)
-    partition = site.partition(name)
-    if partition is None:
-        known = ", ".join(p.name for p in site.partitions)
-        what = f"the cluster has no partition '{name}'" if name else "no partition is set, and there is no default"
-        yield Problem(what, checks.where(stage, "partition"), f"one of: {known}")
-    else:
-        yield from _partition_problems(stage, profile, site, partition)
+    unfit = []  # the job starts in whichever of several partitions takes it
+    for name in (profile.partition_for(mode) or "").split(","):
+        partition = site.partition(name)
+        if partition is None:
+            known = ", ".join(p.name for p in site.partitions)
+            what = f"the cluster has no partition '{name}'" if name else "no partition is set, and there is no default"
+            yield Problem(what, checks.where(stage, "partition"), f"one of: {known}")
+        else:
+            unfit.append([*_partition_problems(stage, profile, site, partition)])
+    if unfit and all(unfit):
+        yield from unfit[0]
     if site.enforces_accounts and site.associations is not None:
         yield from _account_problems(stage, profile, site.associations)
     yield from _host_problems(stage, profile, run_dir)

@@ -78,9 +78,8 @@ class Site:
     associations: tuple[Association, ...] | None
 
     def partition(self, name: str | None) -> Partition | None:
-        """The one of that name; of several names with commas the first; without a name the default."""
-        wanted = (name or "").split(",")[0]
-        return next((p for p in self.partitions if (p.name == wanted if wanted else p.default)), None)
+        """The one of that name; without a name the default."""
+        return next((p for p in self.partitions if (p.name == name if name else p.default)), None)
 
     def nodes_of(self, partition: str) -> tuple[NodeKind, ...]:
         return tuple(kind for kind in self.nodes if partition in kind.partitions)

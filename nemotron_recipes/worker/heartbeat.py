@@ -56,6 +56,8 @@ class Heartbeat:
         self._over.set()
         self._news.set()
         self._thread.join(timeout=5)
+        with suppress(OSError):
+            self._write()
 
     def _write_on(self) -> None:
         while not self._over.is_set():
@@ -85,11 +87,12 @@ class Stacks:
         self.path = stage.stacks(attempt, rank)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - until the process ends
+        # What it is again after `unregister`: a signal that comes late must not end the process.
+        signal.signal(getattr(signal, STACKS_SIGNAL), signal.SIG_IGN)
         faulthandler.register(getattr(signal, STACKS_SIGNAL), file=self._file, all_threads=True)
 
     def close(self) -> None:
         faulthandler.unregister(getattr(signal, STACKS_SIGNAL))
-        signal.signal(getattr(signal, STACKS_SIGNAL), signal.SIG_IGN)  # one that comes late must not end the process
         self._file.close()
         with suppress(OSError):
             if self.path.stat().st_size == 0:

@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -53,7 +54,8 @@ def _has_room(folder: Path) -> bool:
     except OSError as error:
         return error.errno not in _NO_ROOM
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # not there; or a read-only file system, which says so of a missing file too
+            probe.unlink()
     return True
 
 

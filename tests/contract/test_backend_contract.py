@@ -41,6 +41,7 @@ TRAIN = {
 # What a backend needs beside that.
 NEEDS = {
     "megatron_bridge": {
+        "train": {"train_iters": 7, "global_batch_size": 16, "micro_batch_size": 1},
         "data": {"path": "artifact:rows", "pack_size": 64},
         "checkpoint": {"pretrained_checkpoint": "artifact:base"},
         "parallel": {},

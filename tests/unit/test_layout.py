@@ -53,7 +53,7 @@ def test_one_broken_rule(layout, train, message):
     assert len(found) == 1 and message in found[0], found
 
 
-def test_packed_mamba_takes_one_pack_at_a_time():
-    assert [p.fix for p in batch_problems(Layout(1), config(micro=2), packed_mamba=True)] == [
+def test_packs_takes_one_pack_at_a_time():
+    assert [p.fix for p in batch_problems(Layout(1), config(micro=2), packs=True)] == [
         "train.micro_batch_size=1"
     ]

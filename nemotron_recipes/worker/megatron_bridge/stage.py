@@ -27,10 +27,12 @@ def run(config: Tree, context: Context) -> None:
     guest = Guest(context)
     with CheckpointWatch(context), guest:
         train(native, forward_step)
+    if not context.is_main:  # on another node the newest checkpoint may not be seen yet
+        return
     newest = latest_checkpoint(context.dir.checkpoints)
     reached = step_of(newest) if newest else 0
     guest.conclude(reached, config["train_iters"])
-    if context.is_main and not context.stop_seen:
+    if not context.stop_seen:
         assert newest is not None
         write_output(newest, context.output("checkpoint"))
         context.results["step"] = reached
