@@ -101,9 +101,9 @@ def job_state(job: str) -> JobState | None:
 
 
 def answer(*argv: str) -> str:
-    """What one of Slurm's commands prints. Unreachable: it refuses, or nobody answers."""
+    """What one of Slurm's commands prints; patient, as for a submission. Unreachable: it refuses, or nobody answers."""
     try:
-        return _question([*argv])
+        return _question([*argv], _SUBMIT_SECONDS)
     except Refused as error:
         raise Unreachable(f"{argv[0]}: {error}") from None
 
@@ -172,13 +172,13 @@ def _run(argv: list[str], seconds: float, environ: Mapping[str, str] | None = No
     return done.stdout
 
 
-def _question(argv: list[str]) -> str:
+def _question(argv: list[str], seconds: float = _ASK_SECONDS) -> str:
     """Ask. Who has just kept us waiting for nothing is not asked again for a moment: a list of runs asks for many."""
     command, now = argv[0], time.monotonic()
     if now < _silent.get(command, 0.0):
         raise Unreachable(f"{command} did not get an answer a moment ago")
     try:
-        return _run(argv, _ASK_SECONDS, {**os.environ, **_TIMES})
+        return _run(argv, seconds, {**os.environ, **_TIMES})
     except Unreachable:
         if time.monotonic() - now > _SLOW_SECONDS:
             _silent[command] = time.monotonic() + _REST_SECONDS

@@ -303,7 +303,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_settings_replace_parameters_whatever_their_case() -> None:
-    spec = Spec("/c", "me", "box", 2, 8, 1000, 0, False, (), True, "127.9.9", (1, 2, 3, 4), settings={"slurmdtimeout": "4"})
+    settings = {"slurmdtimeout": "4"}
+    spec = Spec("/c", "me", "box", 2, 8, 1000, 0, False, (), True, "127.9.9", (1, 2, 3, 4), settings=settings)
     lines = conf.slurm_conf(spec).splitlines()
     assert [line for line in lines if line.lower().startswith("slurmdtimeout=")] == ["slurmdtimeout=4"]
     assert [line.split()[2] for line in lines if line.startswith("NodeName=")] == [
