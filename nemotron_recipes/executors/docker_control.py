@@ -72,6 +72,12 @@ class Docker:
             raise Refused(words)
         raise Unreachable(words)
 
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """`docker ARGUMENTS` as a child whose end tells something; with nobody at its pipe, its first word ends it."""
+        silent, environ = subprocess.DEVNULL, self.environment(os.environ)
+        argv = ("docker", *arguments)
+        return subprocess.Popen(argv, env=environ, stdin=silent, stdout=subprocess.PIPE, stderr=silent)
+
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """For docker commands: this daemon, whatever $DOCKER_HOST and contexts say."""
         return {**environ, _HOST_ENV: self.host}

@@ -77,6 +77,7 @@ class StageContainer:
         self.run_id, self.stage, self.attempt = stage.env[RUN_ID_ENV], StageDir(Path(stage.cwd)), attempt
         self.told: Tree = {"container": container}
         self._waiting: subprocess.Popen[bytes] | None = None
+        self._watching: subprocess.Popen[bytes] | None = None  # ends with the daemon, and not before
         self._code: int | None = None  # once it has ended
         self._asked = False
         self._cut_off = False  # the daemon is away, or was when it ended
@@ -85,13 +86,11 @@ class StageContainer:
         if self._code is not None:
             return True
         if self._waiting is None:
-            self._waiting = subprocess.Popen(
-                ("docker", "wait", self.id),
-                env=self.docker.environment(os.environ),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            if self._watching is None or self._watching.poll() is not None:
+                self._watching = self.docker.start(
+                    "events", "--filter", "event=die", "--filter", f"container={self.id}"
+                )
+            self._waiting = self.docker.start("wait", self.id)
         try:
             told = self._waiting.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -148,9 +147,10 @@ class StageContainer:
 
     def close(self, log: Path) -> None:
         """Keep what the container said before its launcher wrote anything, and remove it."""
-        if self._waiting is not None:
-            self._waiting.kill()
-            self._waiting.wait()
+        for child in (self._waiting, self._watching):
+            if child is not None:
+                child.kill()
+                child.communicate()
         try:
             if not log.exists() or not log.stat().st_size:
                 argv = ("docker", "logs", "--tail", "200", self.id)
@@ -170,12 +170,11 @@ class StageContainer:
 
     def _daemon_went(self) -> bool:
         """Whether the daemon was restarted; returns when it is back. False: somebody else stopped the container."""
-        if not self._cut_off:
-            deadline = time.monotonic() + _LEAVING_SECONDS
-            while _answers(self.docker, 0):
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(_RETRY_SECONDS)
+        if not self._cut_off and self._watching is not None:
+            try:
+                self._watching.wait(_LEAVING_SECONDS)  # a look now and then would miss a quick restart
+            except subprocess.TimeoutExpired:
+                return False
         print("the docker daemon is away, waiting for it", file=sys.stderr)
         return _answers(self.docker, float("inf"))
 
