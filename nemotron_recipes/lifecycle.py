@@ -10,14 +10,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemotron_recipes.artifacts.records import RunView, list_runs, load_run
+from nemotron_recipes.artifacts.records import Ask, RunView, Settle, list_runs, load_run
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import Liveness, folders, get_executor
+from nemotron_recipes.executors import Executor, Liveness, folders, get_executor
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.mirror.journal import Journal, open_journal, pending, unmark
 from nemotron_recipes.mirror.sync import Outcome, replay_all
@@ -244,8 +244,23 @@ def load(run_dir: Path) -> RunView:
 
 
 def newest_runs(root: Path, number: int | None) -> list[RunView]:
-    """The newest runs below `root` (None: all), newest first."""
-    return list_runs(root, liveness, number, _settle)
+    """The newest runs below `root` (None: all), newest first. A scheduler is asked once for all of its runs."""
+    asked: dict[str, Executor] = {}
+
+    def together(handles: list[JobHandle]) -> tuple[Ask, Settle]:
+        for name in {handle.executor for handle in handles}:
+            asked[name] = get_executor(name).together([handle for handle in handles if handle.executor == name])
+        return lambda handle: asked[handle.executor].liveness(handle), lambda handle: asked[handle.executor].settle(
+            handle
+        )
+
+    views = list_runs(root, together, number)
+    return [
+        replace(view, differences=tuple(asked[view.handle.executor].differences(view.handle)))
+        if view.handle and view.handle.executor in asked and view.state in ("running", "stalled", "pending", "lost")
+        else view
+        for view in views
+    ]
 
 
 def mirror(output: Path) -> list[Outcome]:

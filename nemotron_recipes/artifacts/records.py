@@ -18,6 +18,7 @@ from nemotron_recipes.spec import JobHandle, Liveness, Tree
 
 Ask = Callable[[JobHandle], Liveness]
 Settle = Callable[[JobHandle], list[Tree]]
+Together = Callable[[list[JobHandle]], tuple[Ask, Settle]]
 TAIL_LINES = 12
 TAIL_BYTES = 16384
 BEGINS = ("submitted", "submitting", "driver-started")  # what follows the newest of these counts
@@ -60,6 +61,7 @@ class RunView:
     plan: Tree
     handle: JobHandle | None = None
     explanation: str = ""
+    differences: tuple[str, ...] = ()  # sentences on where the sources disagree about it, where they were compared
 
     def stage(self, name: str) -> StageView:
         """The stage of that name; UserError names the nearest."""
@@ -70,14 +72,18 @@ class RunView:
         raise UserError(Problem(f"run {self.id} has no stage '{name}'", self.path, fix))
 
 
-def list_runs(
-    runs_root: Path, liveness: Ask | None = None, newest: int | None = None, settle: Settle | None = None
-) -> list[RunView]:
-    """The `newest` runs below `runs_root` (all), newest first. A damaged one is listed, with what is wrong with it."""
+def list_runs(runs_root: Path, together: Together | None = None, newest: int | None = None) -> list[RunView]:
+    """The `newest` runs below `runs_root` (all), newest first. A damaged one is listed, with what is wrong with it.
+
+    together  given the handles of all runs whose end is not recorded, asks once how they stand: what `load_run` asks
+    """
     folders = _run_folders(runs_root)
     if newest is not None:  # plan.json is written once, so its time says when; reading every plan would take seconds
         folders = sorted(folders, key=lambda folder: (folder / "plan.json").stat().st_mtime)[-newest:]
-    views = [load_run(folder, liveness, settle) for folder in folders]
+    opened = [_open(RunDir(folder)) for folder in folders]
+    open_ends = [run.handle for run in opened if run.handle and not _end_is_recorded(run.events)]
+    asked = together(open_ends) if together and open_ends else (None, None)
+    views = [_view(run, *asked) for run in opened]
     return sorted(views, key=lambda view: (view.created, view.id), reverse=True)
 
 
@@ -100,16 +106,34 @@ def load_run(run_dir: Path, liveness: Ask | None = None, settle: Settle | None =
     liveness  asks the executor; not asked when the launcher itself recorded the end. None: nobody can be asked
     settle    asks the executor how a run ended whose launcher could not record it
     """
-    run = RunDir(Path(run_dir))
+    return _view(_open(RunDir(Path(run_dir))), liveness, settle)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run folder as it was read."""
+
+    run: RunDir
+    plan: Tree
+    handle: JobHandle | None
+    events: list[Tree]
+    damage: str = ""
+
+
+def _open(run: RunDir) -> _Opened:
     try:
-        plan, handle_tree = read_json(run.plan), read_json(run.handle)
+        plan, handle = read_json(run.plan), read_json(run.handle)
     except ValueError as error:
-        what = f"plan.json or handle.json can't be read: {error}"
-        return RunView(run.path.name, str(run.path), "", "", "lost", (), {}, explanation=what)
+        return _Opened(run, {}, None, [], f"plan.json or handle.json can't be read: {error}")
     if plan is None:
         raise UserError(Problem(f"{run.path} is not a run folder", fix="it has no plan.json"))
-    handle = JobHandle(**handle_tree) if handle_tree else None
-    events = list(read_jsonl(run.events))
+    return _Opened(run, plan, JobHandle(**handle) if handle else None, list(read_jsonl(run.events)))
+
+
+def _view(opened: _Opened, liveness: Ask | None, settle: Settle | None) -> RunView:
+    run, plan, handle, events = opened.run, opened.plan, opened.handle, opened.events
+    if opened.damage:
+        return RunView(run.path.name, str(run.path), "", "", "lost", (), {}, explanation=opened.damage)
     alive = _liveness(events, handle, liveness)
     if alive == "ended" and handle and settle and not _end_is_recorded(events):
         missing = settle(handle)

@@ -30,12 +30,15 @@ def list_command(as_json: bool, number: int) -> None:
     """List the newest runs and their states."""
     found = lifecycle.newest_runs(_root(), number)
     if as_json:
-        click.echo(json.dumps([summary.as_tree(view) for view in found], indent=2))
+        trees = [{**summary.as_tree(view), "differences": list(view.differences)} for view in found]
+        click.echo(json.dumps(trees, indent=2))
     elif not found:
         click.echo(f"no runs yet in {_root()}")
     else:
         rows = [(v.id, v.state, age(v.created), " ".join(f"{s.name}:{s.state}" for s in v.stages)) for v in found]
         click.echo(table(("RUN", "STATE", "CREATED", "STAGES"), rows))
+        for sentence, runs_of in _by_sentence(found).items():
+            click.echo(printable(f"differs  {', '.join(runs_of)}: {sentence}"))
 
 
 @runs.command()
@@ -118,6 +121,15 @@ runs.add_command(compare.diff)
 runs.add_command(compare.compare)
 runs.add_command(tensorboard.tensorboard)
 runs.add_command(explain.explain_command)
+
+
+def _by_sentence(views: list[records.RunView]) -> dict[str, list[str]]:
+    """Where sources disagree -> the runs of which that is said: that Slurm can't be asked is said once."""
+    found: dict[str, list[str]] = {}
+    for view in views:
+        for sentence in view.differences:
+            found.setdefault(sentence, []).append(view.id)
+    return found
 
 
 def _root() -> Path:

@@ -52,6 +52,10 @@ class Executor(Protocol):
         """Send exactly `rendered`. Its files are already on disk. Returns once the run is accepted."""
         ...
 
+    def together(self, handles: Sequence[JobHandle]) -> Executor:
+        """One that has asked once for all of these runs, to read and settle them; it says what was so then."""
+        ...
+
     def liveness(self, handle: JobHandle) -> Liveness:
         """Whether anybody still runs it. Never blocks for long, never writes."""
         ...

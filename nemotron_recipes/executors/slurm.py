@@ -23,6 +23,7 @@ from nemotron_recipes.executors import (
     slurm_files,
     slurm_outcome,
     slurm_script,
+    slurm_snapshot,
 )
 from nemotron_recipes.executors.slurm_files import CODE, SNAPSHOT
 from nemotron_recipes.executors.slurm_preflight import plan_problems
@@ -44,6 +45,13 @@ class SlurmExecutor:
     profile_model = SlurmProfile
     detaches = True
     ask_seconds = 10.0  # every question costs slurmctld a lock
+
+    def __init__(self, told: slurm_snapshot.Snapshot | None = None):
+        self._told = told  # what Slurm has said of many runs together; None: it is asked of each
+
+    def together(self, handles: Sequence[JobHandle]) -> SlurmExecutor:
+        """One question to slurmctld, one to the accounting."""
+        return SlurmExecutor(slurm_snapshot.take(handles))
 
     def check(self, stage: StagePlan) -> list[Problem]:
         """Secrets, reserved names, text that can't travel, and settings that contradict each other."""
@@ -150,7 +158,8 @@ class SlurmExecutor:
         """Asks slurmctld and the accounting of every job that has not been forgotten."""
         ended = slurm_outcome.has_ended(RunDir(Path(handle.run_dir)))
         try:
-            states = self._states(handle)
+            told = self._told or slurm_snapshot.take([handle])
+            states = told.states(handle)
         except slurm_control.Unreachable as error:
             return [] if ended else [f"Slurm can't be asked ({error}): this is what the run folder says"]
         found = [slurm_facts.difference(stage, state, ended) for stage, state in states.items()]
@@ -190,7 +199,7 @@ class SlurmExecutor:
     def cancel(self, handle: JobHandle) -> None:
         """scancel every job, wait until they are gone, then record it; of a run that has ended nothing changes."""
         run = RunDir(Path(handle.run_dir))
-        jobs = _jobs(handle)
+        jobs = slurm_snapshot.jobs_of(handle)
         deadline = time.monotonic() + _STOP_SECONDS
         try:
             slurm_control.scancel(job for job, state in self._known(jobs.values()).items() if state.active)
@@ -222,8 +231,8 @@ class SlurmExecutor:
         """No job of a submission that failed stays, not even one whose acceptance sbatch could not tell any more."""
         known = [*handle.native["jobs"].values()]
         slurm_files.write_attempts(run, {})
-        for name in handle.native["names"].values():
-            known += slurm_control.jobs_named(name)
+        for jobs in slurm_control.jobs_named(*handle.native["names"].values()).values():
+            known += jobs
         try:
             slurm_control.scancel(dict.fromkeys(known))
         except (slurm_control.Refused, slurm_control.Unreachable) as error:
@@ -234,7 +243,9 @@ class SlurmExecutor:
 
     def _states(self, handle: JobHandle) -> dict[str, slurm_control.JobState]:
         """Stage -> state of its job, in order, for those that Slurm knows."""
-        jobs = _jobs(handle)
+        if self._told is not None:
+            return self._told.states(handle)
+        jobs = slurm_snapshot.jobs_of(handle)
         known = self._known(jobs.values())
         return {stage: known[job] for stage, job in jobs.items() if job in known}
 
@@ -247,17 +258,6 @@ class SlurmExecutor:
         plan = read_json(run.plan) or {"stages": []}
         prints = {stage["name"]: stage["fingerprint"] for stage in plan["stages"]}
         return slurm_outcome.missing_events(run, dict(states), prints)
-
-
-def _jobs(handle: JobHandle) -> dict[str, str]:
-    """Stage -> job. One that was accepted while its submitter died is in no handle, but has its name."""
-    jobs = dict(handle.native["jobs"])
-    for stage, name in handle.native["names"].items():
-        if stage not in jobs:
-            found = slurm_control.jobs_named(name)
-            if found:
-                jobs[stage] = found[0]
-    return jobs
 
 
 def _make_ready(plan: Plan, run: RunDir) -> None:

@@ -7,55 +7,22 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
+from nemotron_recipes.executors import slurm_states
+from nemotron_recipes.executors.slurm_states import JobState
+
+__all__ = ["JobState", "Refused", "Unreachable"]
 
 _ASK_SECONDS = 20.0  # slurmctld answers in milliseconds; a dead one is noticed by the commands after their own time-out
 _SUBMIT_SECONDS = 120.0
 _SLOW_SECONDS, _REST_SECONDS = 1.0, 3.0
+_JOBS_AT_ONCE, _NAMES_AT_ONCE = 5000, 500  # an argument holds 128 KiB
 _silent: dict[str, float] = {}  # command -> until when it is not worth another try (time.monotonic)
-
-# https://slurm.schedmd.com/sacct.html#SECTION_JOB-STATE-CODES
-_ACTIVE = {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "RESIZING", "SIGNALING"}
-_ACTIVE |= {"STAGE_OUT", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "STOPPED"}
 
 # Slurm's commands take options from these; what a job gets is what the script and the command say, nothing unseen.
 _OPTIONS_IN_ENVIRONMENT = ("SBATCH_", "SRUN_", "SALLOC_", "SLURM_")
-
-
-@dataclass(frozen=True)
-class JobState:
-    """What Slurm says of a job. `signal`: what ended its script, else 0. `by`: who cancelled it, where sacct knows."""
-
-    job: str
-    state: str
-    exit_code: int = 0
-    signal: int = 0
-    reason: str = ""
-    nodes: str = ""
-    limit: str = ""
-    by: str = ""
-    restarts: int = 0  # how often it was put back into the queue, where slurmctld still knows
-    details: Mapping[str, str] = field(default_factory=dict, compare=False)  # all that `scontrol show job` says
-
-    @property
-    def active(self) -> bool:
-        """Whether it runs or may still do so. One that waits for a job that failed never will."""
-        return self.state in _ACTIVE and self.reason != "DependencyNeverSatisfied"
-
-    @property
-    def impossible(self) -> bool:
-        """Whether it asks for more than its partition has, and would wait until somebody changes one of them."""
-        return self.state == "PENDING" and self.reason in (
-            "PartitionConfig",
-            "PartitionTimeLimit",
-            "PartitionNodeLimit",
-        )
-
-    @property
-    def waiting(self) -> bool:
-        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
 
 _TIMES = {"SLURM_TIME_FORMAT": "%s"}  # else as the user's own environment and time zone have it
@@ -88,16 +55,39 @@ def job_state(job: str) -> JobState | None:
     forgets a job after MinJobAge (five minutes, unless the site says otherwise).
     """
     try:
-        state = _of_scontrol(job, _question(["scontrol", "--oneliner", "show", "job", job]))
+        state = slurm_states.of_scontrol(job, _question(["scontrol", "--oneliner", "show", "job", job]))
     except Refused as error:
         if "Invalid job id" not in str(error):
             raise Unreachable(str(error)) from None
-        return _of_sacct(job)
+        return _accounted([job]).get(job)
+    except slurm_states.Unclear as error:
+        raise Unreachable(str(error)) from None
     if state.state == "CANCELLED" or state.state == "NODE_FAIL":
-        told = _of_sacct(job)  # it also names who cancelled
+        told = _accounted([job]).get(job)  # it also names who cancelled
         if told is not None and told.state == state.state:
             return replace(state, by=told.by)
     return state
+
+
+def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
+    """The same of many jobs, by id, those that Slurm knows: one question to slurmctld, one to the accounting.
+
+    What both say is in the states. Unreachable when slurmctld can't be asked.
+    """
+    now: dict[str, JobState] = {}
+    accounted: dict[str, JobState] = {}
+    fields = ",".join(f"{name}:{width}|" for name, width in slurm_states.SQUEUE_FIELDS.items())
+    argv = ["squeue", "--all", "--states=all", "--noheader", f"--Format={fields}"]
+    for some in slurm_states.chunks(dict.fromkeys(jobs), _JOBS_AT_ONCE):
+        try:
+            now |= slurm_states.of_squeue(_question([*argv, f"--jobs={','.join(some)}"]))
+        except Refused as error:
+            if "Invalid job id" not in str(error):  # so it says where it knows none of them
+                raise Unreachable(str(error)) from None
+        except slurm_states.Unclear as error:
+            raise Unreachable(str(error)) from None
+        accounted |= _accounted(some)
+    return slurm_states.merged(now, accounted)
 
 
 def answer(*argv: str) -> str:
@@ -116,18 +106,19 @@ def ask(*argv: str) -> str:
         return ""
 
 
-def accounted(job: str) -> JobState | None:
-    """What the accounting alone says of a job; None when there is none, or none of this job."""
-    return _of_sacct(job)
-
-
-def jobs_named(name: str) -> list[str]:
-    """Ids of this user's unfinished jobs of that name; [] when Slurm can't be asked."""
-    argv = ["squeue", "--noheader", "--format=%A", f"--name={name}", f"--user={os.getuid()}"]
-    try:
-        return _run(argv, _ASK_SECONDS).split()
-    except (Refused, Unreachable):
-        return []
+def jobs_named(*names: str) -> dict[str, list[str]]:
+    """Name -> ids of this user's unfinished jobs of that name; {} when Slurm can't be asked."""
+    found: dict[str, list[str]] = {}
+    for some in slurm_states.chunks(names, _NAMES_AT_ONCE):
+        argv = ["squeue", "--noheader", "--format=%A %j", f"--name={','.join(some)}", f"--user={os.getuid()}"]
+        try:
+            said = _run(argv, _ASK_SECONDS)
+        except (Refused, Unreachable):
+            continue
+        for line in said.splitlines():
+            job, _, name = line.partition(" ")
+            found.setdefault(name.strip(), []).append(job)
+    return found
 
 
 def scancel(jobs: Iterable[str]) -> None:
@@ -185,35 +176,13 @@ def _question(argv: list[str], seconds: float = _ASK_SECONDS) -> str:
         raise
 
 
-def _of_scontrol(job: str, text: str) -> JobState:
-    words: dict[str, str] = {}
-    for key, value in re.findall(r"(?:^|\s)([A-Z][\w/]*)=(\S*)", text):
-        words.setdefault(key, value)  # texts of the user's come after Slurm's own words
-    code, _, number = words.get("ExitCode", "0:0").partition(":")
-    reason = words.get("Reason", "").replace("None", "")
-    nodes = words.get("NodeList", "").replace("(null)", "")
-    return JobState(
-        *(job, words.get("JobState", ""), int(code), int(number or 0), reason, nodes, words.get("TimeLimit", "")),
-        restarts=int(words.get("Restarts", "0")),
-        details=words,
-    )
-
-
-def _of_sacct(job: str) -> JobState | None:
-    """None when there is no accounting, or none of this job."""
-    argv = ["sacct", "-X", "--noheader", "--parsable2", f"--jobs={job}"]
+def _accounted(jobs: list[str]) -> dict[str, JobState]:
+    """What the accounting knows of them; {} when there is none, or it does not answer: nobody knows more then."""
+    argv = ["sacct", "-X", "--noheader", "--parsable2", f"--jobs={','.join(jobs)}"]
     try:
-        said = _question([*argv, "--format=State,ExitCode,NodeList,Timelimit,Reason"])
-    except (Refused, Unreachable):  # no accounting, no sacct, or a database that is down: nobody knows more
-        return None
-    rows = [line.split("|") for line in said.splitlines() if line.count("|") >= 4]
-    if not rows:
-        return None
-    state, code, nodes, limit, reason = rows[-1][:5]  # the newest incarnation
-    word, _, by = state.partition(" by ")
-    exit_code, _, number = code.partition(":")
-    reason = reason.replace("None", "")
-    return JobState(job, word, int(exit_code or 0), int(number or 0), reason, nodes, limit, by)
+        return slurm_states.of_sacct(ask(*argv, f"--format={slurm_states.SACCT_FIELDS}"))
+    except slurm_states.Unclear as error:
+        raise Unreachable(str(error)) from None
 
 
 def missing(error: Unreachable) -> UserError:

@@ -7,6 +7,7 @@ import re
 from nemotron_recipes.executors import slurm_control, slurm_reasons
 from nemotron_recipes.executors.slurm_control import JobState
 from nemotron_recipes.executors.slurm_profile import limit_seconds
+from nemotron_recipes.executors.slurm_states import differs
 from nemotron_recipes.spec import JobFacts, Wait
 
 
@@ -31,21 +32,14 @@ def difference(stage: str, state: JobState, ended: bool) -> str:
 
     ended   whether the run folder says that the run is over
     """
-    accounted = slurm_control.accounted(state.job) if state.details else None  # without details it was asked already
-    words = {"slurmctld" if state.details else "sacct": state.state}
-    if accounted is not None and accounted.state != state.state and not _on_its_way(state.state, accounted.state):
-        words["sacct"] = accounted.state
+    words = {state.source: state.state}
+    if differs(state):
+        words["sacct"] = str(state.accounted)
     if ended and state.active and state.state not in ("COMPLETING", "RUNNING"):
         words["the run folder"] = "ended"
     if len(words) < 2:
         return ""
     return f"{stage}: " + ", ".join(f"{source} says {word} of job {state.job}" for source, word in words.items())
-
-
-def _on_its_way(now: str, accounted: str) -> bool:
-    """Both name a moment of the same course: a job that begins, or whose processes are being cleared away."""
-    beginning, ending = ("PENDING", "CONFIGURING", "REQUEUED"), ("RUNNING", "COMPLETING")
-    return any(now in words and accounted in words for words in (beginning, ending))
 
 
 def wait_of(stage: str, state: JobState) -> Wait:

@@ -1,0 +1,55 @@
+"""What Slurm says of the jobs of many runs, asked together: a list of a thousand runs costs it what one run does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nemotron_recipes.executors import slurm_control
+from nemotron_recipes.executors.slurm_states import JobState
+from nemotron_recipes.spec import JobHandle
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """jobs: run folder -> stage -> job. unreachable: why slurmctld could not be asked; then it knows of none."""
+
+    jobs: Mapping[str, Mapping[str, str]]
+    known: Mapping[str, JobState] = field(default_factory=dict)
+    unreachable: str = ""
+
+    def states(self, handle: JobHandle) -> dict[str, JobState]:
+        """Stage -> state of its job, in order, for those that Slurm knows. Unreachable when it could not be asked."""
+        if self.unreachable:
+            raise slurm_control.Unreachable(self.unreachable)
+        jobs = self.jobs[handle.run_dir]
+        return {stage: self.known[job] for stage, job in jobs.items() if job in self.known}
+
+
+def take(handles: Sequence[JobHandle]) -> Snapshot:
+    """Ask once for all of them."""
+    names = [name for handle in handles for name in _unnoted(handle).values()]
+    named = slurm_control.jobs_named(*names) if names else {}
+    jobs = {handle.run_dir: _jobs(handle, named) for handle in handles}
+    try:
+        known = slurm_control.job_states(job for each in jobs.values() for job in each.values())
+    except slurm_control.Unreachable as error:
+        return Snapshot(jobs, unreachable=str(error))
+    return Snapshot(jobs, known)
+
+
+def jobs_of(handle: JobHandle) -> dict[str, str]:
+    """Stage -> job of one run."""
+    names = _unnoted(handle).values()
+    return _jobs(handle, slurm_control.jobs_named(*names) if names else {})
+
+
+def _unnoted(handle: JobHandle) -> dict[str, str]:
+    """Stage -> name of its job, where no id is in the handle."""
+    return {stage: name for stage, name in handle.native["names"].items() if stage not in handle.native["jobs"]}
+
+
+def _jobs(handle: JobHandle, named: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """One that was accepted while its submitter died is in no handle, but has its name."""
+    found = {stage: named[name][0] for stage, name in _unnoted(handle).items() if named.get(name)}
+    return {**handle.native["jobs"], **found}

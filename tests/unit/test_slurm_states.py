@@ -1,0 +1,226 @@
+"""What Slurm prints of jobs becomes one state a job: arrays, components, dependencies; and a list asks once."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_recipes import lifecycle
+from nemotron_recipes.executors import slurm_control, slurm_files, slurm_states
+from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm_states import (
+    JobState,
+    Unclear,
+    combined,
+    merged,
+    of_sacct,
+    of_scontrol,
+    of_squeue,
+)
+from nemotron_recipes.rundir import RunDir, append_event, read_jsonl
+from nemotron_recipes.spec import JobHandle, to_json
+from tests.helpers.executor_harness import placement
+from tests.helpers.plans import plan_of, probe_stage
+
+RECORDED = Path(__file__).parents[1] / "recorded" / "slurm-22.05" / "jobs"  # its README.md says what each job is
+
+# job -> state as slurmctld knows it, whether it may still run, (exit code, signal)
+TRUTH: dict[str, tuple[str, bool, tuple[int, int]]] = {
+    "626": ("RUNNING", True, (0, 0)),
+    "627": ("PENDING", True, (0, 0)),
+    "628": ("PENDING", True, (0, 0)),
+    "629": ("FAILED", False, (3, 0)),
+    "630": ("PENDING", False, (0, 0)),
+    "631": ("CANCELLED", False, (0, 0)),
+    "632": ("COMPLETED", False, (0, 0)),
+    "633": ("COMPLETED", False, (0, 0)),
+    "634": ("RUNNING", True, (0, 0)),
+    "636": ("PENDING", True, (0, 0)),
+    "637": ("PENDING", True, (0, 0)),
+    "638": ("FAILED", False, (0, 9)),
+    "639": ("CANCELLED", False, (0, 0)),
+    "640": ("COMPLETED", False, (0, 0)),
+}
+
+
+def recorded(name: str) -> str:
+    return (RECORDED / f"{name}.txt").read_text()
+
+
+def facts(found: dict[str, JobState]) -> dict[str, tuple[str, bool, tuple[int, int]]]:
+    return {job: (s.state, s.active, (s.exit_code, s.signal)) for job, s in found.items()}
+
+
+def test_squeue_of_arrays_components_and_dependencies() -> None:
+    assert facts(of_squeue(recorded("squeue"))) == TRUTH
+
+
+def test_sacct_of_the_same_jobs_lags_behind() -> None:
+    told = facts(of_sacct(recorded("sacct")))
+    assert told.pop("626") == ("PENDING", True, (0, 0))
+    assert told == {job: truth for job, truth in TRUTH.items() if job != "626"}
+
+
+@pytest.mark.parametrize(("name", "job"), [("array", "626"), ("het", "634"), ("never", "630")])
+def test_scontrol_of_the_same_jobs(name: str, job: str) -> None:
+    assert facts({job: of_scontrol(job, recorded(f"scontrol-{name}"))}) == {job: TRUTH[job]}
+
+
+def test_both_together_and_where_they_differ() -> None:
+    both = merged(of_squeue(recorded("squeue")), of_sacct(recorded("sacct")))
+    assert facts(both) == TRUTH
+    assert both["639"].by == "0"
+    assert [job for job, state in both.items() if slurm_states.differs(state)] == ["626"]
+    forgotten = merged({}, of_sacct(recorded("sacct")))
+    assert (forgotten["629"].exit_code, forgotten["629"].source) == (3, "sacct")
+
+
+def test_why_a_job_waits() -> None:
+    found = of_squeue(recorded("squeue"))
+    assert {job: found[job].reason for job in ("626", "627", "628", "630")} == {
+        "626": "",
+        "627": "JobHeldUser",
+        "628": "Dependency",
+        "630": "DependencyNeverSatisfied",
+    }
+    assert [job for job, state in found.items() if state.never] == ["630"]
+
+
+def test_parts_of_a_job() -> None:
+    def of(*states: str) -> str:
+        return combined([JobState("1", state) for state in states]).state
+
+    assert of("COMPLETED", "PENDING", "RUNNING") == "RUNNING"
+    assert of("COMPLETED", "PENDING") == "PENDING"
+    assert of("COMPLETED", "TIMEOUT", "COMPLETED") == "TIMEOUT"
+    assert of("COMPLETED", "COMPLETED") == "COMPLETED"
+
+
+def test_a_state_that_nobody_knows_is_said_and_not_guessed() -> None:
+    text = recorded("sacct").replace("RUNNING", "TELEPORTING")
+    with pytest.raises(Unclear, match="'TELEPORTING'"):
+        of_sacct(text)
+
+
+FAKE = """#!{python}
+import pathlib, sys
+with open({log!r}, "a") as log:
+    log.write({name!r} + "\\n")
+jobs = next(word for word in sys.argv if word.startswith("--jobs=")).partition("=")[2].split(",")
+for job in jobs:
+    state = pathlib.Path({folder!r}, job).read_text() if pathlib.Path({folder!r}, job).exists() else {other!r}
+    if state:
+        print({row!r}.format(job=job, state=state))
+"""
+
+
+class FakeSlurm:
+    """squeue and sacct that print what they are told of each job, and count how often they are asked."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.log = tmp_path / "fake-slurm", tmp_path / "asked.txt"
+        for name in ("bin", "squeue", "sacct"):
+            (self.folder / name).mkdir(parents=True)
+        self.serve("squeue", "{job}|{state}|0|0|1:00|None|N/A|node1|", "RUNNING")
+        self.serve("sacct", "{job}|{state}|0:0|node1|00:01:00|None", "RUNNING")
+        monkeypatch.setenv("PATH", str(self.folder / "bin"))
+
+    def serve(self, name: str, row: str, other: str) -> None:
+        program = self.folder / "bin" / name
+        fields = {"python": sys.executable, "log": str(self.log), "name": name, "folder": str(self.folder / name)}
+        program.write_text(FAKE.format(**fields, row=row, other=other))
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+    def says(self, source: str, job: str, state: str) -> None:
+        (self.folder / source / job).write_text(state)
+
+    @property
+    def asked(self) -> list[str]:
+        return self.log.read_text().split()
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    slurm_control._silent.clear()
+    return FakeSlurm(tmp_path, monkeypatch)
+
+
+def submitted_run(root: Path, name: str, *jobs: str) -> Path:
+    """A run folder as a submission leaves it."""
+    stages = [probe_stage(f"stage{number}", placement=placement(SlurmExecutor())) for number in range(len(jobs))]
+    plan = plan_of(root / name, *stages)
+    run = RunDir(Path(plan.run_dir))
+    run.path.mkdir(parents=True)
+    run.plan.write_text(to_json(plan))
+    native = {"jobs": {s.name: job for s, job in zip(stages, jobs, strict=True)}, "names": {}}
+    run.handle.write_text(to_json(JobHandle("slurm", plan.id, plan.run_dir, native)))
+    slurm_files.write_attempts(run, {s.name: 1 for s in stages})
+    append_event(run.events, "submitting", attempts={s.name: 1 for s in stages})
+    for stage, job in native["jobs"].items():
+        append_event(run.events, "job-accepted", stage=stage, attempt=1, job=job)
+    return run.path
+
+
+def test_a_thousand_runs_are_one_question(fake: FakeSlurm, tmp_path: Path) -> None:
+    first = submitted_run(tmp_path / "runs", "run", "1", "2")
+    for number in range(1, 1000):
+        _copy(first, tmp_path / "runs" / f"run-{number}", number)
+    views = lifecycle.newest_runs(tmp_path / "runs", None)
+    assert len(views) == 1000
+    assert {view.state for view in views} == {"running"}
+    assert fake.asked == ["squeue", "sacct"]
+
+
+def _copy(run: Path, to: Path, number: int) -> None:
+    to.mkdir()
+    jobs = {f"stage{place}": str(10 * number + place) for place in range(2)}
+    for name in ("plan.json", "handle.json", "events.jsonl"):
+        text = (run / name).read_text().replace(str(run), str(to))
+        if name == "handle.json":
+            tree: dict[str, Any] = json.loads(text)
+            text = json.dumps(tree | {"native": {"jobs": jobs, "names": {}}})
+        (to / name).write_text(text)
+
+
+def test_accounting_that_lags_is_not_believed_but_told(fake: FakeSlurm, tmp_path: Path) -> None:
+    fake.says("sacct", "1", "PENDING")
+    submitted_run(tmp_path / "runs", "run", "1")
+    (view,) = lifecycle.newest_runs(tmp_path / "runs", None)
+    assert view.differences == ("stage0: slurmctld says RUNNING of job 1, sacct says PENDING of job 1",)
+
+
+def test_what_slurmctld_has_forgotten_the_accounting_tells(fake: FakeSlurm, tmp_path: Path) -> None:
+    fake.says("squeue", "1", "")
+    fake.says("sacct", "1", "TIMEOUT")
+    run = submitted_run(tmp_path / "runs", "run", "1")
+    (view,) = lifecycle.newest_runs(tmp_path / "runs", None)
+    assert view.state == "failed"
+    assert "time limit" in view.explanation
+    assert [e["scheduler"] for e in read_jsonl(RunDir(run).events) if e["event"] == "finished"] == ["TIMEOUT"]
+    fake.log.unlink()
+    lifecycle.newest_runs(tmp_path / "runs", None)
+    assert not fake.log.exists(), "the end is recorded: nobody has to be asked"
+
+
+def test_without_accounting_squeue_alone_tells(fake: FakeSlurm, tmp_path: Path) -> None:
+    (fake.folder / "bin" / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
+    fake.says("squeue", "2", "PENDING")
+    submitted_run(tmp_path / "runs", "one", "1")
+    submitted_run(tmp_path / "runs", "two", "2")
+    views = lifecycle.newest_runs(tmp_path / "runs", None)
+    assert sorted((Path(view.path).name, view.state) for view in views) == [("one", "running"), ("two", "pending")]
+    assert [view.differences for view in views] == [(), ()]
+
+
+def test_where_slurm_is_not_there_the_run_folder_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = submitted_run(tmp_path / "runs", "run", "1")
+    append_event(RunDir(path).events, "stage-started", stage="stage0", attempt=1, pid=1, job="1", hosts=["node1"])
+    (view,) = lifecycle.newest_runs(tmp_path / "runs", None)
+    assert view.state == "running"
+    assert "this is what the run folder says" in view.differences[0]
