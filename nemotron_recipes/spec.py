@@ -30,6 +30,7 @@ class Request:
     config_dirs: tuple[str, ...] = ()
     force: bool = False  # ignore caches and earlier results
     offline: bool = False  # never ask the network, not even to pin a remote reference
+    smoke: int = 0  # only so many steps, to project the whole run from; 0: the whole run
     cwd: str = "."  # absolute; relative paths and env.toml are looked for from here
 
     @property
@@ -197,6 +198,8 @@ class StagePlan:
     fingerprint: str
     reused: Artifact | None = None  # set when an earlier run already made this stage's output
     resume_from: str | None = None  # a whole checkpoint (iter_NNNNNNN) to continue from
+    stands_for: Tree = field(default_factory=dict)  # of a smoke run: fingerprint and length of the whole one
+    estimate: Tree = field(default_factory=dict)  # what it will take (planning/estimate.py); {} where nothing trains
 
 
 @dataclass(frozen=True)

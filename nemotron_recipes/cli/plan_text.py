@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
+from nemotron_recipes.cli.estimate_text import estimate_lines
 from nemotron_recipes.cli.text import short
 from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import SHOWN, printable
@@ -79,6 +80,7 @@ def _stage(stage: StagePlan, rendered: RenderedStage | None) -> list[str]:
     if place.secrets:
         lines.append(f"               secrets passed on by name: {', '.join(place.secrets)}")
     lines += [f"  note         {note}" for note in stage.launch.notes]
+    lines += estimate_lines(stage.estimate)
     lines.append("  inputs")
     lines += [f"    {key:<24} {_pinned(artifact)}" for key, artifact in stage.inputs.items()]
     if stage.resume_from:

@@ -10,6 +10,7 @@ import click
 
 from nemotron_recipes.config.catalog import Catalog
 from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.planning.smoke import LEAST
 from nemotron_recipes.spec import Request
 
 
@@ -119,6 +120,9 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
         click.Option(["--plan-out"], metavar="FILE", help="Save the plan for `nemotron apply`; run nothing."),
         click.Option(["--config-dir"], metavar="DIR", help="Your own conf/ (repeatable)."),
     ]
+    if not prepares and path[-1] != "pipe":
+        short = "Only the first N steps, with saves: projects the whole run's time."
+        params.append(click.Option(["--smoke"], type=click.IntRange(min=LEAST), metavar="N", help=short))
     if prepares:
         params.append(
             click.Option(["--sample"], type=click.IntRange(min=1), metavar="N", help="At most N rows a source.")
@@ -171,6 +175,7 @@ def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[
         force=bool(options.get("force")),
         offline=options["offline"],
         cwd=os.getcwd(),
+        smoke=options.get("smoke") or 0,
     )
 
 

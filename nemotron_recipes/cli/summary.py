@@ -39,6 +39,8 @@ def closing(view: RunView) -> str:
     learned = [line for stage in view.stages for line in _learned(stage)]
     if learned:
         lines += ["", "what was learned", *learned]
+    projected = [line for stage in view.stages for line in _projected(view, stage)]
+    lines += ["", *projected] if projected else []
     curves = [str(path) for stage in view.stages if (path := curve(view, stage)).exists()]
     if curves:
         lines += ["", "loss curves", *(f"  {path}" for path in curves)]
@@ -142,6 +144,28 @@ def _learned(stage: StageView) -> list[str]:
         if before is not None and after is not None:
             lines.append(f"  {stage.name:<14} {words} {before:.1%} -> {after:.1%}")
     return lines
+
+
+def _projected(view: RunView, stage: StageView) -> list[str]:
+    """What a smoke run says of the whole run."""
+    from nemotron_recipes.planning.history import pace_of
+
+    if not view.plan.get("request", {}).get("smoke"):
+        return []
+    pace = pace_of(RunDir(Path(view.path)), stage.name)
+    if pace is None:
+        return ["how long the whole run takes was not measured: it saved too fast to be seen, or not in one go"]
+    measured = (("step", pace.step_seconds), ("save", pace.save_seconds), ("validation", pace.evaluation_seconds))
+    told = ", ".join(f"{seconds:.3g} s a {name}" for name, seconds in measured)
+    planned = next(planned for planned in view.plan["stages"] if planned["name"] == stage.name)
+    place, whole = planned["placement"], planned["stands_for"]
+    seconds = pace.whole(whole)
+    hours = seconds / 3600 * place["nodes"] * place["nproc_per_node"]
+    return [
+        f"measured     {told}, {pace.fixed_seconds:.3g} s once",
+        f"projected    {whole['steps']} steps, a save every {whole['save_interval']}: {duration(seconds)},"
+        f" {hours:.3g} GPU-hours with one GPU a process",
+    ]
 
 
 def _next(view: RunView) -> list[str]:

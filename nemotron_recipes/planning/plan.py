@@ -23,8 +23,10 @@ from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import SHOWN, Problem, UserError, nearest
 from nemotron_recipes.executors import get_executor
 from nemotron_recipes.planning.code import describe_code, python_path
+from nemotron_recipes.planning.estimate import estimate
 from nemotron_recipes.planning.resolve import Resolver
 from nemotron_recipes.planning.resume import find_resumable
+from nemotron_recipes.planning.smoke import length, shortened
 from nemotron_recipes.planning.validate import defaults_of, validate
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import (
@@ -98,7 +100,8 @@ def make_plan(request: Request, catalog: Catalog, environment: Environment) -> P
     return Plan(
         id=plan_id,
         family=request.family,
-        title=f"{request.family} {' '.join(request.words)} -c {request.config}",
+        title=f"{request.family} {' '.join(request.words)} -c {request.config}"
+        + (f" --smoke {request.smoke}" if request.smoke else ""),
         request=request,
         stages=tuple(stages),
         code=code,
@@ -176,6 +179,10 @@ class _StagePlanner:
         if problems:
             raise UserError(*problems)
         inputs, problems = self.resolver.resolve_all(config, composed.origin)
+        whole = config
+        smoke: Tree = {}
+        if self.request.smoke:
+            config, smoke = shortened(config, self.request.smoke)
         backend = get_backend(config["backend"]["name"] if config["kind"] == "train" else "data_prep")
         placement = _placement(config, self.request.profile)
         nproc = placement.nodes * placement.nproc_per_node
@@ -189,6 +196,7 @@ class _StagePlanner:
             raise UserError(*problems)
 
         print_ = fingerprint(config, inputs, self.code)
+        stands_for = {"fingerprint": fingerprint(whole, inputs, self.code), **length(whole)} if smoke else {}
         directory = RunDir(self.run_dir).stage(step.name).path
         resume_from = _resume_from(config, inputs, print_, self.runs)
         run = {
@@ -206,7 +214,10 @@ class _StagePlanner:
             kind=config["kind"],
             method=config["method"],
             config=config,
-            changed=_changed(config, composed, self._base(step)),
+            changed={
+                **_changed(config, composed, self._base(step)),
+                **dict.fromkeys(smoke, Origin("command line", f"--smoke {self.request.smoke}")),
+            },
             inputs=inputs,
             outputs=outputs,
             launch=replace(launch, env={**launch.env, "PYTHONPATH": python_path(self.run_dir)}),
@@ -215,6 +226,8 @@ class _StagePlanner:
             fingerprint=print_,
             reused=self._reused(print_, outputs) if reuse else None,
             resume_from=resume_from,
+            stands_for=stands_for,
+            estimate=estimate(config, print_, placement, self.runs),
         )
         problems = get_executor(placement.executor).check(stage)
         if problems:
