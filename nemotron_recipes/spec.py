@@ -186,7 +186,7 @@ class StagePlan:
     name: str  # unique in the plan, e.g. "data-prep-sft"
     words: tuple[str, ...]
     config_name: str
-    kind: Literal["data_prep", "train"]
+    kind: Literal["data_prep", "train", "convert"]
     method: str
     config: Tree  # the validated envelope, complete
     changed: dict[str, Origin]  # leaf -> layer, for leaves that differ from the recipe's base

@@ -15,6 +15,7 @@ from nemotron_recipes.spec import Launch, StageSpec, Tree
 REGISTRY = {
     "trl": "nemotron_recipes.backends.trl:TrlBackend",
     "megatron_bridge": "nemotron_recipes.backends.megatron_bridge:MegatronBridgeBackend",
+    "megatron_convert": "nemotron_recipes.backends.megatron_convert:MegatronConvertBackend",
     "automodel": "nemotron_recipes.backends.automodel:AutoModelBackend",
     "data_prep": "nemotron_recipes.backends.data_prep:DataPrepBackend",
 }
@@ -24,7 +25,7 @@ class Backend(Protocol):
     """What the planner asks of a backend. Every member is pure: no file is written, nothing is imported late."""
 
     name: str
-    kinds: frozenset[str]  # "data_prep", "train"
+    kinds: frozenset[str]  # "data_prep", "train", "convert"
     methods: frozenset[str]  # "sft", "dpo", "kto", "grpo", ...
 
     def table(self, method: str) -> dict[str, str]:

@@ -19,8 +19,6 @@ from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 FILE, NATIVE_FILE = "train.yaml", "automodel.yaml"
 SCHEMAS = ("automodel-0.5.0",)
-IMAGES: dict[str, str] = {}  # image -> schema, where a publisher states the version
-NEAREST = "automodel-0.5.0"
 PACKS = "nemotron_recipes.worker.automodel.packs"
 
 _TABLE = {
@@ -126,7 +124,7 @@ class AutoModelBackend:
 
 def schema_of(config: Tree) -> tuple[NativeSchema, str]:
     """What the values are checked against, and a note where that is not the version of the chosen image."""
-    return native.schema_for(config, IMAGES, NEAREST)
+    return native.schema_for(config, SCHEMAS)
 
 
 def native_tree(stage: StageSpec) -> Tree:

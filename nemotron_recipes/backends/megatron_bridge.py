@@ -18,10 +18,7 @@ from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 FILE, NATIVE_FILE = "train.yaml", "megatron.yaml"
-SCHEMAS = ("megatron_bridge-0.3.1",)  # oldest first
-# Image -> the schema of the Megatron-Bridge in it, where a publisher states that; others get the nearest.
-IMAGES: dict[str, str] = {}
-NEAREST = "megatron_bridge-0.3.1"
+SCHEMAS = tuple(f"megatron_bridge-{version}" for version in ("0.3.1", "0.4.0", "0.5.0", "0.6.2"))  # oldest first
 
 _TABLE = {
     "train.train_iters": "train.train_iters",
@@ -80,7 +77,10 @@ _OWNED = {
     "logger.tensorboard_dir": "everything goes to the run folder",
 }
 # Native sections from which the worker builds another object.
-_OWNED_SECTIONS = {"dataset.packed_sequence_specs.packed_": "use data.path"}
+_OWNED_SECTIONS = {
+    "dataset.packed_sequence_specs.packed_": "use data.path",
+    "dataset.offline_packing_specs.packed_": "use data.path",
+}
 
 
 class MegatronBridgeBackend:
@@ -140,7 +140,7 @@ class MegatronBridgeBackend:
 
 def schema_of(config: Tree) -> tuple[NativeSchema, str]:
     """What the values are checked against, and a note where that is not the version of the chosen image."""
-    return native.schema_for(config, IMAGES, NEAREST)
+    return native.schema_for(config, SCHEMAS)
 
 
 def notes(config: Tree) -> tuple[str, ...]:
@@ -217,4 +217,5 @@ def _schema_problems(config: Tree) -> Iterator[Problem]:
     recipe = given.get("recipe")
     if recipe is not None and recipe not in schema.recipes:
         yield unknown_recipe(schema, recipe)
+    yield from native.unknown_keys(schema, given, native.keys(SCHEMAS))
     yield from schema.problems(given)

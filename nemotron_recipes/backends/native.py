@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from nemotron_recipes import containers
 from nemotron_recipes.backends import schemas
 from nemotron_recipes.backends.schemas import NativeSchema
-from nemotron_recipes.errors import Problem
+from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.spec import Tree
 
 
@@ -18,16 +20,47 @@ def keys(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(key for name in names for key in schemas.load(name).fields)
 
 
-def schema_for(config: Tree, images: Mapping[str, str], nearest: str) -> tuple[NativeSchema, str]:
-    """The schema of the image that will be used, and a note where nobody has said which version that image holds."""
+def schema_for(config: Tree, names: tuple[str, ...]) -> tuple[NativeSchema, str]:
+    """The schema of the image that will be used, and a note where it is not known to be that of the version in it.
+
+    names: what there is, oldest first; the newest is taken where nothing at all is known.
+    """
     image = config["run"].get("container_image") or config["backend"]["image"]
-    if image in images:
-        return schemas.load(images[image]), ""
-    schema = schemas.load(nearest)
-    against = f"{schema.content['package']} {schema.version}"
+    package = schemas.load(names[-1]).content["package"]
+    stated, taken_for = containers.versions().get(containers.plain(image or ""), ({}, {}))
+    version = stated.get(package) or taken_for.get(package)
+    schema = min((schemas.load(name) for name in names), key=lambda s: _distance(s.version, version))
+    against = f"{package} {schema.version}"
     if image is None:
         return schema, f"no image is named: values are checked against {against}"
-    return schema, f"which version {image} holds is unknown: values are checked against {against}, the nearest known"
+    if package not in stated:
+        said = f"which version {image} holds is unknown"
+        return schema, f"{said}: values are checked against {against}, the nearest known"
+    if schema.version == version:
+        return schema, ""
+    return schema, f"{image} holds {package} {version}: values are checked against {schema.version}, the nearest known"
+
+
+def unknown_keys(schema: NativeSchema, given: Tree, elsewhere: frozenset[str]) -> Iterator[Problem]:
+    """Keys that other versions have (`elsewhere`), and this one has not."""
+    for key in flat(given, elsewhere):
+        if key in elsewhere and key not in schema.fields:
+            what = f"{schema.content['package']} {schema.version} has no '{key}'"
+            yield Problem(what, f"backend.native.{key}", nearest(key, schema.fields))
+
+
+def _distance(version: str, wanted: str | None) -> tuple[int, ...]:
+    """How far apart two versions are, the first number first; none wanted: the newest is next."""
+    numbers = _numbers(version)
+    if wanted is None:
+        return tuple(-number for number in numbers)
+    return tuple(abs(a - b) for a, b in zip(numbers, _numbers(wanted), strict=True))
+
+
+def _numbers(version: str) -> tuple[int, int, int]:
+    found = [int(part) for part in re.findall(r"\d+", version)[:3]]
+    first, second, third = (*found, 0, 0, 0)[:3]
+    return first, second, third
 
 
 def translate(config: Tree, table: Mapping[str, str], converted: Mapping[str, Any]) -> Tree:

@@ -64,13 +64,16 @@ class StageCommand(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         configs = self.catalog.configs(*self.path)
-        prepares, is_pipe = self.path[1] == "data", self.path[-1] == "pipe"
+        prepares, is_pipe, converts = self.path[1] == "data", self.path[-1] == "pipe", "convert" in self.path
         rows = [("configs (-c)", ", ".join(configs)), ("profiles (-r, -b)", profile_names())]
         if not prepares and not is_pipe:
-            rows += [(f"{group}=", ", ".join(choices)) for group, choices in self.catalog.groups.items()]
+            groups = self.catalog.groups
+            rows += [(f"{g}=", ", ".join(groups[g])) for g in groups if g == "model" or not converts]
         with formatter.section("Choices"):
             formatter.write_dl(rows)
         override = "sft.train.train_iters=100" if is_pipe else "'outputs.model=my-model'"
+        if converts:
+            override = "model.path=/models/mine"
         if prepares:
             override = "'data.sources=[{path: my-chats.jsonl}]'"
         command = f"nemotron {' '.join(self.path)} -c {_example(configs)}"
@@ -127,7 +130,7 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
         params.append(
             click.Option(["--sample"], type=click.IntRange(min=1), metavar="N", help="At most N rows a source.")
         )
-    if prepares or path[-1] == "pipe":
+    if prepares or "convert" in path or path[-1] == "pipe":
         params.append(click.Option(["--force"], is_flag=True, help="Make everything anew; reuse no earlier result."))
 
     def run(**options: Any) -> int:

@@ -227,9 +227,30 @@ class TrainConfig(Section):
     run: dict[str, Any] = {}
 
 
-class PipeStage(Section):
-    """One step of a pipe: the words and the config of a stage of the same family."""
+class Conversion(Section):
+    """Checkpoints in Megatron's format. `path`: what is converted; `base`: what the adapters in it were trained on."""
 
+    path: str | None = None  # a reference
+    base: str | None = None  # a reference
+
+
+class ConvertConfig(Section):
+    """A stage that brings weights from one format into another. `model.path`: the Hugging Face model they belong to."""
+
+    kind: Literal["convert"]
+    method: Literal["import", "merge", "export"]
+    model: Model
+    checkpoint: Conversion = Conversion()
+    backend: Backend
+    outputs: Outputs
+    code: CodePolicy = CodePolicy()
+    run: dict[str, Any] = {}
+
+
+class PipeStage(Section):
+    """One step of a pipe: the words and the config of a stage, of the same family unless another is named."""
+
+    family: str | None = None
     stage: str  # "data prep sft", "sft"
     config: str
 
@@ -244,7 +265,12 @@ class PipeConfig(Section):
     stages: Annotated[list[PipeStage], Field(min_length=1)]
 
 
-KINDS: dict[str, type[Section]] = {"data_prep": DataPrepConfig, "train": TrainConfig, "pipe": PipeConfig}
+KINDS: dict[str, type[Section]] = {
+    "data_prep": DataPrepConfig,
+    "train": TrainConfig,
+    "convert": ConvertConfig,
+    "pipe": PipeConfig,
+}
 
 # Config keys that hold references, per kind: (dotted key, artifact kind). `[]` stands for every element.
 REFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -260,5 +286,10 @@ REFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
         ("data.path", "data"),
         ("checkpoint.load", "checkpoint"),
         ("checkpoint.pretrained_checkpoint", "checkpoint"),
+    ),
+    "convert": (
+        ("model.path", "model"),
+        ("checkpoint.path", "checkpoint"),
+        ("checkpoint.base", "checkpoint"),
     ),
 }

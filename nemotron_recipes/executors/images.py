@@ -14,19 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemotron_recipes import containers
 from nemotron_recipes.errors import JobFailed, Problem, UserError, nearest
 from nemotron_recipes.executors.enroot import Reference, Unusable, parse_reference
 from nemotron_recipes.executors.registry import Found
 from nemotron_recipes.spec import Tree
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 _MAGIC = b"hsqs"  # https://dr-emann.github.io/squashfs/#_the_superblock
 _HEAD = 96  # bytes of the superblock; the size that is used stands at 40
-_FIELDS = ("reference", "backends", "stages", "digest", "architectures", "versions", "recipe", "sources")
+_FIELDS = ("reference", "backends", "stages", "digest", "architectures", "versions", "nearest", "recipe", "sources")
 
 
 @dataclass(frozen=True)
@@ -39,24 +35,17 @@ class Image:
     digest: str = ""
     architectures: tuple[str, ...] = ()
     versions: Tree = field(default_factory=dict)
+    nearest: Tree = field(default_factory=dict)
     recipe: str = ""
     sources: Tree = field(default_factory=dict)
 
 
-def folder() -> Path:
-    """`containers/` as installed with the package, or the checkout's."""
-    package = Path(__file__).resolve().parent.parent
-    installed = package / "containers"
-    return installed if installed.is_dir() else package.parent / "containers"
-
-
 def known_images(file: Path | None = None) -> tuple[Image, ...]:
     """Every entry. UserError: the file holds something else."""
-    file = file or folder() / "images.toml"
+    file = file or containers.folder() / "images.toml"
     try:
-        entries = tomllib.loads(file.read_text(encoding="utf-8"))["image"]
-        return tuple(_image(entry, file) for entry in entries)
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, Unusable) as error:
+        return tuple(_image(entry, file) for entry in containers.entries(file))
+    except (ValueError, KeyError, TypeError, Unusable) as error:  # TOMLDecodeError is a ValueError
         raise UserError(Problem(f"the list of images can't be read: {error}", str(file))) from None
 
 

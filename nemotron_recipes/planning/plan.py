@@ -19,6 +19,7 @@ from nemotron_recipes.backends import get_backend
 from nemotron_recipes.config.catalog import Catalog
 from nemotron_recipes.config.compose import Composed, base_tree, compose
 from nemotron_recipes.config.profiles import Environment
+from nemotron_recipes.config.schema import KINDS
 from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import SHOWN, Problem, UserError, nearest
 from nemotron_recipes.executors import get_executor
@@ -58,6 +59,7 @@ class Step:
     """One stage of a request before it is planned."""
 
     name: str
+    family: str
     words: tuple[str, ...]
     config_name: str
     overrides: tuple[str, ...]
@@ -82,10 +84,11 @@ def make_plan(request: Request, catalog: Catalog, environment: Environment) -> P
         outputs: Tree = {}
         stage: StagePlan | None = None
         try:
-            path = catalog.require(request.family, step.words, step.config_name)
+            path = catalog.require(step.family, step.words, step.config_name)
             composed = compose(catalog, path, step.overrides, profile).as_typed(step.typed)
             outputs = composed.tree.get("outputs") or {}
-            stage = planner.plan(step, composed, path, reuse=reuse and (len(steps) > 1 or step.words[0] == "data"))
+            alone = len(steps) == 1 and composed.tree.get("kind") == "train"  # who asks to train, wants to train
+            stage = planner.plan(step, composed, path, reuse=reuse and not alone)
             stages.append(stage)
         except UserError as error:
             prefix = f"{step.name}: " if len(steps) > 1 else ""
@@ -127,7 +130,7 @@ def _steps(request: Request, catalog: Catalog, config_path: str) -> tuple[list[S
     """The stages of a request with the overrides of each, and the overrides that belong to none."""
     first = compose(catalog, config_path) if request.words[-1] == "pipe" else None
     if first is None or first.tree.get("kind") != "pipe":
-        return [Step(request.stage, request.words, request.config, request.overrides)], []
+        return [Step(request.stage, request.family, request.words, request.config, request.overrides)], []
     checked, problems = validate(first, config_path)
     if problems:
         raise UserError(*problems)
@@ -137,7 +140,7 @@ def _steps(request: Request, catalog: Catalog, config_path: str) -> tuple[list[S
         name = "-".join(words)
         if any(step.name == name for step in steps):
             name = f"{name}-{entry['config']}"
-        steps.append(Step(name, words, entry["config"], ()))
+        steps.append(Step(name, entry["family"] or request.family, words, entry["config"], ()))
     return _shared_out(steps, request.overrides)
 
 
@@ -160,7 +163,7 @@ def _shared_out(steps: list[Step], overrides: Sequence[str]) -> tuple[list[Step]
             near = nearest(stage, names)
             fix = near if near.startswith("did") else f"name the stage: {names[-1]}.{text} (stages: {', '.join(names)})"
             problems.append(Problem(f"override {text!r} names no stage of this pipe", "command line", fix))
-    return [Step(s.name, s.words, s.config_name, tuple(given[s.name]), given[s.name]) for s in steps], problems
+    return [replace(s, overrides=tuple(given[s.name]), typed=given[s.name]) for s in steps], problems
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class _StagePlanner:
 
     def plan(self, step: Step, composed: Composed, config_path: str, reuse: bool) -> StagePlan:
         """UserError: everything that is wrong with one stage."""
-        config, problems = validate(composed, config_path, ("data_prep", "train"))
+        config, problems = validate(composed, config_path, tuple(kind for kind in KINDS if kind != "pipe"))
         if problems:
             raise UserError(*problems)
         inputs, problems = self.resolver.resolve_all(config, composed.origin)
@@ -183,7 +186,7 @@ class _StagePlanner:
         smoke: Tree = {}
         if self.request.smoke:
             config, smoke = shortened(config, self.request.smoke)
-        backend = get_backend(config["backend"]["name"] if config["kind"] == "train" else "data_prep")
+        backend = get_backend(config["backend"]["name"] if "backend" in config else "data_prep")
         placement = _placement(config, self.request.profile)
         nproc = placement.nodes * placement.nproc_per_node
         problems += backend.check(config, nproc)
@@ -239,9 +242,9 @@ class _StagePlanner:
         return found[0] if all(found) else None
 
     def _base(self, step: Step) -> Tree:
-        if "default" not in self.catalog.configs(self.request.family, *step.words):
+        if "default" not in self.catalog.configs(step.family, *step.words):
             return {}
-        return base_tree(self.catalog, "/".join(("recipe", self.request.family, *step.words, "default")))
+        return base_tree(self.catalog, "/".join(("recipe", step.family, *step.words, "default")))
 
 
 def _outputs(config: Tree, composed: Composed, made: str) -> tuple[tuple[Output, ...], list[Problem]]:

@@ -48,8 +48,8 @@ def validate(composed: Composed, config_path: str, kinds: Iterable[str] = tuple(
         checked["run"], found = check_run(run, origin_of(composed))
         problems += found
     backend = tree.get("backend")
-    if kind == "train" and isinstance(backend, dict):
-        _check_backend(backend, tree.get("method"), composed, problems)
+    if isinstance(backend, dict) and "backend" in model.model_fields:
+        _check_backend(kind, backend, tree.get("method"), composed, problems)
     return ({}, problems) if problems else (checked, [])
 
 
@@ -82,7 +82,7 @@ def _executor_by_profile(composed: Composed) -> list[Problem]:
     return [Problem("the executor is chosen by a profile", str(origin), "use --run or --batch PROFILE")]
 
 
-def _check_backend(backend: Tree, method: Any, composed: Composed, problems: list[Problem]) -> None:
+def _check_backend(kind: str, backend: Tree, method: Any, composed: Composed, problems: list[Problem]) -> None:
     name = backend.get("name")
     if name is None:
         return  # the schema has said so
@@ -91,6 +91,11 @@ def _check_backend(backend: Tree, method: Any, composed: Composed, problems: lis
         problems.append(Problem(f"unknown backend {name!r}", where, nearest(str(name), BACKENDS)))
         return
     described = get_backend(name)
+    if kind not in described.kinds:
+        where = str(composed.origin("backend.name") or "")
+        fitting = [other for other in BACKENDS if kind in get_backend(other).kinds]
+        problems.append(Problem(f"backend {name} has no stage of kind {kind}", where, f"one of {', '.join(fitting)}"))
+        return
     if method not in described.methods:
         where = str(composed.origin("backend.name") or "")
         fix = f"it does: {', '.join(sorted(described.methods))}"

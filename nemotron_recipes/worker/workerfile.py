@@ -19,6 +19,7 @@ REGISTRY = {  # worker -> (module with `run(config, context)`, the extra that in
     "data_prep": ("nemotron_recipes.worker.data_prep", "data"),
     "trl": ("nemotron_recipes.worker.trl", "trl"),
     "megatron_bridge": ("nemotron_recipes.worker.megatron_bridge", ""),
+    "megatron_convert": ("nemotron_recipes.worker.megatron_convert", ""),
     "automodel": ("nemotron_recipes.worker.automodel", ""),
 }
 RUN_KEYS = ("id", "stage", "dir", "store", "fingerprint")

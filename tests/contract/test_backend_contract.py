@@ -37,6 +37,14 @@ TRAIN = {
     "optimizer": {"lr": 1e-5},
     "outputs": {"model": "made"},
 }
+CONVERT = {
+    "kind": "convert",
+    "model": {"path": "artifact:base"},
+    "backend": {"name": "megatron_convert"},
+    "outputs": {"model": "made"},
+}
+CHECKPOINTS = {"import": {}, "export": {"path": "a"}, "merge": {"path": "a", "base": "b"}}
+KIND_OF = {"data_prep": DATA_PREP, "train": TRAIN, "convert": CONVERT}
 
 # What a backend needs beside that.
 NEEDS = {
@@ -70,8 +78,10 @@ def cases(kind=None):
 def config_for(name, method):
     """A complete, valid config, as the planner hands it over."""
     backend = get_backend(name)
-    kind = "train" if "train" in backend.kinds else "data_prep"
-    tree = copy.deepcopy(TRAIN if kind == "train" else DATA_PREP) | {"method": method}
+    (kind,) = backend.kinds
+    tree = copy.deepcopy(KIND_OF[kind]) | {"method": method}
+    if kind == "convert":
+        tree["checkpoint"] = CHECKPOINTS[method]
     if kind == "train":
         tree |= copy.deepcopy(NEEDS.get(name, {}))
         tree["backend"] = {**tree.get("backend", {}), "name": name}
@@ -103,7 +113,7 @@ def launch_for(name, method, config=None, inputs=None, run=None, nproc=1, resume
 def test_it_says_what_it_is(name):
     backend = get_backend(name)
     assert backend.name == name
-    assert backend.kinds and backend.kinds <= {"data_prep", "train"}
+    assert backend.kinds and backend.kinds <= KIND_OF.keys()
     assert backend.methods
 
 

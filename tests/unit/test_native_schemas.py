@@ -90,16 +90,35 @@ def test_refused(path, overrides, message):
     assert len(found) == 1 and message in found[0], found
 
 
-def test_the_image_says_which_version_or_that_nobody_knows(monkeypatch):
+@pytest.mark.parametrize(
+    ("image", "version", "note"),
+    [
+        ("nvcr.io/nvidia/nemo:26.04.00", "0.4.0", ""),
+        ("nvcr.io#nvidia/nemo:26.06", "0.5.0", ""),
+        ("nvcr.io/nvidia/nemo:26.08", "0.6.2", "holds megatron-bridge 0.6: values are checked against 0.6.2"),
+        ("nvcr.io/nvidia/nemo:25.11.nemotron_3_nano", "0.3.1", "holds is unknown"),
+        ("nvcr.io/nvidia/nemo:26.02.nemotron_3_super", "0.4.0", "holds is unknown"),
+        ("/images/mine.sqsh", "0.6.2", "holds is unknown"),
+        (None, "0.6.2", "no image is named"),
+    ],
+)
+def test_the_image_says_which_version_or_that_nobody_knows(image, version, note):
     from nemotron_recipes.backends import megatron_bridge
 
-    def note(**run):
-        return megatron_bridge.schema_of({"run": run, "backend": {"image": "recipe's"}})[1]
+    for config in (
+        {"run": {}, "backend": {"image": image}},
+        {"run": {"container_image": image}, "backend": {"image": image and "another"}},
+    ):
+        schema, said = megatron_bridge.schema_of(config)
+        assert schema.version == version and (note in said if note else said == "")
 
-    assert "which version recipe's holds is unknown" in note()
-    assert "which version mine holds is unknown" in note(container_image="mine")
-    monkeypatch.setattr(megatron_bridge, "IMAGES", {"mine": "megatron_bridge-0.3.1"})
-    assert note(container_image="mine") == ""
+
+def test_a_key_of_another_version_is_refused():
+    image = "backend.image=nvcr.io/nvidia/nemo:"
+    newer = "+backend.native.dataset.enable_offline_packing=true"
+    (problem,) = problems_of(NANO, newer, f"{image}26.04.00")
+    assert "megatron-bridge 0.4.0 has no 'dataset.enable_offline_packing'" in problem
+    assert problems_of(NANO, newer, f"{image}26.08") == []
 
 
 def test_every_schema_belongs_to_a_backend():

@@ -26,6 +26,15 @@ REQUIRED = {  # what a recipe leaves to its user
     ("nano3", "pretrain"): ("data.path=blend.json",),
     ("your-model", "data", "prep", "sft"): (SOURCES, "data.tokenizer=tiny"),
     ("your-model", "lora"): ("model.path=ORG/NAME",),
+    ("convert", "import", "default"): ("model.path=ORG/NAME", "outputs.checkpoint=mine"),
+    ("convert", "export", "default"): (
+        *("model.path=ORG/NAME", "checkpoint.path=artifact:nano3-sft-checkpoint", "outputs.model=mine"),
+    ),
+    ("convert", "merge", "default"): (
+        *("model.path=ORG/NAME", "checkpoint.path=artifact:nano3-sft-lora-checkpoint", "outputs.model=mine"),
+        "checkpoint.base=artifact:nano3-megatron",
+    ),
+    ("nano3", "pipe", "megatron"): (f"data-prep-sft.{SOURCES}",),
 }
 # GPUs of the published layouts: (nodes, processes on each). An executor of one machine gets them all there.
 LAYOUTS = {
@@ -33,6 +42,7 @@ LAYOUTS = {
     ("nano3", "sft", "default"): (2, 8),
     ("nano3", "sft", "bridge-recipe"): (2, 8),
     ("nano3", "sft", "lora"): (1, 8),
+    ("nano3", "pipe", "megatron"): (2, 8),
     ("ultra3", "lora", "gb200"): (4, 4),
     ("ultra3", "lora", "h100"): (4, 8),
 }
@@ -49,7 +59,7 @@ def test_recipe_plans_and_renders(
         (staged.content / "content.txt").write_text("made by a test")
         store.commit(staged, kind=kind)
     (tmp_path / "blend.json").write_text("{}")
-    overrides = REQUIRED.get((family, *words), ())
+    overrides = REQUIRED.get((family, *words)) or REQUIRED.get((family, *words, config), ())
     if words[0] == "data" and not overrides and "tiny" not in config:
         overrides = (SOURCES,)
     nodes, nproc = LAYOUTS.get((family, *words, config)) or LAYOUTS.get((family, *words)) or (1, 1)
@@ -74,4 +84,7 @@ def _made(family: str) -> list[tuple[str, str]]:
     data = [f"{family}{tiny}-{name}-data" for tiny in ("", "-tiny") for name in ("sft", "dpo", "kto", "rl")]
     data += [f"{family}-sft-megatron-data", f"{family}-sft-megatron-2k-data"]
     models = [f"{family}-sft", f"{family}-tiny-sft", f"{family}-spark-sft"]
-    return [*((n, "data") for n in data), *((n, "model") for n in models), (f"{family}-megatron", "checkpoint")]
+    converted = ("nano3", "super3") if family == "convert" else (family,)
+    kinds = ("megatron", "sft-checkpoint", "sft-lora-checkpoint")
+    checkpoints = [f"{name}-{kind}" for name in converted for kind in kinds]
+    return [*((n, "data") for n in data), *((n, "model") for n in models), *((n, "checkpoint") for n in checkpoints)]

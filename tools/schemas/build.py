@@ -27,7 +27,15 @@ STUBS = (
     "megatron.energon",
     "megatron.core.inference.contexts.attention_context.triton",
 )
-NANO = "nemotronh.nemotron_3_nano"
+# ... and of the newer versions, from Python 3.12 on.
+NEWER = (*STUBS, "transformer_engine_torch", "webdataset", "nvidia_resiliency_ext", "diffusers", "modelopt")
+NANO, SUPER = "nemotronh.nemotron_3_nano", "nemotronh.nemotron_3_super"
+KINDS = ("pretrain", "sft", "peft")
+OTHERS = (
+    *("torch==2.13.0", "numpy", "packaging", "omegaconf", "hydra-core<1.4", "pyyaml", "rich", "einops", "regex", "six"),
+    *("datasets", "tqdm", "typing-extensions", "tensorboard", "wandb", "click", "sentencepiece", "tiktoken"),
+    *("accelerate", "psutil", "platformdirs", "pydantic"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,15 +54,23 @@ BRIDGES = {
     "megatron_bridge-0.3.1": Bridge(
         "0.3.1",
         "0.16.1",
-        (
-            *("torch==2.13.0", "numpy", "packaging", "transformers>=4.57,<5", "omegaconf", "hydra-core<1.4", "pyyaml"),
-            *("rich", "einops", "regex", "six", "datasets", "tqdm", "typing-extensions", "tensorboard", "wandb"),
-            *("click", "sentencepiece", "tiktoken", "accelerate", "psutil", "platformdirs", "pydantic"),
-        ),
+        (*OTHERS, "transformers>=4.57,<5"),
         STUBS,
-        tuple(f"{NANO}:nemotron_3_nano_{kind}_config" for kind in ("pretrain", "sft", "peft")),
+        tuple(f"{NANO}:nemotron_3_nano_{kind}_config" for kind in KINDS),
     ),
 }
+for version, core in (("0.4.0", "0.17.0"), ("0.5.0", "0.18.0"), ("0.6.2", "0.19.2")):
+    named = (f"{NANO}:nemotron_3_nano_{kind}_config" for kind in KINDS)
+    larger = (f"{SUPER}:nemotron_3_super_{kind}_config" for kind in KINDS)
+    BRIDGES[f"megatron_bridge-{version}"] = Bridge(
+        version,
+        core,
+        (*OTHERS, "transformers==5.12.1"),
+        NEWER,
+        (*named, *larger, "qwen.qwen3:qwen3_8b_peft_config"),
+        python="PYTHON312",
+    )
+
 AUTOMODEL = {
     "automodel-0.5.0": ("0.5.0", "d02f49cb314554715aabb97e8dba6599c9f6e9e0"),
 }

@@ -141,6 +141,8 @@ def values_of(config: Any) -> dict[str, Any]:
 
 def main() -> None:
     stub_names, recipes = sys.argv[1].split(","), sys.argv[2].split(",")
+    answer = sys.stdout
+    sys.stdout = sys.stderr  # some versions print while they are imported
     stubs.install(stub_names)
     config_module = importlib.import_module("megatron.bridge.training.config")
     collector = Collector()
@@ -163,16 +165,21 @@ def main() -> None:
     for recipe in recipes:
         module, _, function = recipe.partition(":")
         make = getattr(importlib.import_module(f"megatron.bridge.recipes.{module}"), function)
-        config = make()
+        made[function] = {
+            "module": f"megatron.bridge.recipes.{module}",
+            "parameters": sorted(inspect.signature(make).parameters),
+        }
+        try:
+            config = make()
+        except (OSError, ValueError) as error:  # it reads the model's config from the hub, and here is no network
+            print(f"{function}: {str(error).splitlines()[0]}", file=sys.stderr)
+            made[function]["values"] = "follow from the model's config on the hub"
+            continue
         for field in dataclasses.fields(config):
             section = getattr(config, field.name)
             if dataclasses.is_dataclass(section) and not field.name.startswith("_"):
                 sections[field.name].add(collector.add(type(section)))
-        made[function] = {
-            "module": f"megatron.bridge.recipes.{module}",
-            "parameters": sorted(inspect.signature(make).parameters),
-            "sections": values_of(config),
-        }
+        made[function]["sections"] = values_of(config)
     print(
         json.dumps(
             {
@@ -188,7 +195,8 @@ def main() -> None:
             indent=1,
             sort_keys=True,
             default=str,
-        )
+        ),
+        file=answer,
     )
 
 

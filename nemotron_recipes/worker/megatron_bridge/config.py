@@ -109,20 +109,19 @@ def _packed_dataset(config: Any, data: Path, pack_size: int) -> Any:
         raise UserError(Problem(what, "data.path", "prepare it with data.format=megatron_npy"))
     model = config.model
     context, tensor = model.context_parallel_size, model.tensor_model_parallel_size
-    specs = importlib.import_module("megatron.bridge.data.datasets.packed_sequence").PackedSequenceSpecs(
+    newer = hasattr(training, "GPTSFTDatasetConfig")  # from 0.6 on
+    module = "megatron.bridge.data." + ("packing.config" if newer else "datasets.packed_sequence")
+    specs = importlib.import_module(module).PackedSequenceSpecs(
         packed_sequence_size=pack_size,
         packed_train_data_path=str(data / "training.npy"),
         packed_val_data_path=str(data / "validation.npy"),
         pad_seq_to_mult=_multiple(context, tensor, model.sequence_parallel),
     )
-    return training.FinetuningDatasetConfig(
-        dataset_root=str(data),
-        seq_length=pack_size,
-        packed_sequence_specs=specs,
-        dataloader_type="batch",
-        do_validation=True,
-        do_test=False,
-    )
+    given: Tree = {"dataset_root": str(data), "seq_length": pack_size, "dataloader_type": "batch"}
+    given |= {"do_validation": True, "do_test": False}
+    if newer:
+        return training.GPTSFTDatasetConfig(**given, enable_offline_packing=True, offline_packing_specs=specs)
+    return training.FinetuningDatasetConfig(**given, packed_sequence_specs=specs)
 
 
 def _use_pretraining_data(config: Any, data: Path, pack_size: int) -> None:

@@ -18,6 +18,7 @@ from nemotron_recipes.fsio import files_below, fsync_tree, write_atomic
 from nemotron_recipes.tiny.model import write_model
 from nemotron_recipes.tiny.tokenizer import write_tokenizer
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.hub import model_folder
 from nemotron_recipes.worker.trl.config import TrlSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,14 +46,14 @@ def base_folders(settings: TrlSettings, context: Context) -> Iterator[Base]:
             model = Path(scratch, "model")
             write_model(model, settings.model.arch, settings.trainer.get("seed", 0))
         else:
-            model = _local(context, "model.path")
+            model = model_folder(context)
         if "model.tokenizer" not in context.artifacts:
             tokenizer = model
         elif context.artifacts["model.tokenizer"].source == "builtin":
             tokenizer = Path(scratch, "tokenizer")
             write_tokenizer(tokenizer)
         else:
-            tokenizer = _local(context, "model.tokenizer")
+            tokenizer = model_folder(context, "model.tokenizer")
         yield Base(model, tokenizer)
 
 
@@ -113,19 +114,3 @@ def write_output(model: Any, tokenizer: Path, chat_template: str, settings: TrlS
     for path in files_below(folder):
         path.chmod(mode)  # safetensors makes files that only their owner may read
     fsync_tree(folder)
-
-
-def _local(context: Context, key: str) -> Path:
-    """The folder of an input; a hub model is downloaded at its pinned commit, or taken from the cache."""
-    artifact = context.artifacts[key]
-    if artifact.source != "hub":
-        return context.inputs[key]
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(artifact.name, revision=artifact.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            Problem(f"{artifact.label} can't be had: {error}", key, "check the network and HF_TOKEN")
-        ) from error

@@ -1,0 +1,142 @@
+"""One conversion from its inputs to its output: one process, on the CPU, through Megatron-Bridge's AutoBridge.
+
+The calls are those of its own programs: examples/conversion/convert_checkpoints.py and examples/peft/merge_lora.py up
+to 0.5, scripts/conversion (device cpu) from 0.6 on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemotron_recipes.errors import JobFailed, Problem, UserError
+from nemotron_recipes.rundir import TRACKER, latest_checkpoint
+from nemotron_recipes.spec import Tree
+from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.hub import model_folder
+
+RUN_CONFIG = "run_config.yaml"  # beside the shards of a checkpoint: what it was made with
+_LORA = ("target_modules", "dim", "alpha", "dropout", "dropout_position")  # what the shape of adapters follows from
+
+
+def run(config: Tree, context: Context) -> None:
+    """Convert, and leave the result as the stage's one output. UserError: a checkpoint that can't be used."""
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+    method, model = config["method"], model_folder(context)
+    sources = {name: checkpoint_folder(context, name) for name in ("path", "base") if _key(name) in context.inputs}
+    if method == "merge":
+        lora_settings(sources["path"])  # before gigabytes are read
+    context.event("ready", model=str(model), checkpoints={name: str(path) for name, path in sources.items()})
+    if method == "import":
+        with temporary_distributed_context(backend="gloo"):
+            import_model(model, context.output("checkpoint"), config["dtype"], config["trust_remote_code"])
+        context.metadata["format"] = "megatron"
+        return
+    output = context.output("model")
+    with temporary_distributed_context(backend="gloo"):
+        if method == "export":
+            export_model(model, sources["path"], output, config)
+        else:
+            merge_adapters(model, sources["base"], sources["path"], output, config)
+    if not (output / "config.json").is_file() or not any(output.glob("*.safetensors")):
+        found = ", ".join(sorted(path.name for path in output.iterdir()))
+        raise JobFailed(f"Megatron-Bridge wrote no whole Hugging Face folder, only {found or 'nothing'}")
+
+
+def import_model(model: Path, output: Path, dtype: str, trust: bool) -> None:
+    """Hugging Face folder -> checkpoint root with its tracker file."""
+    import torch
+    from megatron.bridge import AutoBridge
+
+    AutoBridge.import_ckpt(
+        str(model), str(output), torch_dtype=getattr(torch, dtype), device_map="cpu", trust_remote_code=trust
+    )
+    if latest_checkpoint(output) is None:
+        raise JobFailed(f"Megatron-Bridge wrote no whole checkpoint: {output / TRACKER} names none")
+
+
+def export_model(model: Path, checkpoint: Path, output: Path, config: Tree) -> None:
+    """Checkpoint -> Hugging Face folder, with the tokenizer and the config of `model`."""
+    bridge = _bridge(model, config)
+    loaded = bridge.load_megatron_model(str(checkpoint), wrap_with_ddp=False)
+    bridge.save_hf_pretrained(loaded, str(output), show_progress=False, strict=config["strict"])
+
+
+def merge_adapters(model: Path, base: Path, adapters: Path, output: Path, config: Tree) -> None:
+    """Base weights with the adapters added, as a Hugging Face folder. JobFailed: not every adapter was found."""
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.training.checkpointing import (
+        _generate_model_state_dict,
+        apply_peft_adapter_filter_to_state_dict,
+    )
+    from megatron.core import dist_checkpointing
+
+    lora = LoRA(**lora_settings(adapters))
+    bridge = _bridge(model, config)
+    loaded = lora(bridge.load_megatron_model(str(base), wrap_with_ddp=False), training=False)
+    wanted = apply_peft_adapter_filter_to_state_dict(_generate_model_state_dict(loaded, {}), lora)
+    found = dist_checkpointing.load(wanted, str(adapters))
+    section = found["model"] if "model" in found else next(found[key] for key in found if key.startswith("model"))
+    names = {n for n in loaded[0].state_dict() if ".adapter." in n and not n.endswith("_extra_state")}
+    if not names or (missing := names - set(section)):
+        raise JobFailed(f"{adapters} lacks adapters: {', '.join(sorted(missing)[:5]) if names else 'it has none'}")
+    loaded[0].load_state_dict(section, strict=False)
+    bridge.save_hf_pretrained(
+        loaded, str(output), show_progress=False, strict=config["strict"], merge_adapter_weights=True
+    )
+
+
+def lora_settings(checkpoint: Path) -> Tree:
+    """What the adapters of a checkpoint were made with. UserError: it says nothing of adapters."""
+    file = checkpoint / RUN_CONFIG
+    try:
+        said = yaml.load(file.read_text(encoding="utf-8"), Loader=_Plain).get("peft")
+    except FileNotFoundError:
+        said = None
+    if not said:
+        what = f"{checkpoint} holds no adapters: its {RUN_CONFIG} has no section peft"
+        raise UserError(Problem(what, _key("path"), "give a checkpoint of LoRA, or use convert export"))
+    if not str(said.get("_target_", "")).endswith(".LoRA"):
+        raise UserError(Problem(f"{checkpoint} holds adapters of another kind: {said.get('_target_')}", _key("path")))
+    return {name: said[name] for name in _LORA if name in said}
+
+
+def checkpoint_folder(context: Context, name: str) -> Path:
+    """The iter_NNNNNNN folder behind checkpoint.path or checkpoint.base. UserError: it is not whole."""
+    given = context.inputs[_key(name)]
+    folder = given if given.name.startswith("iter_") else latest_checkpoint(given)
+    if folder is None or not folder.is_dir():
+        what = f"no whole checkpoint at {given}"
+        raise UserError(Problem(what, _key(name), f"give an iter_NNNNNNN folder, or one that holds {TRACKER}"))
+    return folder
+
+
+def _key(name: str) -> str:
+    return f"checkpoint.{name}"
+
+
+def _bridge(model: Path, config: Tree) -> Any:
+    import torch
+    from megatron.bridge import AutoBridge
+
+    kind = getattr(torch, config["dtype"])
+    return AutoBridge.from_hf_pretrained(str(model), torch_dtype=kind, trust_remote_code=config["trust_remote_code"])
+
+
+class _Plain(yaml.SafeLoader):
+    """Objects of Python in a run_config.yaml become plain data, nothing is imported or called."""
+
+
+def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return loader.construct_scalar(node)  # type: ignore[arg-type]
+
+
+_Plain.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
+_Plain.add_multi_constructor("!", _plain)
