@@ -106,7 +106,7 @@ def _profiles() -> tuple[str, ...] | None:
 
 def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[str, ...]) -> StageCommand:
     """The command of `recipe/<path>`; `--sample` where data is prepared, `--force` where results are reused."""
-    prepares = path[1:2] == ("data",)
+    prepares, converts = path[1:2] == ("data",), "convert" in path
     has_default = "default" in catalog.configs(*path)
     config_help = "Config to use  " + ("[default: default]" if has_default else "[required]")
     params: list[click.Parameter] = [
@@ -123,14 +123,14 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
         click.Option(["--plan-out"], metavar="FILE", help="Save the plan for `nemotron apply`; run nothing."),
         click.Option(["--config-dir"], metavar="DIR", help="Your own conf/ (repeatable)."),
     ]
-    if not prepares and path[-1] != "pipe":
+    if not prepares and not converts and path[-1] != "pipe":
         short = "Only the first N steps, with saves: projects the whole run's time."
         params.append(click.Option(["--smoke"], type=click.IntRange(min=LEAST), metavar="N", help=short))
     if prepares:
         params.append(
             click.Option(["--sample"], type=click.IntRange(min=1), metavar="N", help="At most N rows a source.")
         )
-    if prepares or "convert" in path or path[-1] == "pipe":
+    if prepares or converts or path[-1] == "pipe":
         params.append(click.Option(["--force"], is_flag=True, help="Make everything anew; reuse no earlier result."))
 
     def run(**options: Any) -> int:
