@@ -138,6 +138,9 @@ class Launch:
     launcher: Literal["plain", "torchrun"] = "plain"
     env: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # for people who read the plan: no problem, but good to know
+    # A module that does part I of N of the work beforehand when it gets the same arguments and `--part I/N`. What it
+    # leaves behind is taken over, what it doesn't is done by `module`: it may be killed, or never be started.
+    part_module: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemotron_recipes.backends.workerfile import MODULE, worker_args, worker_file
+from nemotron_recipes.backends.workerfile import MODULE, PART_MODULE, worker_args, worker_file
 from nemotron_recipes.data.settings import METHODS, cross_problems
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.spec import Launch, StageSpec, Tree
@@ -39,5 +39,6 @@ class DataPrepBackend:
             args=worker_args(stage, FILE),
             files={FILE: worker_file(self.name, stage, method=config["method"], data=config["data"])},
             launcher="plain",
+            part_module=PART_MODULE,
             env={"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_TELEMETRY": "1"},
         )

@@ -12,6 +12,7 @@ from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import StageSpec, Tree
 
 MODULE = "nemotron_recipes.worker"
+PART_MODULE = "nemotron_recipes.worker.part"
 
 
 def worker_file(worker: str, stage: StageSpec, **own: Any) -> str:

@@ -88,7 +88,8 @@ class Follower:
             self.logs = _Logs(folder, attempt, self.rank)
             self.metrics = Tail(folder.metrics)
         elif event["event"] == "job-accepted":
-            self._line(f"   {stage} is job {event['job']}")
+            array = f", after the tasks of array {event['array']}" if event.get("array") else ""
+            self._line(f"   {stage} is job {event['job']}{array}")
         elif event["event"] == "requeued":
             self._line(f"── {stage}: back in the queue ({event['cause']}), from step {event['step'] or 0}")
         elif event["event"] == "stage-exited":

@@ -125,6 +125,26 @@ def prepare(job: Job, output: Path, progress: Progress | None = None) -> Report:
     return _Preparation(job, output, progress or Progress()).run()
 
 
+@dataclass(frozen=True)
+class PartDone:
+    """What `prepare_part` did: `shards` of `of` shards, with `rows` rows; `reused`: shards that were there before."""
+
+    shards: int
+    of: int
+    rows: int
+    reused: int
+
+
+def prepare_part(job: Job, part: int, parts: int, progress: Progress | None = None) -> PartDone:
+    """Make the spools of each `parts`-th shard, from number `part` on; `prepare` of the same job takes them over.
+
+    Parts share nothing but the folder of spools, so they may run on different machines, at any time, again and again.
+    UserError, JobFailed: as `prepare`."""
+    if job.spools is None:
+        raise ValueError("without a folder of spools nobody could take over what a part has done")
+    return _Preparation(job, job.spools, progress or Progress()).run_part(part, parts)
+
+
 class _Preparation:
     def __init__(self, job: Job, output: Path, progress: Progress):
         self.job = job
@@ -137,20 +157,16 @@ class _Preparation:
         self.warnings: list[str] = []
         self.gate_seconds: dict[str, float] = {}
         self.reused = 0
+        self.rows = 0  # so far
 
     def run(self) -> Report:
         shards = self.shards = self._shards()
-        workers = min(self.settings.workers or usable_cpus(), len(shards))
-        # Where processes do the work, this one needs no second engine, only who the tokenizer is.
-        recipe = (
-            self.recipe if workers <= 1 else replace(self.recipe, settings=replace(self.settings, engine="tokenizers"))
-        )
-        encoder = ShardEncoder(recipe)
+        workers, encoder = self._encoder(shards)
         before = [_state(file) for file in self._all_files()]
         with ExitStack() as stack:
-            base = self._key(encoder.encoder)
             scratch = self.output / ".spool"
-            spools = stack.enter_context(Spools(self.job.spools or scratch, base, self.progress.note))
+            folder, keys_of = self.job.spools or scratch, self._key(encoder.encoder)
+            spools = stack.enter_context(Spools(folder, keys_of, repr(shards), self.progress.note))
             identities = stack.enter_context(ThreadPoolExecutor(1)).submit(self._identities)
             keys = self._encode(encoder, shards, spools, workers)
             merged, bad_rows = self._merge(shards, [Spool(spools.folder / key) for key in keys], scratch)
@@ -174,6 +190,23 @@ class _Preparation:
             tuple(self.warnings),
             self.reused,
         )
+
+    def run_part(self, part: int, parts: int) -> PartDone:
+        shards = self._shards()
+        mine = shards[part::parts]
+        if not mine:
+            return PartDone(0, len(shards), 0, 0)
+        workers, encoder = self._encoder(mine)
+        with Spools(self.output, self._key(encoder.encoder), repr(mine), self.progress.note) as spools:
+            self._encode(encoder, mine, spools, workers)
+        return PartDone(len(mine), len(shards), self.rows, self.reused)
+
+    def _encoder(self, shards: list[Shard]) -> tuple[int, ShardEncoder]:
+        """How many processes, and the encoder of this one. Where others do the work, it needs no second engine, only
+        who the tokenizer is."""
+        workers = min(self.settings.workers or usable_cpus(), len(shards))
+        settings = self.settings if workers <= 1 else replace(self.settings, engine="tokenizers")
+        return workers, ShardEncoder(replace(self.recipe, settings=settings))
 
     def _shards(self) -> list[Shard]:
         """All shards in input order."""
@@ -204,17 +237,17 @@ class _Preparation:
             running = run_here(encoder, tasks, spools.folder)
         total = sum(shard.size for shard in shards) or 1
         keys: dict[int, str] = {}
-        rows = size = 0
+        size = 0
         with closing(running):
             for task, done in running:
                 keys[task.number] = done.key
                 size += task.shard.size
-                rows += done.rows
                 self._take(done)
-                self.progress.update(rows, size / total)
+                self.progress.update(self.rows, size / total)
         return [keys[number] for number in sorted(keys)]
 
     def _take(self, done: Done) -> None:
+        self.rows += done.rows
         self.reused += done.reused
         if done.warning:
             self.warnings.append(done.warning)

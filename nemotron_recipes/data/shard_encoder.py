@@ -20,7 +20,7 @@ from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.readers import BLANK, Line, read_shard
 from nemotron_recipes.data.rows import Row, RowReader
 from nemotron_recipes.data.settings import SPLITS, Settings
-from nemotron_recipes.data.shards import Shard, content_digest
+from nemotron_recipes.data.shards import Shard, content_digest, file_state
 from nemotron_recipes.data.splits import content_key, split_of, weight_point
 from nemotron_recipes.data.spool import Spool, SpoolWriter, Tally, is_whole
 from nemotron_recipes.errors import Problem, UserError
@@ -81,6 +81,7 @@ class ShardEncoder:
         """See that the shard's spool is below `root`; `base` is what it follows from besides its content.
         UserError: a damaged input; OSError: the disk."""
         try:
+            before = file_state(shard)
             content = content_digest(shard)
         except OSError as error:
             raise UserError(Problem(f"{shard.place} can't be read: {error}")) from None
@@ -89,14 +90,14 @@ class ShardEncoder:
             os.utime(root / key)
             facts = Spool(root / key).facts
             return Done(key, facts["rows"], facts["bad_rows"], reused=True)
-        done = self._attempt(shard, root, key, self.chat)
+        done = self._attempt(shard, root, key, self.chat, before)
         if done is None:
-            done = self._attempt(shard, root, key, ChatEncoder(self.encoder, self.chat.thinking, quick=False))
+            done = self._attempt(shard, root, key, ChatEncoder(self.encoder, self.chat.thinking, quick=False), before)
             assert done is not None
             return replace(done, warning=f"{shard.name}: rows differ from the reference, which has done the shard anew")
         return done
 
-    def _attempt(self, shard: Shard, root: Path, key: str, chat: ChatEncoder) -> Done | None:
+    def _attempt(self, shard: Shard, root: Path, key: str, chat: ChatEncoder, before: Any) -> Done | None:
         """None: a sample of the rows shows that the quick way isn't exact."""
         tally = Tally()
         writer = SpoolWriter(root, key, len(self.recipe.gates.corpus))
@@ -106,6 +107,8 @@ class ShardEncoder:
                 rows = [line for line in block if line.value is not BLANK]
                 if not self._write(rows, shard, writer, tally, chat, number):
                     return None
+            if file_state(shard) != before:  # a spool is what the bytes became that its name speaks of
+                raise UserError(Problem(f"changed while it was read: {shard.place}", fix="run again"))
             writer.finish(tally)
             return Done(key, writer.rows, writer.bad_rows, seconds=tally.seconds)
         finally:

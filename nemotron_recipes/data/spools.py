@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -16,25 +17,31 @@ UNFINISHED = 24 * 3600  # seconds without a change after which a half-written sp
 
 
 class Spools:
-    """A context in which this process alone prepares what `keys` (one per source) say; `say` hears of waiting."""
+    """A context in which this process alone prepares `inputs` (a text that names them) as `keys` (one per source) say;
+    `say` hears of waiting."""
 
-    def __init__(self, folder: Path, keys: Sequence[str], say: Callable[[str], None]):
+    def __init__(self, folder: Path, keys: Sequence[str], inputs: str, say: Callable[[str], None]):
         self.folder = folder
         self._keys = keys
+        self._inputs = inputs
         self._say = say
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Spools:
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256("".join(self._keys).encode()).hexdigest()[:32]
+        text = "".join(self._keys) + self._inputs
+        name = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         self._lock = (self.folder / f"{name}.lock").open("ab")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._say("another run prepares data with the same settings: waiting for it, to take over what it has done")
+            self._say(
+                "another run prepares the same data in the same way: waiting for it, to take over what it has done"
+            )
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:  # spools are whole or absent without a lock too; only work may be done twice
             self._say(f"{self.folder} knows no locks ({error.strerror}): going on without")
+        os.utime(self._lock.name)
         self._clean()
         return self
 
@@ -52,5 +59,8 @@ class Spools:
                 age = now - entry.stat().st_mtime
             except FileNotFoundError:
                 continue
-            if entry.is_dir() and age > (UNFINISHED if entry.name.startswith(".") else UNUSED):
+            if entry.name.endswith(".lock") and age > UNUSED:  # whoever waits for it just now goes on unlocked
+                with suppress(FileNotFoundError):
+                    os.unlink(entry.path)
+            elif entry.is_dir() and age > (UNFINISHED if entry.name.startswith(".") else UNUSED):
                 shutil.rmtree(entry.path, ignore_errors=True)

@@ -100,27 +100,29 @@ class SlurmExecutor:
         attempts = {name: StageDir(run.stage(name).path).last_attempt() + 1 for name in stages}
         slurm_files.write_attempts(run, attempts)
         append_event(run.events, "submitting", attempts=attempts)
-        names = {stage.name: slurm_script.job_name(plan, stage) for stage in plan.stages if stage.name in stages}
+        names = {name: job for stage in plan.stages if stage.name in stages for name, job in _names(plan, stage)}
         jobs: dict[str, str] = {}
         handle = JobHandle(self.name, plan.id, plan.run_dir, {"jobs": jobs, "names": names})
         write_atomic(run.handle, to_json(handle))
         try:
-            for name, command in stages.items():
-                _make_folders(run, run.stage(name))
-                argv = _resolved(command, jobs)
+            for stage, name, command in [(s, n, c) for s, commands in stages.items() for n, c in commands.items()]:
+                _make_folders(run, run.stage(stage))
+                argv = slurm_script.resolved(command, jobs)
                 try:
                     jobs[name] = slurm_control.sbatch(argv, plan.run_dir, environ)
                 except slurm_control.Unreachable as error:
                     raise slurm_control.missing(error) from None
                 except slurm_control.Refused as error:
-                    raise UserError(_refusal(plan, name, str(error))) from None
+                    raise UserError(_refusal(plan, stage, str(error))) from None
                 write_atomic(run.handle, to_json(handle))
-                _refuse_for_ever(plan, name, jobs[name])
+                _refuse_for_ever(plan, stage, jobs[name])
         except BaseException:  # Ctrl-C, too
             self._withdraw(run, handle)
             raise
-        for name, job in jobs.items():
-            append_event(run.events, "job-accepted", stage=name, attempt=attempts[name], job=job)
+        for name, attempt in attempts.items():
+            array = jobs.get(slurm_script.array_of(name))
+            fields = {"job": jobs[name], **({"array": array} if array else {})}
+            append_event(run.events, "job-accepted", stage=name, attempt=attempt, **fields)
         return handle
 
     def liveness(self, handle: JobHandle) -> Liveness:
@@ -216,15 +218,22 @@ class SlurmExecutor:
             stage, attempt = (begun[-1]["stage"], begun[-1]["attempt"]) if begun else (None, None)
             append_event(run.events, "cancelled", stage=stage, attempt=attempt)
 
-    def _unfinished(self, plan: Plan, run: RunDir, rendered: Rendered) -> dict[str, tuple[str, ...]]:
-        """Stage -> its command, for those that have not succeeded in an earlier submission."""
+    def _unfinished(self, plan: Plan, run: RunDir, rendered: Rendered) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Stage -> its commands by what they submit, for those that have not succeeded in an earlier submission."""
         prints = {stage.name: stage.fingerprint for stage in plan.stages}
         left = {}
-        for stage, command in zip(rendered.stages, rendered.submit, strict=True):
+        for stage in rendered.stages:
+            commands = {
+                slurm_script.array_of(stage.name)
+                if Path(command[-1]).name == slurm_files.ARRAY
+                else stage.name: command
+                for command in rendered.submit
+                if command[-1] in stage.files
+            }
             if is_done(read_json(run.stage(stage.name).record), prints[stage.name]):
                 append_event(run.events, "stage-skipped", stage=stage.name, reason="already succeeded")
             else:
-                left[stage.name] = command
+                left[stage.name] = commands
         return left
 
     def _withdraw(self, run: RunDir, handle: JobHandle) -> None:
@@ -299,17 +308,11 @@ def _secret_values(plan: Plan) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name in declared or reads_like_a_secret(name)}
 
 
-def _resolved(command: tuple[str, ...], jobs: Mapping[str, str]) -> list[str]:
-    """The command with the ids of earlier jobs; without a dependency on a stage that needs no job any more."""
-    argv = []
-    for word in command:
-        if word.startswith(slurm_script.DEPENDENCY):
-            found = [job for stage, job in jobs.items() if word.endswith(slurm_script.job_symbol(stage))]
-            if not found:
-                continue
-            word = slurm_script.DEPENDENCY + found[0]
-        argv.append(word)
-    return argv
+def _names(plan: Plan, stage: StagePlan) -> list[tuple[str, str]]:
+    """(what is submitted, its job's name) of a stage, in order."""
+    name = slurm_script.job_name(plan, stage)
+    array = [(slurm_script.array_of(stage.name), slurm_script.array_of(name))] if slurm_script.tasks_of(stage) else []
+    return [*array, (stage.name, name)]
 
 
 def _refuse_for_ever(plan: Plan, name: str, job: str) -> None:

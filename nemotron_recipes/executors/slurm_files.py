@@ -4,7 +4,8 @@
 submission.json                                what was handed to Slurm: the stages in order, the attempt of each
 secrets.json                                   mode 0600; gone once the run has ended
 <stage>/files/launch.json, sbatch.sh           what each node's launcher reads, and the script that starts it
-<stage>/logs/slurm-JOB.out, nodes-JOB.out      what the script and the launchers print
+<stage>/files/array.sh                         the script of an array that does parts of the stage's work beforehand
+<stage>/logs/slurm-JOB.out, nodes-JOB.out      what the script and the launchers print; of an array, JOB is JOB_TASK
 <stage>/logs/attempt-N/launcher.log            what the processes of the first node print outside their own logs
 <stage>/logs/attempt-N/launcher.node-K.log     the same of another node
 <stage>/logs/attempt-N/node-K.json             how node K ended
@@ -23,6 +24,7 @@ from nemotron_recipes.rundir import RunDir, StageDir, read_json
 
 LAUNCH = "launch.json"
 SCRIPT = "sbatch.sh"
+ARRAY = "array.sh"
 CODE = "code"  # below a stage: where NeMo-Run starts tasks; a link to the run's SNAPSHOT
 SNAPSHOT = "code"  # below the run: the sources that travel with it
 
@@ -64,6 +66,10 @@ def secrets(run: RunDir) -> Path:
 
 def script(stage: StageDir) -> Path:
     return stage.files / SCRIPT
+
+
+def array_script(stage: StageDir) -> Path:
+    return stage.files / ARRAY
 
 
 def launcher_log(stage: StageDir, attempt: int, node: int) -> Path:

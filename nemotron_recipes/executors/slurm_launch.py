@@ -163,10 +163,8 @@ class Node:
         return ""
 
     def _run(self, log: Path) -> int:
-        environ = {**self.environ, **(read_json(slurm_files.secrets(self.run)) or {}), **self.launch["env"]}
+        environ = stage_environment(self.launch, self.run, self.environ)
         environ[ATTEMPT_ENV] = str(self.attempt)
-        if "PYTHONPATH" in self.launch["env"]:  # an image's own, or a module's, may be needed
-            environ["PYTHONPATH"] = _joined(self.launch["env"]["PYTHONPATH"], self.environ.get("PYTHONPATH", ""))
         self.deadline = slurm_requeue.deadline_of(self.environ, self.launch["save_margin"], time.time())
         if self.deadline is not None:
             environ[DEADLINE_ENV] = f"{self.deadline:.3f}"
@@ -314,6 +312,14 @@ class Node:
     def _time_is_up(self, number: int, frame: FrameType | None) -> None:
         self.overdue = not self.stopping
         self._stop(number, frame)
+
+
+def stage_environment(launch: Tree, run: RunDir, inherited: dict[str, str]) -> dict[str, str]:
+    """What a stage's processes get: the job's own, the secrets, and above all what the plan sets."""
+    environ = {**inherited, **(read_json(slurm_files.secrets(run)) or {}), **launch["env"]}
+    if "PYTHONPATH" in launch["env"]:  # an image's own, or a module's, may be needed
+        environ["PYTHONPATH"] = _joined(launch["env"]["PYTHONPATH"], inherited.get("PYTHONPATH", ""))
+    return environ
 
 
 def _joined(first: str, then: str) -> str:

@@ -22,7 +22,7 @@ OTHER_NAMES = {
 # Fields of NeMo-Run's `SlurmExecutor` that are not to be set here, each with why, and what to set.
 _ARRAY = (
     "one run folder holds one run: for 1-N%1, the same work going on in N jobs one after another, set max_requeues; "
-    "for different work side by side start a run each"
+    "for different work side by side start a run each; for data prep, set data_array"
 )
 _ONE_COMMAND = "a stage is one command on all its nodes, of one kind"
 NOT_HERE = {
@@ -113,6 +113,8 @@ class SlurmProfile(BaseModel):
     watchdog: Literal["dump", "cancel", "requeue"] | None = None
     stall_factor: Annotated[float, Field(gt=0)] | None = None  # for how many median steps nothing may move; unset: 20
     stall_seconds: Annotated[float, Field(gt=0)] | None = None  # at least so many seconds; unset: 120
+    # Data prep: so many tasks of an array, each like the stage's own job, share the shards; that job merges after them.
+    data_array: Annotated[int, Field(ge=2)] | None = None
     dependency: str | None = None  # of the first stage's job, e.g. "afterok:1234"
     comment: str | None = None
     open_mode: Literal["append", "truncate"] | None = None
@@ -189,6 +191,12 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
     limit = limit_seconds(profile.time)
     if limit is not None and profile.save_margin is not None and profile.save_margin >= limit:
         yield "save_margin", f"{profile.save_margin:g} s before the end of {limit} s leaves no time to work", "lower it"
+    if profile.data_array and "?" in (profile.dependency or ""):
+        yield (
+            "data_array",
+            'a dependency of alternatives ("?") can\'t be joined with the wait for an array',
+            "use commas",
+        )
     if profile.watchdog == "requeue" and not profile.max_requeues:
         yield "watchdog", "it is to put the job back, but max_requeues is 0", "set max_requeues"
     yield from _container(profile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemotron_recipes.executors import slurm_container, slurm_files, slurm_requeue, torchrun
@@ -16,7 +16,8 @@ from nemotron_recipes.rundir import DEADLINE_ENV, RUN_ID_ENV, RunDir, StageDir
 from nemotron_recipes.spec import Plan, RenderedStage, StagePlan, Tree, to_json
 
 LAUNCHER = "nemotron_recipes.executors.slurm_launch"
-DEPENDENCY = "--dependency=afterok:"
+ARRAY_LAUNCHER = "nemotron_recipes.executors.slurm_array"
+DEPENDENCY = "--dependency="
 _OURS = (HOSTS_ENV, DEADLINE_ENV, slurm_requeue.JOB_END_ENV, slurm_requeue.WISH_ENV, slurm_requeue.ENDED_AS_ENV)
 RESERVED_ENV = (*_OURS, "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 
@@ -39,24 +40,65 @@ def rendered_stage(plan: Plan, stage: StagePlan, first: bool) -> RenderedStage:
     files = {str(folder.files / name): text for name, text in stage.launch.files.items()}
     files[str(folder.files / slurm_files.LAUNCH)] = launch
     files[str(slurm_files.script(folder))] = _script(plan, stage, container, first)
+    if tasks_of(stage):
+        files[str(slurm_files.array_script(folder))] = _script(plan, stage, container, first, array=True)
     notes = slurm_container.notes(stage, profile, container)
     return RenderedStage(stage.name, files, argv, env, stage.directory, profile.workdir, notes)
 
 
 def submit_commands(stages: list[StagePlan]) -> tuple[tuple[str, ...], ...]:
-    """One sbatch per stage; each but the first waits for the one before, whose job has no id yet."""
+    """One sbatch per stage; each but the first waits for the one before, whose job has no id yet. A stage with an array
+    has one more, before its own, which waits until no task of the array is left, however they ended."""
     commands = []
-    before: StagePlan | None = None
+    before: tuple[str, ...] = ()
     for stage in stages:
-        profile = profile_of(stage)
-        removed = {flag.lstrip("-").replace("_", "-") for flag in profile.remove}
-        flags = ["--parsable", "--requeue" if profile.max_requeues else "--no-requeue"]
-        if before is not None:
-            flags += [DEPENDENCY + job_symbol(before.name), "--kill-on-invalid-dep=yes"]
-        flags = [flag for flag in flags if flag[2:].partition("=")[0] not in removed]
-        commands.append(("sbatch", *flags, str(slurm_files.script(StageDir(Path(stage.directory))))))
-        before = stage
+        profile, folder = profile_of(stage), StageDir(Path(stage.directory))
+        requeue = "--requeue" if profile.max_requeues else "--no-requeue"
+        tasks = tasks_of(stage)
+        if tasks:  # a task may go back as often as it likes: it never does anything twice
+            flags = ("--parsable", "--requeue", f"--array=0-{tasks - 1}", *_after(*before))
+            commands.append(_command(profile, flags, slurm_files.array_script(folder)))
+            if profile.dependency and not before:  # a flag of the command line takes the place of the script's
+                before = (profile.dependency,)
+            before = (*before, f"afterany:{job_symbol(array_of(stage.name))}")
+        commands.append(_command(profile, ("--parsable", requeue, *_after(*before)), slurm_files.script(folder)))
+        before = (f"afterok:{job_symbol(stage.name)}",)
     return tuple(commands)
+
+
+def tasks_of(stage: StagePlan) -> int:
+    """How many tasks of an array do parts of the stage's work before its own job; 0: none."""
+    return (profile_of(stage).data_array or 0) if stage.launch.part_module else 0
+
+
+def array_of(stage: str) -> str:
+    """What the array of a stage is called where jobs are listed by stage. No stage has a dot in its name."""
+    return f"{stage}.array"
+
+
+def resolved(command: Sequence[str], jobs: Mapping[str, str]) -> list[str]:
+    """The command with the ids of earlier jobs; without a dependency on a stage that needs no job any more."""
+    argv = []
+    for word in command:
+        if word.startswith(DEPENDENCY):
+            known = {job_symbol(name): job for name, job in jobs.items()}
+            wanted = [part.partition(":") for part in word.removeprefix(DEPENDENCY).split(",")]
+            found = [f"{kind}{colon}{known.get(which, which)}" for kind, colon, which in wanted
+                     if which in known or not which.startswith("<")]  # fmt: skip
+            if not found:
+                continue
+            word = DEPENDENCY + ",".join(found)
+        argv.append(word)
+    return argv
+
+
+def _after(*jobs: str) -> tuple[str, ...]:
+    return (DEPENDENCY + ",".join(jobs), "--kill-on-invalid-dep=yes") if jobs else ()
+
+
+def _command(profile: SlurmProfile, flags: Sequence[str], script: Path) -> tuple[str, ...]:
+    removed = {flag.lstrip("-").replace("_", "-") for flag in profile.remove}
+    return ("sbatch", *(flag for flag in flags if flag[2:].partition("=")[0] not in removed), str(script))
 
 
 def job_symbol(stage: str) -> str:
@@ -87,14 +129,17 @@ def shell_command(plan: Plan, stage: StagePlan, job: str, command: Sequence[str]
 
 def worker_argv(stage: StagePlan) -> tuple[str, ...]:
     """What the launcher starts on every node."""
-    profile, launch = profile_of(stage), stage.launch
-    python = profile.python or ("python3" if profile.image else sys.executable)
+    launch, python = stage.launch, _python(profile_of(stage))
     if launch.launcher == "plain":
         return (python, "-m", launch.module, *launch.args)
     log_dir = Path(stage.directory) / "logs" / "torchrun"
     return torchrun.command(
         launch.module, launch.args, stage.placement.nproc_per_node, log_dir, stage.placement.nodes, python
     )
+
+
+def _python(profile: SlurmProfile) -> str:
+    return profile.python or ("python3" if profile.image else sys.executable)
 
 
 def environment(plan: Plan, stage: StagePlan) -> dict[str, str]:
@@ -116,7 +161,13 @@ def environment(plan: Plan, stage: StagePlan) -> dict[str, str]:
 
 
 def _launch(plan: Plan, stage: StagePlan, argv: tuple[str, ...], env: dict[str, str]) -> Tree:
+    tasks = tasks_of(stage)
+    part: Tree = {}
+    if tasks and stage.launch.part_module:
+        words = (_python(profile_of(stage)), "-m", stage.launch.part_module, *stage.launch.args)
+        part = {"part_argv": list(words), "parts": tasks}
     return {
+        **part,
         "run_dir": plan.run_dir,
         "stage": stage.name,
         "fingerprint": stage.fingerprint,
@@ -134,29 +185,31 @@ def _launch(plan: Plan, stage: StagePlan, argv: tuple[str, ...], env: dict[str, 
     }
 
 
-def _script(plan: Plan, stage: StagePlan, container: Container | None, first: bool) -> str:
+def _script(plan: Plan, stage: StagePlan, container: Container | None, first: bool, array: bool = False) -> str:
+    """Of the stage's job; or of the array that does parts of its work: whose tasks Slurm alone puts back."""
     from nemotron_recipes.executors.nemo_slurm import BatchJob, batch_script
 
     profile, folder = profile_of(stage), StageDir(Path(stage.directory))
+    job_id = "%A_%a" if array else "%j"
+    goes_back = array or profile.max_requeues > 0
     fields = {name: getattr(profile, name) for name in SBATCH_FIELDS if name != "dependency"}
-    if profile.max_requeues and profile.open_mode is None:
+    if goes_back and profile.open_mode is None:
         fields["open_mode"] = "append"  # else each attempt would wipe out what the one before said
     fields["partition"] = profile.partition_for(plan.request.mode)
     fields = {name: value for name, value in fields.items() if value is not None and value is not False}
     parameters = {key: value for key, value in profile.additional_parameters.items() if value is not False}
     if profile.dependency and first:  # the others wait for the one before, on their command lines
         parameters["dependency"] = profile.dependency
-    python = profile.python or ("python3" if profile.image else sys.executable)
     job = BatchJob(
-        name=job_name(plan, stage),
+        name=array_of(job_name(plan, stage)) if array else job_name(plan, stage),
         folder=stage.directory,
-        output=str(slurm_files.batch_log(folder, "%j")),
-        srun_output=str(slurm_files.nodes_log(folder, "%j")),
+        output=str(slurm_files.batch_log(folder, job_id)),
+        srun_output=str(slurm_files.nodes_log(folder, job_id)),
         fields=fields,
         parameters=parameters,
-        setup=_setup(profile, RunDir(Path(plan.run_dir)), folder),
-        srun_args=_srun_args(profile, container),
-        command=(python, "-m", LAUNCHER, str(folder.files / slurm_files.LAUNCH)),
+        setup=_setup(profile, RunDir(Path(plan.run_dir)), folder, 0 if array else profile.max_requeues),
+        srun_args=_srun_args(profile, container, goes_back),
+        command=(_python(profile), "-m", ARRAY_LAUNCHER if array else LAUNCHER, str(folder.files / slurm_files.LAUNCH)),
         image=container.image if container else None,
         mounts=tuple(map(str, container.mounts)) if container else (),
         container_env=tuple(profile.container_env),
@@ -165,20 +218,20 @@ def _script(plan: Plan, stage: StagePlan, container: Container | None, first: bo
     return batch_script(job)
 
 
-def _setup(profile: SlurmProfile, run: RunDir, folder: StageDir) -> tuple[str, ...]:
+def _setup(profile: SlurmProfile, run: RunDir, folder: StageDir, max_requeues: int) -> tuple[str, ...]:
     """Not traced: the lines may read keys. A line that fails ends the job; what is exported reaches every node."""
     lines = ["set +vx"]
     if profile.setup:
         lines += ["set -e", *profile.setup, "set +e"]
-    requeue = slurm_requeue.setup_lines(run, folder, profile.max_requeues)
+    requeue = slurm_requeue.setup_lines(run, folder, max_requeues)
     return (*lines, f'export {HOSTS_ENV}="${{nodes[*]}}"', *requeue)
 
 
-def _srun_args(profile: SlurmProfile, container: Container | None) -> tuple[str, ...]:
+def _srun_args(profile: SlurmProfile, container: Container | None, goes_back: bool) -> tuple[str, ...]:
     args = []
     if profile.cpus_per_task:  # Slurm 22.05 and newer don't take it over from the job
         args.append(f"--cpus-per-task={profile.cpus_per_task}")
     args += container.flags if container else ()
-    if profile.max_requeues:
+    if goes_back:
         args.append("--open-mode=append")
     return (*args, *profile.srun_args)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from nemotron_recipes.data.fetch import fetch_tokenizer
 from nemotron_recipes.data.files import listing_digest
 from nemotron_recipes.data.gates.build import build_gates
 from nemotron_recipes.data.metadata import write_metadata
-from nemotron_recipes.data.prepare import Hub, Job, Progress, Report, prepare
+from nemotron_recipes.data.prepare import Hub, Job, Progress, Report, prepare, prepare_part
 from nemotron_recipes.data.settings import Settings, read_settings
 from nemotron_recipes.data.template import template_source
 from nemotron_recipes.errors import Problem, UserError, nearest
@@ -25,24 +27,10 @@ PROGRESS_INTERVAL = 2.0  # seconds
 
 def run(config: Tree, ctx: Context) -> None:
     """Prepare the data of a worker file (`method`, `data`) into the output `data`. UserError: the file, or the rows."""
-    unknown = [Problem(f"unknown key '{key}'", fix=nearest(str(key), KEYS)) for key in config if key not in KEYS]
-    if unknown:
-        raise UserError(*unknown)
-    method = config.get("method")
-    settings = read_settings(config.get("data"), method)
     if ctx.world_size != 1:
         raise UserError(Problem(f"data prep is one process, not {ctx.world_size}"))
     progress = _Progress()
-    with tempfile.TemporaryDirectory(prefix="tokenizer-", dir=ctx.dir.path) as scratch:
-        job = Job(
-            method=str(method),
-            settings=settings,
-            locations=tuple(_location(index, settings, ctx) for index in range(len(settings.sources))),
-            tokenizer=_tokenizer(settings.tokenizer, ctx, Path(scratch)),
-            template_source=template_source(str(ctx.inputs.get("data.chat_template", settings.chat_template))),
-            gates=build_gates(settings.gates, _evaluations(settings, ctx)),
-            spools=ctx.store.root / ".spools",
-        )
+    with _job(config, ctx) as job:
         output = ctx.output(SLOT)
         report = prepare(job, output, progress)
     metadata = write_metadata(job, report, output)
@@ -56,6 +44,36 @@ def run(config: Tree, ctx: Context) -> None:
     }
     ctx.metadata |= {name: metadata[name] for name in ("method", "format", "splits", "key")}
     progress.last(_summary(metadata, report))
+
+
+def run_part(config: Tree, ctx: Context, part: int, parts: int) -> None:
+    """Do part `part` (from 0) of `parts` of the shards beforehand, into the store, from where `run` takes them over.
+    UserError: the file, or the rows."""
+    progress = _Progress()
+    with _job(config, ctx) as job:
+        done = prepare_part(job, part, parts, progress)
+    reused = f", {done.reused} of them by an earlier run" if done.reused else ""
+    progress.last(f"part {part} of {parts}: {done.shards} of {done.of} shards are done{reused}; {done.rows} rows")
+
+
+@contextmanager
+def _job(config: Tree, ctx: Context) -> Iterator[Job]:
+    """What a worker file asks for, while the tokenizer that may have to be made for it is there."""
+    unknown = [Problem(f"unknown key '{key}'", fix=nearest(str(key), KEYS)) for key in config if key not in KEYS]
+    if unknown:
+        raise UserError(*unknown)
+    method = config.get("method")
+    settings = read_settings(config.get("data"), method)
+    with tempfile.TemporaryDirectory(prefix="tokenizer-", dir=ctx.dir.path) as scratch:
+        yield Job(
+            method=str(method),
+            settings=settings,
+            locations=tuple(_location(index, settings, ctx) for index in range(len(settings.sources))),
+            tokenizer=_tokenizer(settings.tokenizer, ctx, Path(scratch)),
+            template_source=template_source(str(ctx.inputs.get("data.chat_template", settings.chat_template))),
+            gates=build_gates(settings.gates, _evaluations(settings, ctx)),
+            spools=ctx.store.root / ".spools",
+        )
 
 
 def _location(index: int, settings: Settings, ctx: Context) -> Path | str | Hub | None:

@@ -32,7 +32,7 @@ from nemotron_recipes.data.encoder import Encoded, Encoder
 from nemotron_recipes.data.files import Input, find_files
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.metadata import write_metadata
-from nemotron_recipes.data.prepare import Job, Progress, Report, prepare
+from nemotron_recipes.data.prepare import Job, Progress, Report, prepare, prepare_part
 from nemotron_recipes.data.readers import BLANK, MAX_LINE, read_shard
 from nemotron_recipes.data.rows import Row
 from nemotron_recipes.data.settings import read_settings
@@ -138,6 +138,23 @@ def test_the_number_of_processes_does_not_show(tmp_path: Path, monkeypatch: pyte
     cut(monkeypatch, 1_000)
     run(job(file, workers=3), tmp_path / "three")
     assert bytes_of(tmp_path / "three") == bytes_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize("parts", [2, 30])
+def test_parts_done_elsewhere_are_taken_over(tmp_path: Path, parts: int) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for number in range(5):
+        write_rows(folder / f"{number}.jsonl", varied(10, seed=number))
+    run(job(folder), tmp_path / "one")
+    done = [prepare_part(job(folder, tmp_path / "spools"), part, parts) for part in reversed(range(1, parts))]
+    assert sum(part.shards for part in done) == (5 - len(range(0, 5, parts)))
+    assert {part.of for part in done} == {5}
+    again = prepare_part(job(folder, tmp_path / "spools"), 1, parts)
+    assert (again.shards, again.reused) == (done[-1].shards, done[-1].shards)
+    report = run(job(folder, tmp_path / "spools"), tmp_path / "merged")
+    assert report.reused == sum(part.shards for part in done), "part 0 was lost"
+    assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "one")
 
 
 def test_counts_balance_for_every_file(tmp_path: Path) -> None:
@@ -303,12 +320,13 @@ def test_a_second_run_waits(tmp_path: Path) -> None:
     waiting, done = threading.Event(), threading.Event()
 
     def second() -> None:
-        with Spools(tmp_path, ["key"], lambda _: waiting.set()):
+        with Spools(tmp_path, ["key"], "input", lambda _: waiting.set()):
             done.set()
 
-    with Spools(tmp_path, ["key"], lambda _: None):
-        with Spools(tmp_path, ["another key"], lambda _: waiting.set()):
-            assert not waiting.is_set()
+    with Spools(tmp_path, ["key"], "input", lambda _: None):
+        for keys, inputs in ((["another key"], "input"), (["key"], "another input")):
+            with Spools(tmp_path, keys, inputs, lambda _: waiting.set()):
+                assert not waiting.is_set()
         thread = threading.Thread(target=second)
         thread.start()
         assert waiting.wait(60)

@@ -18,7 +18,7 @@ from nemotron_recipes.executors import nemo_adapter
 from nemotron_recipes.executors.slurm import SlurmExecutor
 from nemotron_recipes.executors.slurm_meeting import FIRST_PORT, PORTS, NoMeeting, hold_port, told_port
 from nemotron_recipes.executors.slurm_profile import NOT_HERE, OTHER_NAMES, SlurmProfile
-from nemotron_recipes.executors.slurm_script import shell_command
+from nemotron_recipes.executors.slurm_script import resolved, shell_command
 from nemotron_recipes.planning.validate import check_run
 from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Artifact, Placement, Plan, Rendered, Request
@@ -62,6 +62,7 @@ BARE_METAL = {
     "container_image": "not-used",
     "python": "/opt/venv/bin/python",
 }
+ARRAY = {"account": "lab", "data_array": 8, "max_requeues": 2, "dependency": "afterok:7"}
 CONTAINER = {
     "account": "lab",
     "nodes": 2,
@@ -89,13 +90,15 @@ def pipe_of(fields: dict[str, Any], mode: str = "batch") -> Plan:
     """A stage of one process, then one that trains, as planning places them."""
     training = placement_of(**fields)
     first = probe_stage("data-prep-sft", placement=replace(training, nodes=1, nproc_per_node=1))
+    first = replace(first, launch=replace(first.launch, part_module="tests.helpers.part"))
     second = probe_stage("sft", ("--config", "it's"), placement=training, launcher="torchrun")
     plan = plan_of(RUN_DIR, first, second)
     return replace(plan, id=RUN_DIR.name, request=Request("nano3", ("pipe",), mode=mode))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"), [("published", PUBLISHED), ("bare-metal", BARE_METAL), ("container", CONTAINER)]
+    ("name", "fields"),
+    [("published", PUBLISHED), ("bare-metal", BARE_METAL), ("container", CONTAINER), ("array", ARRAY)],
 )
 def test_golden_script(
     name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
@@ -112,6 +115,26 @@ def test_golden_script(
         file.write_text(text)
     assert file.exists(), f"{file} is missing: make it with pytest --update-golden"
     assert text == file.read_text(), "the job changed; if that is meant: pytest --update-golden, and read the diff"
+
+
+def test_ids_take_the_places_of_stages() -> None:
+    """A stage that was done before, and its array, leave nothing behind; a dependency on a job of the user's stays."""
+    array, prep, training = EXECUTOR.render(pipe_of(ARRAY)).submit
+    ids = {"data-prep-sft.array": "10", "data-prep-sft": "11"}
+    assert dependency(resolved(array, ids)) == []
+    assert dependency(resolved(prep, ids)) == ["--dependency=afterok:7,afterany:10"]
+    assert dependency(resolved(training, ids)) == ["--dependency=afterok:11"]
+    assert dependency(resolved(training, {})) == []
+
+
+def dependency(argv: list[str]) -> list[str]:
+    return [word for word in argv if word.startswith("--dependency")]
+
+
+def test_what_an_array_cannot_be_joined_with() -> None:
+    stage = pipe_of({**ARRAY, "dependency": "afterok:7?afterok:8"}).stages[0]
+    (problem,) = EXECUTOR.check(stage)
+    assert "an array" in problem.what
 
 
 def test_a_followed_run_goes_to_its_own_partition() -> None:
