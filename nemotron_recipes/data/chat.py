@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,16 +12,14 @@ from nemotron_recipes.data.messages import BadRow, Message
 from nemotron_recipes.data.rows import Row
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A conversation to render, and the indices of the assistant turns to learn from."""
 
     messages: list[Message]
     learned: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """One text to render and encode. `prompt`: it ends with a generation prompt."""
 
     messages: list[Message]

@@ -11,10 +11,9 @@ from a few array operations, and any engine that only gives ids will do. Other t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -29,8 +28,7 @@ from nemotron_recipes.fsio import file_digest
 _PROBE = [{"role": "user", "content": "Ab c 12\n"}, {"role": "assistant", "content": "d, e."}]
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """`ids` (int32) and `mask` (uint8, 1: a token wholly inside a generation block), equally long."""
 
     ids: np.ndarray
@@ -59,8 +57,8 @@ class Encoder:
         self.template = ChatTemplate(template_source, tuple(sorted(token["content"] for token in control)))
         self._ids = {token["content"]: token["id"] for token in control}
         tree |= {"truncation": None, "padding": None, "post_processor": None}
-        self._tokenizer = _load(tree, path)
-        self._plain_tree = _control_only_special(tree, set(self._ids)), path
+        # The flag says nothing but what `encode_special_tokens` switches off.
+        self._tokenizer = _load(_control_only_special(tree, set(self._ids)), path)
         self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         size = max([self.vocabulary_size - 1, *self._ids.values()]) + 1
         self._is_control = np.zeros(size, dtype=bool)
@@ -142,12 +140,13 @@ class Encoder:
             results.append(_encoded(ids, encoding.offsets, one) if exact else None)
         return results
 
-    @cached_property
-    def _plain(self) -> Any:
-        """The tokenizer for text that must not act: exactly the control tokens are switched off. Few rows need it."""
-        plain = _load(*self._plain_tree)
-        plain.encode_special_tokens = True
-        return plain
+    def _encode_plain(self, text: str) -> Any:
+        """Text that must not act: exactly the control tokens are switched off for it."""
+        self._tokenizer.encode_special_tokens = True
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = False
 
     def _engine(self, name: str, tree: dict[str, Any], path: Path) -> Engine:
         if name == self.reference.name:
@@ -180,7 +179,7 @@ class Encoder:
                 stretch = stretch.lstrip()
             if token in self._left:
                 stretch = stretch.rstrip()
-            encoding = self._plain.encode(stretch, add_special_tokens=False)
+            encoding = self._encode_plain(stretch)
             if self._is_control[encoding.ids].any():
                 return BadRow("control_text", "the tokenizer makes a control token of plain text")
             ids += encoding.ids
@@ -223,7 +222,7 @@ def keep_blocks(encoded: Encoded, blocks: Sequence[int]) -> Encoded:
     for index in blocks:
         start, end = encoded.blocks[index]
         mask[start:end] = encoded.mask[start:end]
-    return replace(encoded, mask=mask)
+    return encoded._replace(mask=mask)
 
 
 def label_mask(mask: np.ndarray) -> np.ndarray:

@@ -8,9 +8,8 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import orjson
 
@@ -22,11 +21,12 @@ from nemotron_recipes.errors import Problem, UserError
 MAX_LINE = 8 << 20  # bytes of one row: about two million tokens, more than any context
 _BATCH = 256  # rows of parquet at once
 _INT64 = 2.0**63
+_DIGITS = bytes(ord("0") if chr(byte).isdecimal() and byte < 128 else ord(" ") for byte in range(256))
+_MANY_DIGITS = b"0" * 19  # an integer that needs more than 64 bits has as many, or more
 BLANK = object()  # the value of a blank line
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One row as read. `number` counts from 1 within the shard: lines of text, rows of other formats. `bad` is set
     instead of `value` where it can't be read. A line whose value is BLANK is no row; it only counts as a line."""
 
@@ -255,7 +255,9 @@ def parse_line(line: bytes, number: int) -> Line:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
         return _parse_slowly(line, number)
-    return _parse_slowly(line, number) if _has_large_number(value) else Line(number, value, size=len(line))
+    if _MANY_DIGITS in line.translate(_DIGITS) and _has_large_number(value):
+        return _parse_slowly(line, number)
+    return Line(number, value, size=len(line))
 
 
 def _has_large_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from nemotron_recipes.data.messages import BadRow, Message, read_message, read_tools
@@ -162,17 +163,22 @@ class RowReader:
 
     def _find(self, row: dict[str, Any], field_name: str) -> str | None:
         """The key of the row that holds this field."""
-        named = getattr(self.columns, field_name)
-        names = USUAL_NAMES[field_name] if named is None else (named,)
-        return next((name for name in names if row.get(name) is not None), None)
+        for name in self._names[field_name]:
+            if row.get(name) is not None:
+                return name
+        return None
 
     def _get(self, row: dict[str, Any], field_name: str) -> Any:
         name = self._find(row, field_name)
         if name is None:
-            named = getattr(self.columns, field_name)
-            names = USUAL_NAMES[field_name] if named is None else (named,)
-            raise BadRow("missing_field", f"no field {' or '.join(map(repr, names))}")
+            raise BadRow("missing_field", f"no field {' or '.join(map(repr, self._names[field_name]))}")
         return row[name]
+
+    @cached_property
+    def _names(self) -> dict[str, tuple[str, ...]]:
+        """Field -> the keys that it may stand under."""
+        named = vars(self.columns)
+        return {field: usual if named[field] is None else (named[field],) for field, usual in USUAL_NAMES.items()}
 
 
 def _check_order(messages: list[Message]) -> None:
@@ -193,13 +199,20 @@ def _check_answer(messages: list[Message], name: str) -> None:
 
 def _check_tool_markup(row: Row) -> None:
     """Tool calls, structured or as text, in a row that never says which tools there are."""
-    messages = row.messages + row.prompt + row.chosen + row.rejected + row.completion
-    if row.tools or any("# Tools" in m["content"] for m in messages):
+    if row.tools:
         return
+    messages = row.messages + row.prompt + row.chosen + row.rejected + row.completion
     for message in messages:
-        texts = message["content"] + (message.get("reasoning_content") or "")
-        if message.get("tool_calls") or "<tool_call>" in texts:
-            raise BadRow("tool_call_without_tools", "a tool call, but no tools and no '# Tools' header")
+        if (
+            message.get("tool_calls")
+            or "<tool_call>" in message["content"]
+            or "<tool_call>" in message.get("reasoning_content", "")
+        ):
+            break
+    else:
+        return
+    if not any("# Tools" in message["content"] for message in messages):
+        raise BadRow("tool_call_without_tools", "a tool call, but no tools and no '# Tools' header")
 
 
 def _is_conversation(value: Any) -> bool:

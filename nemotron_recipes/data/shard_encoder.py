@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,8 +57,7 @@ class Done:
     warning: str = ""
 
 
-@dataclass(frozen=True)
-class _Placed:
+class _Placed(NamedTuple):
     line: int
     candidate: Candidate
     point: float

@@ -49,6 +49,7 @@ class SpoolWriter:
         self._folder = root / f".{key}.{uuid.uuid4().hex}.tmp"
         self._folder.mkdir(parents=True)
         self._columns = {name: array(kind) for name, kind in (ROW_COLUMNS | SEQUENCE_COLUMNS).items()}
+        self._row_columns: list[Any] = [self._columns[name] for name in ROW_COLUMNS]
         names = ["ids", "mask", "payload", "bad.jsonl", *(f"signatures-{n}" for n in range(signatures))]
         self._files: dict[str, IO[bytes]] = {name: (self._folder / name).open("wb") for name in names}
         self._reasons: dict[str, int] = {}
@@ -78,13 +79,14 @@ class SpoolWriter:
     ) -> None:
         """A row that goes on. `sequences`: ids and label-aligned masks; `length`, `tokens`: where there are none."""
         for ids, mask in sequences:
-            self._files["ids"].write(ids.astype("<i4", copy=False).tobytes())
-            self._files["mask"].write(mask.tobytes())
+            self._files["ids"].write(np.ascontiguousarray(ids, dtype="<i4").data)
+            self._files["mask"].write(np.ascontiguousarray(mask).data)
             learned = mask.argmax() if len(mask) else 0
             self._columns["seq_length"].append(len(ids))
             self._columns["seq_first"].append(int(learned) if len(mask) and mask[learned] else -1)
-        self._files["payload"].write(payload)
-        self._payload += len(payload)
+        if payload:
+            self._files["payload"].write(payload)
+            self._payload += len(payload)
         for number, signature in enumerate(signatures):
             self._files[f"signatures-{number}"].write(signature)
         self._row(line, KEPT, split, point, len(sequences), length, tokens)
@@ -118,12 +120,10 @@ class SpoolWriter:
             handle.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _row(self, *values: Any) -> None:
-        line, status, split, point, sequences, length, tokens = values
-        row = {"line": line, "status": status, "split": split, "point": point, "sequences": sequences,
-               "payload_end": self._payload, "length": length, "tokens": tokens}  # fmt: skip
-        for name, value in row.items():
-            self._columns[name].append(value)
+    def _row(self, line: int, status: int, split: int, point: float, sequences: int, length: int, tokens: int) -> None:
+        values = (line, status, split, point, sequences, self._payload, length, tokens)
+        for column, value in zip(self._row_columns, values, strict=True):
+            column.append(value)
         self.rows += 1
 
 

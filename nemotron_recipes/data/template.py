@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.errors import Problem, UserError
@@ -27,8 +27,7 @@ _RESERVED = (_QUOTE, _OPEN, _CLOSE)
 _PRIVATE = 0xF0000  # placeholder n is QUOTE, chr(PRIVATE + n), QUOTE
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """`text` is what the row says in this template. Spans are half-open character ranges of it."""
 
     text: str

@@ -510,8 +510,8 @@ def test_one_differing_row_hands_the_shard_to_the_reference(
         if found is None:
             return None
         if fault == "text":
-            return replace(found, text=found.text.replace("What", "Who"))
-        return replace(found, generated=tuple((start + 1, end) for start, end in found.generated))
+            return found._replace(text=found.text.replace("What", "Who"))
+        return found._replace(generated=tuple((start + 1, end) for start, end in found.generated))
 
     monkeypatch.setattr(fast_render._Nemotron3, "render", wrong)
     report = run(job(file), tmp_path / "wrong")
