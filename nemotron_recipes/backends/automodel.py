@@ -19,6 +19,7 @@ from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 FILE, NATIVE_FILE = "train.yaml", "automodel.yaml"
 SCHEMAS = ("automodel-0.5.0",)
+DATA = "data.path"  # in a data set of the recipe's own: the folder behind that key goes here
 PACKS = "nemotron_recipes.worker.automodel.packs"
 
 _TABLE = {
@@ -110,6 +111,7 @@ class AutoModelBackend:
             train_iters=config["train"]["train_iters"],
             keep=config["checkpoint"]["keep"],
             adapters=config["peft"] is not None,
+            data_keys=data_keys(config),
             resume_from=stage.resume_from,
         )
         return Launch(
@@ -165,6 +167,15 @@ def native_tree(stage: StageSpec) -> Tree:
     return _merged(tree, fixed)
 
 
+def data_keys(config: Tree) -> list[str]:
+    """Native keys that name the data: of the recipe's own data sets, those that say `data.path`; else of our packs."""
+    given = config["backend"]["native"]
+    sections = ("dataset", "validation_dataset")
+    if "dataset" not in given:
+        return [f"{section}.path" for section in sections]
+    return [f"{name}.{key}" for name in sections for key, value in given.get(name, {}).items() if value == DATA]
+
+
 def native_values(config: Tree) -> Tree:
     """Dotted native key -> value, for everything that the envelope says."""
     train = config["train"]
@@ -197,6 +208,9 @@ def _data_problems(config: Tree) -> Iterator[Problem]:
     own = "dataset" in config["backend"]["native"]
     if own and "_target_" not in config["backend"]["native"]["dataset"]:
         yield Problem("backend.native.dataset names no _target_", fix="a data set class of AutoModel, or leave it out")
+    if own and not any(key.startswith("dataset.") for key in data_keys(config)):
+        fix = f"backend.native.dataset.path_or_dataset={DATA}, or what else its _target_ calls it"
+        yield Problem("backend.native.dataset does not say where data.path goes", fix=fix)
     if config["checkpoint"]["pretrained_checkpoint"] is not None:
         fix = "checkpoint.pretrained_checkpoint=null; the base model is model.path"
         yield Problem("automodel starts from a Hugging Face folder", "checkpoint.pretrained_checkpoint", fix)

@@ -98,12 +98,20 @@ def context(tmp_path):
         {"model": Output("model", "made", "model"), "adapter": Output("adapter", "made", "adapter")},
     )
     made.artifacts["model.path"] = Artifact("hub", "model", "ORG/NAME", revision="c0ffee")
+    made.artifacts["data.path"] = Artifact("path", "data", uri="/data/rows")
     made.inputs["data.path"] = Path("/data/rows")
     made.dir.checkpoints.mkdir(parents=True)
     return made
 
 
-CONFIG = {"config": "/r/s/automodel.yaml", "pack_size": 64, "train_iters": 4, "keep": 2, "adapters": False}
+CONFIG = {
+    "config": "/r/s/automodel.yaml",
+    "pack_size": 64,
+    "train_iters": 4,
+    "keep": 2,
+    "adapters": False,
+    "data_keys": ["dataset.path", "validation_dataset.path"],
+}
 
 
 def test_what_is_known_only_here_goes_to_its_command_line(context):
@@ -117,6 +125,39 @@ def test_what_is_known_only_here_goes_to_its_command_line(context):
         "--validation_dataset.path=/data/rows",
         "--validation_dataset.pack_size=64",
     ]
+
+
+def test_a_data_set_of_its_own_gets_the_pinned_folder(context, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, **how):
+        asked.append((name, how))
+        return "/cache/snapshot"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    keys = ["dataset.path_or_dataset", "validation_dataset.path_or_dataset"]
+    context.artifacts["data.path"] = Artifact("hub", "data", "rowan/hellaswag", revision="beef")
+    del context.inputs["data.path"]
+    told = stage.arguments({**CONFIG, "data_keys": keys}, context, None)
+    assert told[-2:] == [f"--{key}=/cache/snapshot" for key in keys]
+    assert asked == [("rowan/hellaswag", {"repo_type": "dataset", "revision": "beef"})]
+    context.inputs["data.path"] = Path("/mine")  # a folder in its place
+    assert stage.arguments({**CONFIG, "data_keys": keys}, context, None)[-1] == f"--{keys[1]}=/mine"
+
+
+def test_a_checkpoint_that_was_saved_right_before_the_end_is_kept(context, fake_automodel):
+    """Killed after LATEST was written and before it had our name: the next attempt continues from it."""
+    root = context.dir.checkpoints
+    save(root, 1)
+    adopt(root, keep=2)
+    save(root, 2)
+    (root / "epoch_0_step_9").mkdir()  # and half of another one
+    context.attempt = 2
+    fake_automodel["steps"] = [3]
+    stage.run({**CONFIG, "resume_from": None}, context)
+    assert f"--checkpoint.restore_from={root}/epoch_0_step_2" in fake_automodel["argv"]
+    assert sorted(p.name for p in root.glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+    assert not (root / "epoch_0_step_9").exists()
 
 
 @pytest.fixture

@@ -80,6 +80,7 @@ def problems_of(path, *overrides, nproc=16):
             ("+parallel.expert_tensor_parallel_size=2", "parallel.expert_model_parallel_size=16"),
             "AutoModel shares out whole experts only",
         ),
+        (ULTRA, ("backend.native.dataset.path_or_dataset=x",), "does not say where data.path goes"),
         (ULTRA, ("+checkpoint.pretrained_checkpoint=x",), "starts from a Hugging Face folder"),
         (ULTRA, ("+backend.native.step_scheduler.num_epochs=1",), "train.train_iters says how long"),
         (ULTRA, ("+backend.native.step_scheduler.gc_every_steps=often",), "should be None | int, not 'often'"),

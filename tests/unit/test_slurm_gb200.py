@@ -1,7 +1,7 @@
 """The job of a LoRA on a model of 550B parameters, on four nodes of four GB200 each: planned and rendered, whole.
 
-Profile and recipe are written as a user writes them; what is compared is all that sbatch and the nodes would get. The
-recipe's backend does not matter here: the job around it is the same for each.
+The profile is written as a user writes it, the recipe is the package's; what is compared is all that sbatch and the
+nodes would get.
 """
 
 from __future__ import annotations
@@ -38,22 +38,6 @@ mounts = ["/lustre:/lustre", "/lustre/me/Automodel:/opt/Automodel"]
 hf_cache = "/lustre/hf"
 """
 
-RECIPE = """\
-# @package _global_
-defaults:
-  - /backend: trl
-  - /optimizer: adamw
-  - _self_
-kind: train
-method: sft
-model: {path: hf://nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16, dtype: bfloat16}
-data: {path: hf://nvidia/OpenMathInstruct-2}
-peft: {dim: 32, alpha: 32}
-optimizer: {lr: 1.0e-4}
-train: {train_iters: 1000, global_batch_size: 128, micro_batch_size: 4}
-outputs: {model: ultra3-sft-lora}
-"""
-
 
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
@@ -61,16 +45,13 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
     monkeypatch.setattr(planning.secrets, "token_hex", lambda size: "1d" * size)
     for name in ("PYTHONPATH", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
-    recipe = tmp_path / "conf" / "recipe" / "ultra3" / "sft" / "lora.yaml"
-    recipe.parent.mkdir(parents=True)
-    recipe.write_text(RECIPE)
     (tmp_path / "env.toml").write_text(PROFILE)
     return prepare(tmp_path)
 
 
 def prepare(folder: Path) -> Prepared:
-    roots = {"cwd": str(folder), "config_dirs": (str(folder / "conf"),), "offline": True}
-    return lifecycle.prepare(Request("ultra3", ("sft",), "lora", mode="batch", profile="gb200", **roots))
+    where = {"cwd": str(folder), "offline": True}
+    return lifecycle.prepare(Request("ultra3", ("lora",), "gb200", mode="batch", profile="gb200", **where))
 
 
 def test_golden_job(prepared: Prepared, pytestconfig: pytest.Config) -> None:

@@ -45,8 +45,8 @@ def clear_unfinished(root: Path) -> None:
 
 def to_resume(resume_from: str | None, root: Path, attempt: int) -> Path | None:
     """The checkpoint to continue from: this run's own newest on a later attempt, else `resume_from`, else None."""
-    if attempt > 1 and (own := latest_checkpoint(root)):
-        return own.resolve()
+    if attempt > 1 and (own := _latest(root) or latest_checkpoint(root)):
+        return own.resolve()  # LATEST first: adopted or not, every rank must find the same one
     if resume_from is None:
         return None
     given = Path(resume_from)

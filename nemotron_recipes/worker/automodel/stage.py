@@ -13,6 +13,7 @@ from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.automodel.checkpoints import adopt, clear_unfinished, model_folder, to_resume
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.guest import CheckpointWatch, Guest, link_tree, step_of
+from nemotron_recipes.worker.hub import folder_of
 
 # Its command line, and the module that earlier versions were started by.
 ENTRIES = ("nemo_automodel.cli.app", "nemo_automodel.recipes.llm.train_ft")
@@ -24,6 +25,7 @@ def run(config: Tree, context: Context) -> None:
     resume = to_resume(config["resume_from"], root, context.attempt)
     if context.is_main:
         root.mkdir(parents=True, exist_ok=True)
+        adopt(root, config["keep"])  # what an attempt saved right before it was killed
         clear_unfinished(root)
     argv = arguments(config, context, resume)
     module = entry()
@@ -51,11 +53,11 @@ def arguments(config: Tree, context: Context, resume: Path | None) -> list[str]:
         values["model.revision"] = model.revision
     if resume is not None:
         values["checkpoint.restore_from"] = resume
-    data = context.inputs.get("data.path")
-    if data is not None:
-        for prefix in ("", "validation_"):
-            values[f"{prefix}dataset.path"] = data
-            values[f"{prefix}dataset.pack_size"] = config["pack_size"]
+    data = folder_of(context, "data.path")
+    for key in config["data_keys"]:
+        values[key] = data
+        if key.endswith(".path"):  # our packs
+            values[key.replace(".path", ".pack_size")] = config["pack_size"]
     return [config["config"], *(f"--{key}={value}" for key, value in values.items())]
 
 

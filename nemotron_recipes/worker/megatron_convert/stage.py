@@ -15,7 +15,7 @@ from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
-from nemotron_recipes.worker.hub import model_folder
+from nemotron_recipes.worker.hub import folder_of
 
 RUN_CONFIG = "run_config.yaml"  # beside the shards of a checkpoint: what it was made with
 _LORA = ("target_modules", "dim", "alpha", "dropout", "dropout_position")  # what the shape of adapters follows from
@@ -25,7 +25,7 @@ def run(config: Tree, context: Context) -> None:
     """Convert, and leave the result as the stage's one output. UserError: a checkpoint that can't be used."""
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
-    method, model = config["method"], model_folder(context)
+    method, model = config["method"], folder_of(context, "model.path")
     sources = {name: checkpoint_folder(context, name) for name in ("path", "base") if _key(name) in context.inputs}
     if method == "merge":
         lora_settings(sources["path"])  # before gigabytes are read

@@ -18,7 +18,7 @@ from nemotron_recipes.fsio import files_below, fsync_tree, write_atomic
 from nemotron_recipes.tiny.model import write_model
 from nemotron_recipes.tiny.tokenizer import write_tokenizer
 from nemotron_recipes.worker.context import Context
-from nemotron_recipes.worker.hub import model_folder
+from nemotron_recipes.worker.hub import folder_of
 from nemotron_recipes.worker.trl.config import TrlSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,14 +46,14 @@ def base_folders(settings: TrlSettings, context: Context) -> Iterator[Base]:
             model = Path(scratch, "model")
             write_model(model, settings.model.arch, settings.trainer.get("seed", 0))
         else:
-            model = model_folder(context)
+            model = folder_of(context, "model.path")
         if "model.tokenizer" not in context.artifacts:
             tokenizer = model
         elif context.artifacts["model.tokenizer"].source == "builtin":
             tokenizer = Path(scratch, "tokenizer")
             write_tokenizer(tokenizer)
         else:
-            tokenizer = model_folder(context, "model.tokenizer")
+            tokenizer = folder_of(context, "model.tokenizer")
         yield Base(model, tokenizer)
 
 
