@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +34,49 @@ def learned(cwd: Path) -> None:
     assert dpo["preference_accuracy_after"] > dpo["preference_accuracy_before"]
 
 
-def test_the_whole_pipeline_learns_and_is_not_done_twice(tmp_path: Path) -> None:
-    text = nemotron(tmp_path, "nano3", "pipe", "-c", "tiny")
-    learned(tmp_path)
-    store = Store(tmp_path / "nemotron-output/store")
-    stages = results(tmp_path)
-    run_dir = Path(json.loads(nemotron(tmp_path, "runs", "show", "pipe", "--json"))["run_dir"])
+@dataclass(frozen=True)
+class Demo:
+    """Where the pipe ran, and what it said."""
+
+    folder: Path
+    text: str
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    folder = tmp_path_factory.mktemp("demo")
+    return Demo(folder, nemotron(folder, "nano3", "pipe", "-c", "tiny"))
+
+
+def test_the_whole_pipeline_learns_and_is_not_done_twice(demo: Demo) -> None:
+    learned(demo.folder)
+    store = Store(demo.folder / "nemotron-output/store")
+    stages = results(demo.folder)
+    run_dir = Path(json.loads(nemotron(demo.folder, "runs", "show", "pipe", "--json"))["run_dir"])
     for name in ("sft", "dpo", "rl"):
         folder = run_dir / name
         assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-        assert str(folder / "curves.png") in text
+        assert str(folder / "curves.png") in demo.text
         rows = list(read_jsonl(folder / "metrics.jsonl"))
         assert rows[-1]["step"] == rows[-1]["steps"]
         made = stages[name]["outputs"]["model"]
         store.verify(store.resolve(f"{made['name']}:v{made['version']}"))
-    tree = nemotron(tmp_path, "lineage", "nano3-tiny-rl")
+    tree = nemotron(demo.folder, "lineage", "nano3-tiny-rl")
     for part in ("nano3-tiny-rl:v1", "nano3-tiny-sft:v1", "nano3-tiny-sft-data:v1", "sample:largest_of_three"):
         assert part in tree
-    assert "nothing to run" in nemotron(tmp_path, "nano3", "pipe", "-c", "tiny")
+    assert "nothing to run" in nemotron(demo.folder, "nano3", "pipe", "-c", "tiny")
 
     loads = "import sys, transformers as t; print(type(t.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     model = store.resolve("nano3-tiny-rl").uri
     done = subprocess.run([sys.executable, "-c", loads, model], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "NemotronHForCausalLM", done.stderr
+
+
+def test_kto_raises_preference_accuracy(demo: Demo) -> None:
+    for command in (("data", "prep", "kto"), ("kto",)):
+        nemotron(demo.folder, "nano3", *command, "-c", "tiny")
+    kto = results(demo.folder)["kto"]["results"]
+    assert kto["preference_accuracy_after"] > kto["preference_accuracy_before"]
 
 
 def test_a_pipe_stops_with_the_cause_and_continues_from_there(tmp_path: Path) -> None:
@@ -80,10 +101,3 @@ def test_a_pipe_stops_with_the_cause_and_continues_from_there(tmp_path: Path) ->
 def test_it_learns_with_other_seeds(tmp_path: Path, seed: int) -> None:
     nemotron(tmp_path, "nano3", "pipe", "-c", "tiny", *(f"{stage}.train.seed={seed}" for stage in ("sft", "dpo", "rl")))
     learned(tmp_path)
-
-
-def test_kto_raises_preference_accuracy(tmp_path: Path) -> None:
-    for command in (("data", "prep", "sft"), ("sft",), ("data", "prep", "kto"), ("kto",)):
-        nemotron(tmp_path, "nano3", *command, "-c", "tiny")
-    kto = results(tmp_path)["kto"]["results"]
-    assert kto["preference_accuracy_after"] > kto["preference_accuracy_before"]
