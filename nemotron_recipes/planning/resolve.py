@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.artifacts.hub import commit_of
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.config.schema import REFERENCES
 from nemotron_recipes.data.files import is_remote, listing_digest
@@ -20,7 +21,7 @@ from nemotron_recipes.spec import Artifact, Tree
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_TIMEOUT = 10  # seconds
+_REPOSITORY = {"data": "dataset"}  # kind of an artifact -> kind of a repository; else a model
 
 
 @dataclass
@@ -132,7 +133,7 @@ class Resolver:
             return Artifact("hub", kind, name, revision=revision)
         if self.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
             return Artifact("hub", kind, name)
-        return Artifact("hub", kind, name, revision=_commit(name, revision or None, kind))
+        return Artifact("hub", kind, name, revision=commit_of(name, revision or None, _REPOSITORY.get(kind, "model")))
 
 
 def references(config: Tree) -> Iterator[tuple[str, str, str]]:
@@ -180,31 +181,3 @@ def _sample(reference: str) -> Artifact:
     if task not in TASKS:
         raise UserError(Problem(f"unknown sample task '{task}'", fix=nearest(task, TASKS)))
     return Artifact("builtin", "data", reference)
-
-
-def _commit(name: str, revision: str | None, kind: str) -> str:
-    """Ask the hub which commit a repository is at: the only use of the network while planning."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
-    fix = "give a local path, pin it (hf://ORG/NAME@COMMIT), or look at the plan with --dry-run --offline"
-    try:
-        api = HfApi()
-        ask = api.dataset_info if kind == "data" else api.model_info
-        sha = ask(name, revision=revision, timeout=HUB_TIMEOUT).sha
-    except HfHubHTTPError as error:
-        raise UserError(
-            Problem(f"the hub refuses {name}@{revision or 'main'}: {str(error).splitlines()[0]}", fix=fix)
-        ) from None
-    except (HTTPError, OSError, OfflineModeIsEnabled) as error:  # no route, no name, a time-out
-        raise UserError(
-            Problem(f"the hub can't be asked for the commit of {name}: {_reason(error)}", fix=fix)
-        ) from None
-    if not sha:
-        raise UserError(Problem(f"the hub names no commit for {name}", fix=fix))
-    return sha
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
