@@ -321,10 +321,13 @@ def _refuse_unpinned(plan: Plan) -> None:
 
 
 def _refuse_unfit(prepared: Prepared) -> None:
-    """All at once: folders that can't be written to, and what the executor knows that would not work."""
+    """All at once: folders that are closed or too full, and what the executor knows that would not work."""
+    from nemotron_recipes.planning.disk import disk_problems
+
     plan = prepared.plan
     places = {"[artifacts] output": Path(plan.run_dir), "[artifacts] store": Path(plan.store)}
     problems = [Problem(said, where) for where, folder in places.items() if (said := folders.refusal(folder))]
+    problems += () if problems else disk_problems(plan)
     problems += get_executor(prepared.executor).preflight(plan)
     if problems:
         raise UserError(*problems)

@@ -29,6 +29,7 @@ Examples:
 """
 FIXED = {
     "apply": "nemotron_recipes.cli.stage:apply_command",
+    "plan": "nemotron_recipes.cli.plan:plan",
     "rerun": "nemotron_recipes.cli.rerun:rerun",
     "runs": "nemotron_recipes.cli.runs:runs",
     "data": "nemotron_recipes.cli.data:data",
@@ -43,6 +44,7 @@ FIXED = {
 }
 HELP = {
     "apply": "Run exactly a plan saved with --plan-out.",
+    "plan": "List layouts of a model on so many GPUs that fit.",
     "rerun": "Run exactly the plan of an earlier run once more.",
     "runs": "List, show, follow, compare and cancel runs.",
     "data": "Look at prepared data, and make rows from logs.",

@@ -178,6 +178,12 @@ class Backend(Section):
     native: dict[str, Any] = {}
 
 
+class Planning(Section):
+    """What a plan is refused for."""
+
+    allow_oom_risk: bool = False  # run it although it can't fit into the GPUs' memory
+
+
 class CodePolicy(Section):
     """What is asked of the code that runs."""
 
@@ -224,6 +230,7 @@ class TrainConfig(Section):
     backend: Backend
     outputs: Outputs
     code: CodePolicy = CodePolicy()
+    plan: Planning = Planning()
     run: dict[str, Any] = {}
 
 

@@ -35,6 +35,8 @@ class DrivenProfile(BaseModel):
     nproc_per_node: Annotated[int, Field(ge=1)] = 1  # processes that train together, one per GPU if there are any
     env: dict[str, str] = {}  # set for every stage; written to the run folder in plain text
     secrets: list[str] = []  # names of variables that must be set where the run is started; never shown
+    gpu: str | None = None  # one of nemotron_recipes/sizing/gpus.toml: what a plan must fit into
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None  # the same for a GPU that is not there
     grace_seconds: Annotated[float, Field(ge=0)] = DEFAULT_GRACE_SECONDS  # between SIGTERM and SIGKILL
     stall_factor: Annotated[float, Field(gt=0)] | None = None  # for how many median steps nothing may move; unset: 20
     stall_seconds: Annotated[float, Field(gt=0)] | None = None  # at least so many seconds; unset: 120

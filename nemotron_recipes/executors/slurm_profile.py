@@ -85,6 +85,8 @@ class SlurmProfile(BaseModel):
     nodes: Positive = 1
     nproc_per_node: Positive = 1  # processes that train together on a node: one per GPU; also called ntasks_per_node
 
+    gpu: str | None = None  # one of nemotron_recipes/sizing/gpus.toml: what a plan must fit into
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None  # the same for a GPU that is not there
     account: str | None = None
     partition: str | None = None
     run_partition: str | None = None  # instead of `partition` for --run

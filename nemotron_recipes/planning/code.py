@@ -20,7 +20,7 @@ from nemotron_recipes.fsio import fsync_tree
 from nemotron_recipes.spec import Code, sha256_text
 
 PACKAGE = Path(__file__).resolve().parent.parent
-TRAVELS = {".py", ".typed", ".jinja", ".json"}
+TRAVELS = {".py", ".typed", ".jinja", ".json", ".toml"}
 DATA = ("conf", "containers")  # folders of the installed package that hold no code
 LARGEST = 1_000_000  # bytes; no source file comes near, data that was left there does
 SNAPSHOT = "code"  # folder in the run folder; it goes on the workers' PYTHONPATH

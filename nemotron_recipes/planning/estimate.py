@@ -2,28 +2,131 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemotron_recipes.backends import Backend
+from nemotron_recipes.backends.layout import Layout, layout_problems
+from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.planning.history import wall_time
-from nemotron_recipes.spec import Placement, Tree
+from nemotron_recipes.sizing import parameters, search, tables
+from nemotron_recipes.sizing.memory import GIB, Memory, trained_parameters
+from nemotron_recipes.sizing.rules import model_problems
+from nemotron_recipes.sizing.stage import Sized, sized
+from nemotron_recipes.spec import Artifact, Placement, Tree
 
 
-def estimate(config: Tree, fingerprint: str, placement: Placement, runs: Path) -> Tree:
-    """{} for a stage that trains nothing, else
+@dataclass(frozen=True)
+class Question:
+    """A training stage whose size is asked for."""
 
-    time   processes; seconds and gpu_hours (of one GPU a process), None where nothing has measured it; run, the run
-           that did, and smoke, its number of steps where that was a smoke run
+    config: Tree
+    inputs: Mapping[str, Artifact]
+    backend: Backend
+    nodes: int
+    per_node: int
+    options: Tree  # the profile's, of which `gpu` and `gpu_memory_gib` say what there is
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.per_node
+
+
+def estimate(question: Question, fingerprint: str, placement: Placement, runs: Path) -> tuple[Tree, list[Problem]]:
+    """(what a training stage takes, why it can't be). The parts, each left out where nothing is known of it:
+
+    model    name, total, active and trained parameters; unverified: fields of its shape that nobody has checked
+    memory   parts, needed and margin in bytes on the fullest GPU; capacity of that GPU and the verdict, or None; notes
+    disk     bytes of a checkpoint, and of all that are kept at once
+    time     processes; seconds and gpu_hours (of one GPU a process), None where nothing has measured it; run, the run
+             that did, and smoke, its number of steps where that was a smoke run
     """
-    if config["kind"] != "train":
-        return {}
-    processes = placement.nodes * placement.nproc_per_node
-    known = wall_time(runs, fingerprint, config, placement)
-    return {
-        "time": {
-            "processes": processes,
-            "seconds": round(known.seconds, 1) if known else None,
-            "gpu_hours": round(processes * known.seconds / 3600, 3) if known else None,
-            "run": known.run if known else None,
-            "smoke": known.smoke if known else 0,
+    config = question.config
+    model = question.inputs.get("model.path")
+    shape = tables.shape_of(model, config["model"]["arch"]) if model else None
+    capacity, problems = capacity_of(question.options)
+    told: Tree = {}
+    if shape is not None:
+        layout = Layout.of(config, question.processes)
+        broken = list(model_problems(shape, layout, config["backend"]["name"])) if shape.verified else []
+        size = sized(config, shape, question.processes, question.inputs.get("data.path"))
+        told["model"] = {
+            "name": shape.name,
+            "total": parameters.total(shape),
+            "active": parameters.active(shape),
+            "trained": trained_parameters(size.shape, size.lora) if size else None,
+            "unverified": sorted(shape.unverified),
         }
+        problems += broken
+        if size is not None and not broken and not list(layout_problems(layout)):
+            takes = size.memory(layout)
+            told["memory"] = _memory(size, takes, capacity)
+            told["disk"] = _disk(config, size)
+            if capacity and told["memory"]["verdict"] == "impossible" and shape.verified:
+                problems += _refusal(question, size, takes, capacity)
+    known = wall_time(runs, fingerprint, config, placement)
+    told["time"] = {
+        "processes": question.processes,
+        "seconds": round(known.seconds, 1) if known else None,
+        "gpu_hours": round(question.processes * known.seconds / 3600, 3) if known else None,
+        "run": known.run if known else None,
+        "smoke": known.smoke if known else 0,
     }
+    return told, problems
+
+
+def capacity_of(options: Tree) -> tuple[float | None, list[Problem]]:
+    """(bytes of one GPU of a profile, None where it names none; a name that is in no table)."""
+    given, name = options.get("gpu_memory_gib"), options.get("gpu")
+    if name is not None and name not in tables.gpus():
+        fix = f"{nearest(name, tables.gpus())} Otherwise set gpu_memory_gib"
+        return None, [Problem(f"the memory of a GPU '{name}' is not known", "run.gpu", fix)]
+    gib = given or (tables.gpus()[name] if name else None)
+    return gib * GIB if gib else None, []
+
+
+def _memory(size: Sized, takes: Memory, capacity: float | None) -> Tree:
+    notes = []
+    if not size.sequence:
+        notes.append("without activations: how long sequences are is not known before the data")
+    parts = {name: round(value) for name, value in asdict(takes).items()}
+    return {
+        "margin": parts.pop("margin"),
+        "parts": parts,
+        "needed": round(takes.needed),
+        "capacity": round(capacity) if capacity else None,
+        "verdict": takes.verdict(capacity) if capacity else None,
+        "notes": notes,
+    }
+
+
+def _disk(config: Tree, size: Sized) -> Tree:
+    """A new checkpoint is whole before the oldest one goes; saving at the end alone keeps one."""
+    train, checkpoint = config["train"], config["checkpoint"]
+    saves = -(-train["train_iters"] // (checkpoint["save_interval"] or train["train_iters"]))
+    return {"checkpoint": size.checkpoint_bytes, "kept": size.checkpoint_bytes * min(saves, checkpoint["keep"] + 1)}
+
+
+def _refusal(question: Question, size: Sized, takes: Memory, capacity: float) -> list[Problem]:
+    if question.config["plan"]["allow_oom_risk"]:
+        return []
+    what = (
+        f"{size.shape.name} on {question.processes} GPU(s) takes at least {takes.certain / GIB:.1f} GiB of the fullest"
+        f" one, which has {capacity / GIB:.0f}"
+    )
+    found = search.smallest(question.config, question.backend, size, question.nodes, question.per_node, capacity)
+    if found is None:
+        fix = "no number of GPUs would do: train adapters (peft), or with a backend that shares out the model"
+    else:
+        nodes, best = found
+        place = "" if nodes == question.nodes else f"run.nodes={nodes} " if question.nodes > 1 or nodes > 1 else ""
+        changed = [text for text in best.overrides if text not in _now(question)]
+        layout = " ".join(changed)
+        fix = f"the smallest that would: {place}{layout} ({best.memory.needed / GIB:.1f} GiB)"
+    return [Problem(what, "plan", f"{fix}; plan.allow_oom_risk=true runs it as it is")]
+
+
+def _now(question: Question) -> list[str]:
+    parallel = question.config["parallel"] or {}
+    return [f"parallel.{key}={str(value).lower()}" for key, value in parallel.items()]

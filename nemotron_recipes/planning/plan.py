@@ -24,7 +24,7 @@ from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import SHOWN, Problem, UserError, nearest
 from nemotron_recipes.executors import get_executor
 from nemotron_recipes.planning.code import describe_code, python_path
-from nemotron_recipes.planning.estimate import estimate
+from nemotron_recipes.planning.estimate import Question, estimate
 from nemotron_recipes.planning.resolve import Resolver
 from nemotron_recipes.planning.resume import find_resumable
 from nemotron_recipes.planning.smoke import length, shortened
@@ -48,7 +48,7 @@ from nemotron_recipes.spec import (
 # Keys that change where, how often or under which name, but not what comes out.
 NOT_IDENTITY = (
     "data.workers",
-    *("run", "outputs", "code"),
+    *("run", "outputs", "code", "plan"),
     *("train.resume", "train.log_interval"),
     *("checkpoint.save_interval", "checkpoint.keep"),
 )
@@ -195,10 +195,15 @@ class _StagePlanner:
             problems.append(Problem(what, "code.require_clean=true", "commit them, or set code.require_clean=false"))
         outputs, found = _outputs(config, composed, backend.makes(config))
         problems += found
+        print_ = fingerprint(config, inputs, self.code)
+        sizes: Tree = {}
+        if config["kind"] == "train":
+            asked = Question(config, inputs, backend, placement.nodes, placement.nproc_per_node, placement.options)
+            sizes, found = estimate(asked, print_, placement, self.runs)
+            problems += found
         if problems:
             raise UserError(*problems)
 
-        print_ = fingerprint(config, inputs, self.code)
         stands_for = {"fingerprint": fingerprint(whole, inputs, self.code), **length(whole)} if smoke else {}
         directory = RunDir(self.run_dir).stage(step.name).path
         resume_from = _resume_from(config, inputs, print_, self.runs)
@@ -230,7 +235,7 @@ class _StagePlanner:
             reused=self._reused(print_, outputs) if reuse else None,
             resume_from=resume_from,
             stands_for=stands_for,
-            estimate=estimate(config, print_, placement, self.runs),
+            estimate=sizes,
         )
         problems = get_executor(placement.executor).check(stage)
         if problems:

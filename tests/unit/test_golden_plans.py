@@ -17,9 +17,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 ENV = (
     '[desk]\nexecutor = "local"\nnproc_per_node = 2\nenv = {GREETING = "hello $(world)"}\nsecrets = ["PLANTED_TOKEN"]\n'
     '[h100]\ntime = "04:00:00"\nexecutor = "slurm"\naccount = "lab"\n'
-    'nodes = 2\nnproc_per_node = 8\ngpus_per_node = 8\n'
+    'nodes = 2\nnproc_per_node = 8\ngpus_per_node = 8\ngpu = "H100"\n'
     '[gb200]\ntime = "04:00:00"\nexecutor = "slurm"\naccount = "lab"\n'
-    'nodes = 4\nnproc_per_node = 4\ngpus_per_node = 4\n'
+    'nodes = 4\nnproc_per_node = 4\ngpus_per_node = 4\ngpu = "GB200"\n'
 )
 
 CASES = {

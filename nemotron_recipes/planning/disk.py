@@ -1,0 +1,29 @@
+"""Whether the checkpoints that a run will keep have room."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemotron_recipes.errors import Problem
+from nemotron_recipes.executors.folders import nearest_existing
+from nemotron_recipes.spec import Plan
+
+GB = 1e9
+
+
+def disk_problems(plan: Plan) -> Iterator[Problem]:
+    """What the stages that run will write, against what is free below the run folder. Quotas are not looked at."""
+    needs = {stage.name: stage.estimate.get("disk") for stage in plan.stages if stage.reused is None}
+    kept = sum(disk["kept"] for disk in needs.values() if disk)
+    place = nearest_existing(Path(plan.run_dir))
+    free = shutil.disk_usage(place).free
+    if kept > free:
+        names = ", ".join(name for name, disk in needs.items() if disk)
+        largest = max(disk["checkpoint"] for disk in needs.values() if disk)
+        what = (
+            f"{names}: checkpoints take {kept / GB:.1f} GB ({largest / GB:.1f} GB each),"
+            f" but {free / GB:.1f} GB are free below {place}"
+        )
+        yield Problem(what, "[artifacts] output", "name a folder with more room, or keep fewer: checkpoint.keep=1")

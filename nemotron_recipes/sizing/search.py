@@ -1,0 +1,127 @@
+"""Layouts that a stage could have: which keep every rule, what each takes of a GPU, and which is best. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nemotron_recipes.backends import Backend
+from nemotron_recipes.backends.layout import Layout, layout_problems
+from nemotron_recipes.errors import Problem
+from nemotron_recipes.sizing.memory import Memory, Verdict
+from nemotron_recipes.sizing.rules import model_problems, tensor_sizes
+from nemotron_recipes.sizing.stage import Sized
+from nemotron_recipes.spec import Tree
+
+_ORDER: dict[Verdict, int] = {"fits": 0, "tight": 1, "doubtful": 2, "impossible": 3}
+_LARGEST = 64  # times as many GPUs as asked for that are tried to find the smallest number that would do
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that keeps every rule, and what it takes of the fullest GPU. verdict None: of how large a one?"""
+
+    layout: Layout
+    memory: Memory
+    verdict: Verdict | None
+    chosen: bool = True  # False: this backend has this one alone, and no settings for it
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What to add to a command for it."""
+        if not self.chosen:
+            return ()
+        return tuple(f"parallel.{key}={str(value).lower()}" for key, value in settings(self.layout).items())
+
+
+def settings(layout: Layout) -> Tree:
+    """The section `parallel` that means a layout."""
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "sequence_parallel": layout.sequence_parallel,
+    }
+
+
+def search(
+    config: Tree, backend: Backend, size: Sized, nodes: int, per_node: int, capacity: float | None
+) -> tuple[list[Candidate], list[Problem]]:
+    """(layouts on nodes x per_node GPUs, best first; what is wrong with the config whatever the layout).
+
+    Ranked: what fits with its margin, then what is tight; then what is split least, in the order of what a split costs:
+    pipeline, context, tensor, expert tensor, experts beyond a node, experts; then the most memory left. Where nobody
+    says how large a GPU is: what takes least.
+    """
+    world = nodes * per_node
+    beside = _problems(_batch_for(config, world), backend, Layout(world))
+    found = []
+    for layout in _layouts(config, size, world, per_node):
+        if set(_problems(config, backend, layout)) <= set(beside):
+            takes = size.memory(layout)
+            verdict = takes.verdict(capacity) if capacity else None
+            found.append(Candidate(layout, takes, verdict, chosen=config["parallel"] is not None))
+    if not found:
+        beside = _problems(config, backend, Layout(world))
+    return sorted(found, key=lambda one: _rank(one, per_node)), beside
+
+
+def smallest(
+    config: Tree, backend: Backend, size: Sized, nodes: int, per_node: int, capacity: float
+) -> tuple[int, Candidate] | None:
+    """(nodes, layout) of the fewest nodes on which it fits, at most `_LARGEST` times as many; None: on none."""
+    number = nodes
+    while number <= nodes * _LARGEST:
+        found, _ = search(config, backend, size, number, per_node, capacity)
+        if found and found[0].verdict in ("fits", "tight"):
+            return number, found[0]
+        if config["parallel"] is None and not size.footprint.shards_weights:
+            return None  # every process holds all of it, however many there are
+        number *= 2
+    return None
+
+
+def _layouts(config: Tree, size: Sized, world: int, per_node: int) -> Iterator[Layout]:
+    shape = size.shape
+    if config["parallel"] is None:
+        yield Layout(world)
+        return
+    megatron = config["backend"]["name"] == "megatron_bridge"
+    powers = [1 << power for power in range(world.bit_length())]
+    experts = (
+        [n for n in range(1, shape.experts + 1) if shape.experts % n == 0 and n <= world] if shape.experts else [1]
+    )
+    for tensor in (n for n in tensor_sizes(shape) if n <= per_node):
+        for pipeline in (n for n in range(1, len(shape.pattern) + 1) if len(shape.pattern) % n == 0 and n <= world):
+            for context in powers:
+                if world % (tensor * pipeline * context):
+                    continue
+                for expert in experts:
+                    for expert_tensor in {1, tensor} if megatron and shape.experts else {1}:
+                        layout = Layout(
+                            world, tensor, pipeline, context, expert, expert_tensor, megatron and tensor > 1
+                        )
+                        if not [*layout_problems(layout), *model_problems(shape, layout, config["backend"]["name"])]:
+                            yield layout
+
+
+def _problems(config: Tree, backend: Backend, layout: Layout) -> list[Problem]:
+    changed = config
+    if config["parallel"] is not None:
+        changed = {**config, "parallel": settings(layout)}
+    return backend.check(changed, layout.world)
+
+
+def _batch_for(config: Tree, world: int) -> Tree:
+    """The config with a batch that can be shared out over any layout: what is wrong then is no layout's fault."""
+    train = config["train"]
+    return {**config, "train": {**train, "global_batch_size": world * train["micro_batch_size"]}}
+
+
+def _rank(one: Candidate, per_node: int) -> tuple[float, ...]:
+    layout = one.layout
+    splits = (layout.pipeline, layout.context, layout.tensor, layout.expert_tensor)
+    split_least = (*splits, layout.expert > per_node, layout.expert, one.memory.needed)
+    return (_ORDER[one.verdict], *split_least) if one.verdict else (one.memory.needed, *split_least)

@@ -1,0 +1,213 @@
+"""Parameters, rules of a model, memory, and the layouts that a search finds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_recipes.backends.layout import Layout
+from nemotron_recipes.sizing import parameters, tables
+from nemotron_recipes.sizing.footprint import NF4_BYTES, Footprint
+from nemotron_recipes.sizing.lora import Lora
+from nemotron_recipes.sizing.memory import GIB, Batch, memory
+from nemotron_recipes.sizing.rules import model_problems, tensor_sizes
+from nemotron_recipes.sizing.shape import from_hf_config
+from nemotron_recipes.spec import Artifact
+from nemotron_recipes.tiny.tokenizer import vocabulary_size
+from tests.helpers.training import ARCH
+
+BRIDGE = Footprint(weight=2, gradient=4, optimizer=12, shards_optimizer=True)
+BATCH = Batch(4096, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"), [("nano3", 31.6, 3.6), ("super3", 120.6, 12.7), ("r1-qwen3-8b", 8.2, 8.2)]
+)
+def test_parameters_are_the_published_ones(name: str, total: float, active: float) -> None:
+    shape = tables.shapes()[name]
+    assert shape.verified
+    assert tables.published()[name] == pytest.approx({"total": total * 1e9, "active": active * 1e9})
+    routers = parameters.routers(shape)  # which the published figures leave out
+    assert [round((count - routers) / 1e9, 1) for count in (parameters.total(shape), parameters.active(shape))] == [
+        total,
+        active,
+    ]
+
+
+def test_ultra_agrees_with_its_published_totals_but_is_not_verified() -> None:
+    shape = tables.shapes()["ultra3"]
+    assert not shape.verified
+    assert parameters.total(shape) / 1e9 == pytest.approx(550, rel=0.002)
+    with_prediction = parameters.total(shape) + parameters.prediction(shape)
+    assert with_prediction / 1e9 == pytest.approx(561, rel=0.002)  # as the hub counts it
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {"num_key_value_heads": 2},
+    "MistralConfig": {"num_key_value_heads": 2, "head_dim": 8},
+    "Qwen2Config": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "Qwen3Config": {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": False},
+    "MixtralConfig": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3MoeConfig": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "decoder_sparse_step": 1,
+    },
+}
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+
+
+def test_shapes_count_what_the_real_models_have() -> None:
+    """Transformers' own classes on the meta device: no memory, every parameter."""
+    import torch
+    import transformers
+
+    def real(config: Any) -> int:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    for name, extra in CONFIGS.items():
+        config = getattr(transformers, name)(**{**SMALL, **extra})
+        shape = from_hf_config(json.loads(config.to_json_string(use_diff=False)), name)
+        assert shape is not None and parameters.total(shape) == real(config), name
+    kinds = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+    for name in ("nano3", "super3"):  # their first nine layers, of every kind
+        shape = replace(tables.shapes()[name], pattern=tables.shapes()[name].pattern[:9], mtp_pattern="")
+        assert {*shape.pattern} == {"M", "E", "*"}
+        config = transformers.NemotronHConfig(
+            layers_block_type=[kinds[letter] for letter in shape.pattern],
+            hidden_size=shape.hidden,
+            vocab_size=shape.vocab,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            mamba_num_heads=shape.mamba_heads,
+            mamba_head_dim=shape.mamba_head_dim,
+            ssm_state_size=shape.mamba_state,
+            n_groups=shape.mamba_groups,
+            n_routed_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+            moe_intermediate_size=shape.expert_ffn,
+            moe_shared_expert_intermediate_size=shape.shared_ffn,
+            moe_latent_size=shape.latent or None,
+        )
+        assert parameters.total(shape) == real(config), name
+        again = from_hf_config(json.loads(config.to_json_string(use_diff=False)), name)
+        assert again is not None and parameters.total(again) == parameters.total(shape)
+        assert (again.pattern, again.latent, again.experts) == (shape.pattern, shape.latent, shape.experts)
+    tiny = tables.shape_of(Artifact("builtin", "model", "tiny"), ARCH)
+    config = transformers.NemotronHConfig(vocab_size=vocabulary_size(), **ARCH)
+    assert tiny is not None and parameters.total(tiny) == real(config)
+
+
+def test_where_a_shape_comes_from(tmp_path: Path) -> None:
+    nano = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
+    assert tables.shape_of(Artifact("hub", "model", nano), {}) is tables.shapes()["nano3"]
+    config = {**SMALL, "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2}
+    folder = tmp_path / "hub/models--ORG--NAME/snapshots/abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    here = {"HF_HOME": str(tmp_path)}
+    cached = tables.shape_of(Artifact("hub", "model", "ORG/NAME", revision="abc"), {}, here)
+    assert cached is not None and (cached.hidden, cached.verified) == (64, True)
+    assert tables.shape_of(Artifact("path", "model", uri=str(folder)), {}) is not None
+    assert tables.shape_of(Artifact("hub", "model", "ORG/NAME"), {}, here) is None, "not pinned"
+    assert tables.shape_of(Artifact("hub", "model", "ORG/OTHER", revision="abc"), {}, here) is None
+    (folder / "config.json").write_text("{")
+    assert tables.shape_of(Artifact("path", "model", uri=str(folder)), {}) is None
+    for broken in ({"model_type": "qwen3"}, {"model_type": "unheard_of", **SMALL}):
+        assert from_hf_config(broken, "x") is None
+
+
+def test_every_broken_rule_of_a_model_is_told_at_once() -> None:
+    shape = tables.shapes()["nano3"]
+    layout = Layout(4096, tensor=16, pipeline=8, expert=24, expert_tensor=5)
+    told = {problem.what: problem.fix for problem in model_problems(shape, layout, "megatron_bridge")}
+    assert told == {
+        "8 Mamba groups of nano3 can't be split by 16": "parallel.tensor_model_parallel_size=1, 2, 4 or 8",
+        "52 layers of nano3 can't be shared out over 8 pipeline stages evenly": (
+            "parallel.pipeline_model_parallel_size=1, 2, 4, 13, 26 or 52"
+        ),
+        "128 experts of nano3 can't be shared out over 24 ranks": (
+            "parallel.expert_model_parallel_size=1, 2, 4, 8, 16, 32, 64 or 128"
+        ),
+        "experts of width 1856 can't be split by 5": (
+            "parallel.expert_tensor_parallel_size=1, 2, 4, 8, 16, 29, 32, 58, 64, 116, 232, 464, 928 or 1856"
+        ),
+    }
+    assert [p.what for p in model_problems(shape, Layout(2, tensor=2), "automodel")] == [
+        "AutoModel has no tensor parallelism for models with experts"
+    ]
+    dense = tables.shapes()["r1-qwen3-8b"]
+    assert [p.what for p in model_problems(dense, Layout(8, expert=8), "automodel")] == [
+        "r1-qwen3-8b has no experts to share out"
+    ]
+    assert tensor_sizes(dense) == [1, 2, 4, 8, 16, 32]
+    assert tensor_sizes(replace(dense, heads=12, kv_heads=3, ffn=96)) == [1, 3, 6, 12], "2 ranks would share 1.5 heads"
+
+
+def test_what_shares_memory_out() -> None:
+    shape = tables.shapes()["nano3"]
+    alone, spread = (memory(shape, Layout(n, expert=min(n, 8)), BATCH, BRIDGE, None) for n in (1, 16))
+    assert alone.weights == 2 * parameters.total(shape)
+    assert alone.gradients == 2 * alone.weights and alone.optimizer == 6 * alone.weights
+    assert alone.buffers == 0 < spread.buffers
+    dense, routed = parameters.total(shape) - 23 * 128 * 2 * 2688 * 1856, 23 * 128 * 2 * 2688 * 1856
+    assert spread.optimizer == pytest.approx(12 * (dense / 16 + routed / 8 / 2))
+    whole = memory(shape, Layout(16, expert=8), BATCH, replace(BRIDGE, shards_optimizer=False), None)
+    assert whole.optimizer == pytest.approx(12 * (dense + routed / 8))
+    again = memory(shape, Layout(16, expert=8), BATCH, replace(BRIDGE, recompute=True), None)
+    assert again.activations < 0.2 * spread.activations
+    compared = memory(shape, Layout(1), BATCH, replace(BRIDGE, copies=2), None)
+    assert compared.weights == 2 * alone.weights
+    split = memory(shape, Layout(16, tensor=2, expert=8, sequence_parallel=True), BATCH, BRIDGE, None)
+    assert split.activations == pytest.approx(spread.activations / 2)
+    context = memory(shape, Layout(16, context=2, expert=8), BATCH, BRIDGE, None)
+    assert context.activations == pytest.approx(spread.activations / 2)
+    assert context.logits == pytest.approx(spread.logits / 2)
+
+
+def test_adapters_keep_the_base_frozen_and_qlora_makes_it_smaller() -> None:
+    shape = tables.shapes()["r1-qwen3-8b"]
+    lora = Lora(16, ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj"))
+    trained = 36 * 16 * ((4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096))
+    adapted = memory(shape, Layout(1), BATCH, BRIDGE, lora)
+    assert adapted.weights == 2 * (parameters.total(shape) + trained)
+    assert (adapted.gradients, adapted.optimizer) == (4 * trained, 12 * trained)
+    small = memory(shape, Layout(1), BATCH, replace(BRIDGE, quantized=True), lora)
+    linear = 36 * sum(parameters.layer(shape, letter).split for letter in "*-")
+    assert small.weights == pytest.approx(adapted.weights - linear * (2 - NF4_BYTES))
+    super3 = tables.shapes()["super3"]
+    stays = memory(super3, Layout(1), BATCH, replace(BRIDGE, quantized=True), lora)
+    assert stays.weights > 40 * 2 * parameters.layer(super3, "E").routed, "4-bit loaders skip fused experts"
+
+
+def test_the_fullest_pipeline_stage_is_the_one_that_is_told() -> None:
+    shape = tables.shapes()["r1-qwen3-8b"]
+    one, two = (memory(shape, Layout(2, pipeline=n), BATCH, BRIDGE, None) for n in (1, 2))
+    layers = parameters.total(shape) - 2 * parameters.embedding(shape) - shape.hidden
+    assert two.weights == pytest.approx(layers + 2 * parameters.embedding(shape), rel=0.001)
+    assert two.activations == pytest.approx(one.activations), "two micro batches of half the layers"
+
+
+@pytest.mark.parametrize(
+    ("gib", "verdict"), [(80, "fits"), (60, "tight"), (59.7, "doubtful"), (58.5, "impossible"), (40, "impossible")]
+)
+def test_verdicts(gib: float, verdict: str) -> None:
+    takes = memory(tables.shapes()["nano3"], Layout(16, expert=8), BATCH, replace(BRIDGE, recompute=True), None)
+    assert takes.needed / GIB == pytest.approx(59.85, abs=0.05)
+    assert takes.verdict(gib * GIB) == verdict
