@@ -12,11 +12,15 @@ LONGEST = 64 * 1024  # bytes of one line; a longer one (a bar drawn with carriag
 
 
 class Tail:
-    """New whole lines of a growing file, whatever its size. One that became shorter is read from its beginning."""
+    """New whole lines of a growing file, whatever its size. One that became shorter is read from its beginning.
 
-    def __init__(self, path: Path):
+    last   begin so many bytes before the end that it has now; the first line may then lack its beginning
+    """
+
+    def __init__(self, path: Path, last: int | None = None):
         self.path = path
-        self.offset = 0
+        size = path.stat().st_size if last is not None and path.exists() else 0
+        self.offset = max(0, size - (last or 0)) if last is not None else 0
 
     def lines(self, whole: bool = True) -> Iterator[str]:
         """What has come since the last call; with `whole` unset, a last line without its end too.
@@ -42,7 +46,6 @@ class Tail:
                         return
                 self.offset += len(piece)
                 yield piece.decode("utf-8", "replace").rstrip("\r\n").rsplit("\r", 1)[-1]
-
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The same of a JSONL file; a line that a crash tore is left out."""
