@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemotron_recipes.artifacts.records import Ask, RunView, Settle, list_runs, load_run
+from nemotron_recipes.artifacts.records import Ask, RunView, Settle, load_run, load_runs, run_folders
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Problem, UserError
@@ -48,14 +48,30 @@ class Prepared:
 
 def prepare(request: Request, environment: Environment | None = None) -> Prepared:
     """Compose, resolve, plan, validate and render. UserError carries every problem; nothing is written."""
+    return rendered(plan(request, environment))
+
+
+def plan(request: Request, environment: Environment | None = None) -> Plan:
+    """The same without rendering."""
     from nemotron_recipes.planning.plan import make_plan
 
     _refuse_other_encodings(request)
     cwd = Path(request.cwd)
     environment = environment or read_environment(cwd)
-    catalog = Catalog(config_roots(request.config_dirs, cwd))
-    plan = make_plan(request, catalog, environment)
+    return make_plan(request, Catalog(config_roots(request.config_dirs, cwd)), environment)
+
+
+def rendered(plan: Plan) -> Prepared:
+    """A plan and what its executor makes of it."""
     return Prepared(plan, get_executor(plan.stages[0].placement.executor).render(plan))
+
+
+def check(prepared: Prepared, preflight: bool = True) -> None:
+    """What `submit` refuses before it writes anything. UserError: all of it."""
+    _refuse_unpinned(prepared.plan)
+    _refuse_rerun(RunDir(Path(prepared.plan.run_dir)))
+    if preflight:
+        _refuse_unfit(prepared)
 
 
 def submit(prepared: Prepared, preflight: bool = True) -> JobHandle:
@@ -65,11 +81,8 @@ def submit(prepared: Prepared, preflight: bool = True) -> JobHandle:
     A plan whose run failed, was cancelled or got lost may be submitted again: that is its next attempt.
     """
     plan = prepared.plan
-    _refuse_unpinned(plan)
     run = RunDir(Path(plan.run_dir))
-    _refuse_rerun(run)
-    if preflight:
-        _refuse_unfit(prepared)
+    check(prepared, preflight)
     try:
         _write_run(run, prepared)
     except (KeyboardInterrupt, UserError):  # Ctrl-C, or the code is not what was planned any more
@@ -218,6 +231,11 @@ def detaches(handle: JobHandle) -> bool:
     return get_executor(handle.executor).detaches
 
 
+def ask_seconds(handle: JobHandle) -> float:
+    """How often at most its executor should be asked by somebody who waits for long."""
+    return get_executor(handle.executor).ask_seconds
+
+
 def look(handle: JobHandle) -> Outlook:
     """What the executor says of the run and its jobs."""
     return get_executor(handle.executor).look(handle)
@@ -245,6 +263,11 @@ def load(run_dir: Path) -> RunView:
 
 def newest_runs(root: Path, number: int | None) -> list[RunView]:
     """The newest runs below `root` (None: all), newest first. A scheduler is asked once for all of its runs."""
+    return load_all(run_folders(root, number))
+
+
+def load_all(run_dirs: Sequence[Path]) -> list[RunView]:
+    """These runs as they stand now, newest first; a scheduler is asked once for all of its runs."""
     asked: dict[str, Executor] = {}
 
     def together(handles: list[JobHandle]) -> tuple[Ask, Settle]:
@@ -254,7 +277,7 @@ def newest_runs(root: Path, number: int | None) -> list[RunView]:
             handle
         )
 
-    views = list_runs(root, together, number)
+    views = load_runs(run_dirs, together)
     return [
         replace(view, differences=tuple(asked[view.handle.executor].differences(view.handle)))
         if view.handle and view.handle.executor in asked and view.state in ("running", "stalled", "pending", "lost")

@@ -220,6 +220,8 @@ class Plan:
     created: str  # ISO 8601, UTC
     version: int = 1
     rerun_of: str | None = None  # the run whose plan this is once more
+    sweep: str | None = None  # the sweep that it belongs to
+    after: str | None = None  # folder of the run that must be over before this one starts, however it ended
     wandb: dict[str, str] = field(default_factory=dict)  # env.toml's [wandb]: where the run is mirrored to
 
 

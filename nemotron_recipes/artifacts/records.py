@@ -72,15 +72,20 @@ class RunView:
         raise UserError(Problem(f"run {self.id} has no stage '{name}'", self.path, fix))
 
 
-def list_runs(runs_root: Path, together: Together | None = None, newest: int | None = None) -> list[RunView]:
-    """The `newest` runs below `runs_root` (all), newest first. A damaged one is listed, with what is wrong with it.
-
-    together  given the handles of all runs whose end is not recorded, asks once how they stand: what `load_run` asks
-    """
+def run_folders(runs_root: Path, newest: int | None = None) -> list[Path]:
+    """The folders of the `newest` runs below `runs_root` (all)."""
     folders = _run_folders(runs_root)
     if newest is not None:  # plan.json is written once, so its time says when; reading every plan would take seconds
         folders = sorted(folders, key=lambda folder: (folder / "plan.json").stat().st_mtime)[-newest:]
-    opened = [_open(RunDir(folder)) for folder in folders]
+    return folders
+
+
+def load_runs(folders: Iterable[Path], together: Together | None = None) -> list[RunView]:
+    """The runs in these folders, newest first. A damaged one is among them, with what is wrong with it.
+
+    together  given the handles of all runs whose end is not recorded, asks once how they stand: what `load_run` asks
+    """
+    opened = [_open(RunDir(folder)) for folder in folders if RunDir(folder).plan.exists()]
     open_ends = [run.handle for run in opened if run.handle and not _end_is_recorded(run.events)]
     asked = together(open_ends) if together and open_ends else (None, None)
     views = [_view(run, *asked) for run in opened]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nemotron_recipes import lifecycle
+from nemotron_recipes import lifecycle, sweep
 from nemotron_recipes.artifacts.records import RunView, find_run
 from nemotron_recipes.cli.text import age, duration, table, write_page
 from nemotron_recipes.config.profiles import read_environment
@@ -42,7 +42,7 @@ def diff(a: str, b: str, as_json: bool) -> None:
 @click.option("--plot", metavar="FILE.svg|png", type=click.Path(dir_okay=False, path_type=Path), help="Draw metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
 def compare(runs: tuple[str, ...], plot: Path | None, as_json: bool) -> None:
-    """Show runs side by side: differing configs, step time, tokens/s, memory, wall time, exit, results."""
+    """Show runs, or all of a sweep, side by side: configs, step time, tokens/s, memory, wall time, exit, results."""
     views = _views(runs)
     if len(views) < 2:
         raise UserError(Problem("one run alone can't be compared", "command line", "name two or more"))
@@ -105,5 +105,6 @@ def _short(value: Any) -> str:
 
 
 def _views(runs: tuple[str, ...]) -> list[RunView]:
-    root = read_environment().output / "runs"
-    return [lifecycle.load(find_run(root, run)) for run in runs]
+    output = read_environment().output
+    named = [name for text in runs for name in sweep.runs_of(output, text) or [text]]
+    return [lifecycle.load(find_run(output / "runs", name)) for name in named]

@@ -1,4 +1,4 @@
-"""`nemotron runs list | show | logs | shell | cancel`; `explain`, `diff` and `compare` have modules of their own."""
+"""`nemotron runs list | show | logs | shell | cancel`; the other commands of `runs` have modules of their own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-from nemotron_recipes import lifecycle
+from nemotron_recipes import lifecycle, sweep
 from nemotron_recipes.artifacts import records
-from nemotron_recipes.cli import attach, compare, explain, follow, summary, tensorboard
+from nemotron_recipes.cli import attach, compare, explain, follow, summary, tensorboard, watch
 from nemotron_recipes.cli.text import age, table, write_page
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
@@ -108,7 +108,16 @@ def shell(run: str, stage: str | None, command: tuple[str, ...]) -> None:
 @runs.command()
 @click.argument("run")
 def cancel(run: str) -> None:
-    """Stop a run and everything that it started."""
+    """Stop a run, or all of a sweep, and everything that was started for it."""
+    members = sweep.runs_of(_root().parent, run)
+    if members:
+        views = lifecycle.load_all([_root() / name for name in members])
+        for view in views:  # the newest first: they wait for the others
+            if view.state in sweep.GOES_ON and view.handle is not None:
+                lifecycle.cancel(view.handle)
+        for after in lifecycle.load_all([_root() / name for name in members]):
+            click.echo(printable(f"{after.id}: {after.state}"))
+        return
     view = lifecycle.load(_find(run))
     if view.state not in ("running", "stalled", "pending") or view.handle is None:
         raise UserError(Problem(f"run {view.id} is not running: it is {view.state}", view.path))
@@ -117,6 +126,7 @@ def cancel(run: str) -> None:
     click.echo(printable(f"{view.id}: {after.state}"))
 
 
+runs.add_command(watch.watch)
 runs.add_command(compare.diff)
 runs.add_command(compare.compare)
 runs.add_command(tensorboard.tensorboard)

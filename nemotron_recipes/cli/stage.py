@@ -121,6 +121,15 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
         click.Option(["--json", "as_json"], is_flag=True, help="Print for programs."),
         click.Option(["--offline"], is_flag=True, help="Never ask the network; unpinned inputs show as UNPINNED."),
         click.Option(["--plan-out"], metavar="FILE", help="Save the plan for `nemotron apply`; run nothing."),
+        click.Option(
+            ["-m", "--multirun"], is_flag=True, help="A run for each of several values: KEY=A,B KEY=range(3)."
+        ),
+        click.Option(
+            ["--max-parallel"],
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="With --multirun: at most N runs side by side  [default: 1 on a machine, all on a scheduler]",
+        ),
         click.Option(["--config-dir"], metavar="DIR", help="Your own conf/ (repeatable)."),
     ]
     if not prepares and not converts and path[-1] != "pipe":
@@ -130,11 +139,12 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
         params.append(
             click.Option(["--sample"], type=click.IntRange(min=1), metavar="N", help="At most N rows a source.")
         )
-    if prepares or converts or path[-1] == "pipe":
-        params.append(click.Option(["--force"], is_flag=True, help="Make everything anew; reuse no earlier result."))
+    made_once = prepares or converts or path[-1] == "pipe"
+    force = "Make everything anew; reuse no earlier result." if made_once else "With --multirun: a sweep of its own."
+    params.append(click.Option(["--force"], is_flag=True, help=force))
 
     def run(**options: Any) -> int:
-        return _run(_request(config_dirs, path, options), options)
+        return _run(_request(config_dirs, path, options, made_once), options)
 
     title = "Run the whole pipe" if path[-1] == "pipe" else f"Run stage '{' '.join(path[1:])}'"
     command = StageCommand(path[-1], params=params, callback=run, help=f"{title} of {path[0]}.")
@@ -142,7 +152,7 @@ def stage_command(catalog: Catalog, config_dirs: tuple[str, ...], path: tuple[st
     return command
 
 
-def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[str, Any]) -> Request:
+def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[str, Any], made_once: bool) -> Request:
     run, batch = options["run"], options["batch"]
     problems = [
         Problem(f"{flag} needs a {what.lower()}, not {value!r}", "command line", f"{flag} {what}")
@@ -162,6 +172,7 @@ def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[
     if options["all_ranks"] and batch is not None:
         fix = "nemotron runs logs -f --all-ranks RUN"
         problems.append(Problem("--all-ranks is for a run that is followed", "command line", fix))
+    problems += _sweep_problems(options, made_once)
     if problems:
         raise UserError(*problems)
     overrides = options["overrides"]
@@ -182,10 +193,30 @@ def _request(config_dirs: tuple[str, ...], path: tuple[str, ...], options: dict[
     )
 
 
+def _sweep_problems(options: dict[str, Any], made_once: bool) -> list[Problem]:
+    if options["multirun"]:
+        return [
+            Problem(f"{flag} is for one run, --multirun makes several", "command line", "leave one of them out")
+            for flag in ("--plan-out", "--all-ranks")
+            if options[flag.strip("-").replace("-", "_")]
+        ]
+    problems = []
+    if options["max_parallel"]:
+        problems.append(Problem("--max-parallel goes with --multirun", "command line", "add --multirun"))
+    if options["force"] and not made_once:
+        what = "--force goes with --multirun here: a single training run reuses no earlier result"
+        problems.append(Problem(what, "command line", "leave it out"))
+    return problems
+
+
 def _run(request: Request, options: dict[str, Any]) -> int:
     from nemotron_recipes import lifecycle
     from nemotron_recipes.cli import plan_text
 
+    if options["multirun"]:
+        from nemotron_recipes.cli import sweep
+
+        return sweep.carry_out(request, options)
     prepared = lifecycle.prepare(request)
     if options["dry_run"] or options["plan_out"]:
         if options["plan_out"]:

@@ -140,7 +140,7 @@ def parse_overrides(overrides: Iterable[str], catalog: Catalog) -> tuple[list[Ov
             continue
         key = override.key_or_group
         if override.is_sweep_override():
-            fix = f"a list is written {key}=[a,b]; one run is one set of values"
+            fix = f"--multirun makes a run of each; a list is written {key}=[a,b]"
             problems.append(Problem(f"override {text!r} sweeps over several values", "command line", fix))
         elif override.is_hydra_override() or key in ("recipe", "defaults", PRIMARY, PROFILE):
             problems.append(Problem(f"'{key}' can't be set", "command line"))

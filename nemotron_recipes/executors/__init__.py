@@ -30,6 +30,7 @@ class Executor(Protocol):
     name: str
     profile_model: type[Any]  # a pydantic model: every field that a profile, or `run.*`, may set
     detaches: bool  # whether Ctrl-C on a followed run leaves it running; False: it stops the run
+    at_once: int | None  # how many runs of a sweep go on side by side unless somebody says; None: the scheduler decides
     ask_seconds: float  # at most every so many seconds a follower that has waited for long asks how a run stands
 
     def check(self, stage: StagePlan) -> list[Problem]:

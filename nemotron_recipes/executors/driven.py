@@ -49,6 +49,7 @@ class DrivenExecutor:
     """What an `Executor` does with a submitted run, by means of a driver."""
 
     detaches = False
+    at_once: int | None = 1  # they would share this machine's memory
     ask_seconds = 0.2
 
     def preflight(self, plan: Plan) -> list[Problem]:
@@ -102,7 +103,11 @@ class DrivenExecutor:
         for driver in _DRIVERS:
             driver.poll()
         if process_tree.find(handle.native["pid"], handle.native["created"], handle.run):
-            return "running"
+            return (
+                "queued"
+                if _last_event(handle, "driver-started", "waiting", "stage-started") == "waiting"
+                else "running"
+            )
         if has_ended(handle):
             return "ended"
         if process_tree.members(handle.run) or not is_of_this_host(handle):
@@ -172,11 +177,13 @@ def driver_command(plan: Plan) -> tuple[tuple[str, ...], ...]:
 
 def has_ended(handle: JobHandle) -> bool:
     """Whether the newest driver recorded an end."""
-    last = ""
-    for entry in read_jsonl(RunDir(Path(handle.run_dir)).events):
-        if entry["event"] in ("driver-started", "finished", "cancelled"):
-            last = entry["event"]
-    return last in ("finished", "cancelled")
+    return _last_event(handle, "driver-started", "finished", "cancelled") in ("finished", "cancelled")
+
+
+def _last_event(handle: JobHandle, *names: str) -> str:
+    """The newest of these; "" before the first."""
+    told = [entry["event"] for entry in read_jsonl(RunDir(Path(handle.run_dir)).events) if entry["event"] in names]
+    return told[-1] if told else ""
 
 
 def is_of_this_host(handle: JobHandle) -> bool:

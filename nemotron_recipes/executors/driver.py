@@ -129,6 +129,12 @@ class Driver:
         append_event(self.run.events, "finished", state="succeeded")
         return 0
 
+    def wait_for_run(self, folder: Path) -> None:
+        """Until that run is over: its driver has gone, and has left no process behind."""
+        append_event(self.run.events, "waiting", run=folder.name)
+        while not self.stopping and not _is_over(folder):
+            time.sleep(_POLL_SECONDS)
+
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: only notes it; the loop that waits for the stage acts on it."""
         self.stopping = True
@@ -225,6 +231,8 @@ def _drive(run: RunDir, plan: Tree, rendered: Tree, inherited: dict[str, str]) -
     write_atomic(run.handle, to_json(JobHandle(executor, plan["id"], str(run.path), native)))
     append_event(run.events, "driver-started", pid=os.getpid())
     try:
+        if plan.get("after"):
+            driver.wait_for_run(Path(plan["after"]))
         return driver.drive([_stage(data) for data in rendered["stages"]])
     except BaseException as error:
         append_event(run.events, "finished", state="failed", stage=None, cause=f"{type(error).__name__}: {error}")
@@ -239,6 +247,18 @@ def _check_files(stage: RenderedStage) -> None:
         path = Path(name)
         if not path.is_file() or path.read_bytes() != text.encode():
             raise StageFailed(f"{path} was changed after it had been planned")
+
+
+def _is_over(folder: Path) -> bool:
+    """Whether nobody runs that run: each driver holds its lock while it lives."""
+    try:
+        with open(folder / "driver.lock", "ab") as lock:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
+    return not process_tree.members(folder.name)
 
 
 def _is_alone(descriptor: int, run_id: str) -> bool:

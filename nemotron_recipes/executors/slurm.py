@@ -44,6 +44,7 @@ class SlurmExecutor:
     name = "slurm"
     profile_model = SlurmProfile
     detaches = True
+    at_once: int | None = None
     ask_seconds = 10.0  # every question costs slurmctld a lock
 
     def __init__(self, told: slurm_snapshot.Snapshot | None = None):
@@ -74,7 +75,7 @@ class SlurmExecutor:
         """Per stage the sbatch script and what it reads; then the submitting commands. Needs no Slurm here."""
         run = [stage for stage in plan.stages if stage.reused is None]
         stages = tuple(slurm_script.rendered_stage(plan, stage, first=stage is run[0]) for stage in run)
-        return Rendered(stages, slurm_script.submit_commands(run))
+        return Rendered(stages, slurm_script.submit_commands(plan, run))
 
     def preflight(self, plan: Plan) -> list[Problem]:
         """What this cluster would refuse, or leave waiting for ever. UserError: Slurm can't be asked."""
@@ -107,7 +108,7 @@ class SlurmExecutor:
         try:
             for stage, name, command in [(s, n, c) for s, commands in stages.items() for n, c in commands.items()]:
                 _make_folders(run, run.stage(stage))
-                argv = slurm_script.resolved(command, jobs)
+                argv = slurm_script.resolved(command, {**jobs, **self._before(plan)})
                 try:
                     jobs[name] = slurm_control.sbatch(argv, plan.run_dir, environ)
                 except slurm_control.Unreachable as error:
@@ -217,6 +218,15 @@ class SlurmExecutor:
             begun = [e for e in slurm_outcome.since_submission(run) if e["event"] == "stage-started"]
             stage, attempt = (begun[-1]["stage"], begun[-1]["attempt"]) if begun else (None, None)
             append_event(run.events, "cancelled", stage=stage, attempt=attempt)
+
+    def _before(self, plan: Plan) -> dict[str, str]:
+        """The last job of the run that must be over first, by its symbol's name; {} when it is over, or never was."""
+        found = read_json(RunDir(Path(plan.after)).handle) if plan.after else None
+        if plan.after is None or found is None or slurm_outcome.has_ended(RunDir(Path(plan.after))):
+            return {}
+        states = self._states(JobHandle(**found))
+        alive = [state.job for state in states.values() if state.active]
+        return {slurm_script.last_of(plan.after): alive[-1]} if alive else {}
 
     def _unfinished(self, plan: Plan, run: RunDir, rendered: Rendered) -> dict[str, dict[str, tuple[str, ...]]]:
         """Stage -> its commands by what they submit, for those that have not succeeded in an earlier submission."""

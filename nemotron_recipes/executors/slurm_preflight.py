@@ -25,8 +25,19 @@ def plan_problems(plan: Plan) -> list[Problem]:
         fix = "--skip-preflight submits without these checks; please report what Slurm printed"
         return [Problem(f"Slurm printed what is not known here: {error}", fix=fix)]
     run = [stage for stage in plan.stages if stage.reused is None]
+    order = [*_order_problems(plan, run[0])] if run and plan.after else []
     found = (stage_problems(stage, profile_of(stage), site, plan.request.mode, plan.run_dir) for stage in run)
-    return [problem for problems in found for problem in problems]
+    return [*order, *(problem for problems in found for problem in problems)]
+
+
+def _order_problems(plan: Plan, first: StagePlan) -> Iterator[Problem]:
+    """What keeps Slurm from starting the run after another one."""
+    profile, where = profile_of(first), checks.where(first, "dependency")
+    fix = "leave out --max-parallel: all runs are queued at once"
+    if profile.dependency and "?" in profile.dependency:
+        yield Problem(f"dependency {profile.dependency!r} can't be joined with a wait for another run", where, fix)
+    if "dependency" in {flag.lstrip("-") for flag in profile.remove}:
+        yield Problem("--max-parallel needs sbatch's --dependency, which `remove` takes away", where, fix)
 
 
 def stage_problems(stage: StagePlan, profile: SlurmProfile, site: Site, mode: str, run_dir: str) -> Iterator[Problem]:

@@ -46,11 +46,15 @@ def rendered_stage(plan: Plan, stage: StagePlan, first: bool) -> RenderedStage:
     return RenderedStage(stage.name, files, argv, env, stage.directory, profile.workdir, notes)
 
 
-def submit_commands(stages: list[StagePlan]) -> tuple[tuple[str, ...], ...]:
+def submit_commands(plan: Plan, stages: list[StagePlan]) -> tuple[tuple[str, ...], ...]:
     """One sbatch per stage; each but the first waits for the one before, whose job has no id yet. A stage with an array
-    has one more, before its own, which waits until no task of the array is left, however they ended."""
+    has one more, before its own, which waits until no task of the array is left, however they ended. The first waits
+    for the run that must be over before, if there is one, however that ended."""
     commands = []
     before: tuple[str, ...] = ()
+    if plan.after is not None and stages:  # a flag of the command line takes the place of the script's
+        own = profile_of(stages[0]).dependency
+        before = (*((own,) if own else ()), f"afterany:{job_symbol(last_of(plan.after))}")
     for stage in stages:
         profile, folder = profile_of(stage), StageDir(Path(stage.directory))
         requeue = "--requeue" if profile.max_requeues else "--no-requeue"
@@ -104,6 +108,11 @@ def _command(profile: SlurmProfile, flags: Sequence[str], script: Path) -> tuple
 def job_symbol(stage: str) -> str:
     """Stands for the id of a stage's job until sbatch has named it."""
     return f"<job of {stage}>"
+
+
+def last_of(run_dir: str) -> str:
+    """What `job_symbol` names of a run that must be over first."""
+    return f"{Path(run_dir).name}/last"
 
 
 def job_name(plan: Plan, stage: StagePlan) -> str:

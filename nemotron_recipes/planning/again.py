@@ -25,6 +25,7 @@ def renewed(saved: Plan, saved_tree: Tree) -> Tree:
     tree: Tree = json.loads(json.dumps(saved_tree).replace(saved.id, new))
     tree["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     tree["rerun_of"] = saved.id
+    tree["sweep"] = tree["after"] = None
     return tree
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from nemotron_recipes.artifacts.owner import this_process
 from nemotron_recipes.artifacts.reconcile import Evidence, exit_text, judge
-from nemotron_recipes.artifacts.records import find_run, list_runs, load_run
+from nemotron_recipes.artifacts.records import find_run, load_run, load_runs, run_folders
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.rundir import RunDir, append_event, write_record
 from nemotron_recipes.spec import JobHandle
@@ -280,13 +280,13 @@ def test_runs_are_listed_newest_first_also_a_damaged_one(tmp_path: Path) -> None
     broken = Run(tmp_path, "broken")
     broken.dir.plan.write_text("{")
     (tmp_path / "not a run").mkdir()
-    views = list_runs(tmp_path)
+    views = load_runs(run_folders(tmp_path))
     assert [view.id for view in views] == ["new", "old", "broken"]
     assert "can't be read" in views[-1].explanation
-    assert list_runs(tmp_path / "nowhere") == []
+    assert load_runs(run_folders(tmp_path / "nowhere")) == []
     os.utime(tmp_path / "old" / "plan.json", (1, 1))
     os.utime(tmp_path / "broken" / "plan.json", (2, 2))
-    assert [view.id for view in list_runs(tmp_path, newest=2)] == ["new", "broken"]
+    assert [view.id for view in load_runs(run_folders(tmp_path, 2))] == ["new", "broken"]
 
 
 def test_runs_are_found_by_a_unique_part_of_their_name(tmp_path: Path) -> None:
