@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -258,7 +258,8 @@ def shell(handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
 
 def load(run_dir: Path) -> RunView:
     """One run as it stands now. UserError when there is no such run."""
-    return load_run(run_dir, liveness, _settle)
+    view = load_run(run_dir, liveness, _settle)
+    return _tidied(view, get_executor(view.handle.executor)) if view.handle else view
 
 
 def newest_runs(root: Path, number: int | None) -> list[RunView]:
@@ -277,13 +278,7 @@ def load_all(run_dirs: Sequence[Path]) -> list[RunView]:
             handle
         )
 
-    views = load_runs(run_dirs, together)
-    return [
-        replace(view, differences=tuple(asked[view.handle.executor].differences(view.handle)))
-        if view.handle and view.handle.executor in asked and view.state in ("running", "stalled", "pending", "lost")
-        else view
-        for view in views
-    ]
+    return [_compared(view, asked) for view in load_runs(run_dirs, together)]
 
 
 def mirror(output: Path) -> list[Outcome]:
@@ -311,6 +306,23 @@ def _note_ends(journal: Journal, view: RunView) -> None:
         if began in known and ended not in known and stage.state in ("failed", "cancelled", "lost"):
             code = stage.exit_code if stage.exit_code is not None else 1
             journal.ended(stage.name, stage.attempt, stage.state, code, stage.results)
+
+
+def _compared(view: RunView, asked: Mapping[str, Executor]) -> RunView:
+    """With what has been found out about it together with others."""
+    if view.handle is None:
+        return view
+    handle = view.handle
+    if view.state in ("running", "stalled", "pending", "lost") and handle.executor in asked:
+        view = replace(view, differences=tuple(asked[handle.executor].differences(handle)))
+    return _tidied(view, get_executor(handle.executor))
+
+
+def _tidied(view: RunView, executor: Executor) -> RunView:
+    """Nothing of a run that has failed stays in a queue for ever: whoever looks at it next takes it away."""
+    if view.handle is None or view.state not in ("failed", "cancelled", "lost"):
+        return view
+    return replace(view, differences=(*view.differences, *executor.tidy(view.handle)))
 
 
 def _settle(handle: JobHandle) -> list[Tree]:

@@ -38,7 +38,7 @@ def list_command(as_json: bool, number: int) -> None:
         rows = [(v.id, v.state, age(v.created), " ".join(f"{s.name}:{s.state}" for s in v.stages)) for v in found]
         click.echo(table(("RUN", "STATE", "CREATED", "STAGES"), rows))
         for sentence, runs_of in _by_sentence(found).items():
-            click.echo(printable(f"differs  {', '.join(runs_of)}: {sentence}"))
+            click.echo(printable(f"note  {', '.join(runs_of)}: {sentence}"))
 
 
 @runs.command()
@@ -53,7 +53,7 @@ def show(run: str, as_json: bool, page: Path | None) -> None:
 
         write_page(page, run_page(view))
         return
-    differences = lifecycle.differences(view.handle) if view.handle else []
+    differences = [*(lifecycle.differences(view.handle) if view.handle else []), *view.differences]
     if as_json:
         click.echo(json.dumps({**summary.as_tree(view), "differences": differences}, indent=2))
     else:

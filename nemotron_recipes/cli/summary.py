@@ -56,7 +56,7 @@ def describe(view: RunView, differences: Sequence[str] = ()) -> str:
     lines = [f"{view.id}  {view.state}", f"  command  nemotron {view.title} {given}".rstrip()]
     lines.append(f"  created  {view.created}")
     lines.append(f"  folder   {view.path}")
-    lines += [f"  differs  {sentence}" for sentence in differences]
+    lines += [f"  note     {sentence}" for sentence in differences]
     if view.explanation and not view.stages:
         lines.append(f"  {view.explanation}")
     for stage in view.stages:

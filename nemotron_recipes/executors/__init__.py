@@ -84,6 +84,10 @@ class Executor(Protocol):
         """
         ...
 
+    def tidy(self, handle: JobHandle) -> list[str]:
+        """Of a run that has not succeeded: take away what it has left in a queue for ever; sentences on that."""
+        ...
+
     def cancel(self, handle: JobHandle) -> None:
         """Stop the whole run and everything that it started; returns when it has stopped."""
         ...

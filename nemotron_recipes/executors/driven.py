@@ -137,6 +137,10 @@ class DrivenExecutor:
         """None: the driver is the only one who could know."""
         return []
 
+    def tidy(self, handle: JobHandle) -> list[str]:
+        """Nothing: there is no queue."""
+        return []
+
     def cancel(self, handle: JobHandle) -> None:
         """Ask the driver to stop, then stop whatever is left of the run; the latter also when no driver lives."""
         from nemotron_recipes.executors import process_tree

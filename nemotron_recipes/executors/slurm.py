@@ -103,7 +103,8 @@ class SlurmExecutor:
         append_event(run.events, "submitting", attempts=attempts)
         names = {name: job for stage in plan.stages if stage.name in stages for name, job in _names(plan, stage)}
         jobs: dict[str, str] = {}
-        handle = JobHandle(self.name, plan.id, plan.run_dir, {"jobs": jobs, "names": names})
+        stay = any(slurm_script.waits_for_ever(command) for each in stages.values() for command in each.values())
+        handle = JobHandle(self.name, plan.id, plan.run_dir, {"jobs": jobs, "names": names, "stay": stay})
         write_atomic(run.handle, to_json(handle))
         try:
             for stage, name, command in [(s, n, c) for s, commands in stages.items() for n, c in commands.items()]:
@@ -198,6 +199,24 @@ class SlurmExecutor:
                 for event in missing:
                     append_event(run.events, **event)
         return missing
+
+    def tidy(self, handle: JobHandle) -> list[str]:
+        """Cancel jobs that wait for one that has failed, where the site can't be told to do it (profile: `remove`)."""
+        run = RunDir(Path(handle.run_dir))
+        told = slurm_outcome.since_submission(run)
+        if not handle.native.get("stay") or any(event["event"] == "tidied" for event in told):
+            return []
+        try:
+            states = self._states(handle)
+            stuck = {stage: state.job for stage, state in states.items() if state.never}
+            slurm_control.scancel(stuck.values())
+        except (slurm_control.Unreachable, slurm_control.Refused) as error:
+            return [f"jobs of it may wait for ever for one that has failed, and can't be cancelled: {error}"]
+        if stuck or not any(state.active for state in states.values()):
+            with suppress(OSError):  # somebody else's run folder
+                append_event(run.events, "tidied", jobs=[*stuck.values()])
+        words = "waited for a job that has failed, and would have done so for ever: it was cancelled"
+        return [f"{stage}: job {job} {words}" for stage, job in stuck.items()]
 
     def cancel(self, handle: JobHandle) -> None:
         """scancel every job, wait until they are gone, then record it; of a run that has ended nothing changes."""

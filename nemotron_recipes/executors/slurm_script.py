@@ -105,6 +105,12 @@ def _command(profile: SlurmProfile, flags: Sequence[str], script: Path) -> tuple
     return ("sbatch", *(flag for flag in flags if flag[2:].partition("=")[0] not in removed), str(script))
 
 
+def waits_for_ever(command: tuple[str, ...]) -> bool:
+    """Whether the job would stay in the queue when the one that it needs has failed: its site knows no flag."""
+    needs = any(word.startswith(DEPENDENCY) and "afterok:" in word for word in command)
+    return needs and not any(word.startswith("--kill-on-invalid-dep") for word in command)
+
+
 def job_symbol(stage: str) -> str:
     """Stands for the id of a stage's job until sbatch has named it."""
     return f"<job of {stage}>"

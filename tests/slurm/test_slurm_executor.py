@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.errors import UserError
@@ -310,6 +311,23 @@ def test_scancel_by_somebody_else(cluster: slurm.Cluster, tmp_path: Path) -> Non
     assert events(handle)[-1]["event"] == "cancelled"
     assert len(events(handle, "cancelled")) == 1, "written once, however often it is looked at"
     assert _settled(handle).state == "cancelled"
+
+
+def test_what_would_wait_for_ever_is_found_and_cancelled(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    """Where the site does not know --kill-on-invalid-dep."""
+    place = placement(EXECUTOR, remove=["kill-on-invalid-dep"])
+    first = probe_stage("first", placement=place, exit=3, record=None)
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", first, probe_stage("second", placement=place)))
+    job = handle.native["jobs"]["second"]
+    wait_for(lambda: cluster.job(job)["Reason"] == "DependencyNeverSatisfied")
+    view = lifecycle.load(tmp_path / "run")
+    assert (view.state, view.stage("second").state) == ("failed", "pending")
+    assert view.differences == (
+        f"second: job {job} waited for a job that has failed, and would have done so for ever: it was cancelled",
+    )
+    assert cluster.wait(job)["JobState"] == "CANCELLED"
+    assert events(handle, "tidied") == [{"event": "tidied", "jobs": [job]}]
+    assert lifecycle.load(tmp_path / "run").differences == (), "said once"
 
 
 def test_scancel_before_it_started(cluster: slurm.Cluster, tmp_path: Path) -> None:
