@@ -56,6 +56,7 @@ lint: ## ruff, the import rules, the type checker
 bench: ## CPU seconds of the commands that must start fast
 	@$(SETUP) --extra trl
 	"$(BIN)/python" bench/startup.py
+	"$(BIN)/python" bench/listing.py
 
 bench-slurm: ## command to accepted job, beside sbatch and NeMo-Run (needs `make test-system`)
 	@$(SETUP) --extra trl

@@ -18,7 +18,6 @@ from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.records import RunView
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import read_environment
-from nemotron_recipes.config.sweep import expand
 from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, UserError
 from nemotron_recipes.executors import get_executor
 from nemotron_recipes.fsio import write_atomic
@@ -68,6 +67,8 @@ def prepare(request: Request, at_once: int | None, anew: bool = False) -> Sweep:
     at_once  how many runs side by side; None: as the executor has it
     anew     a sweep of its own, although the same one has been run
     """
+    from nemotron_recipes.config.sweep import expand  # it imports Hydra, which a list of runs does not need
+
     environment = read_environment(Path(request.cwd))
     found = expand(request.overrides, Catalog(config_roots(request.config_dirs, Path(request.cwd))))
     plans = _plans(request, found)

@@ -20,7 +20,7 @@ from tests.helpers.plans import ROOT
 
 pytestmark = pytest.mark.slurm
 
-USER = "nobody"
+USER, COLLEAGUE = "nobody", "daemon"
 PROFILE = """
 [lab]
 executor = "slurm"
@@ -31,11 +31,14 @@ secrets = ["MY_LICENCE"]
 
 
 def test_a_run_of_somebody_who_is_no_administrator() -> None:
-    """A run from start to end; its secrets file is theirs alone; a waiting run is cancelled, no other job."""
+    """A run from start to end; its secrets file is theirs alone; a waiting run is cancelled, no other job.
+
+    And a colleague in the same output folder: sees it all, stops nothing of theirs, submits beside it.
+    """
     slurm.require()
     if os.geteuid():
         pytest.skip("this is an ordinary user already: every other test of Slurm has shown the same")
-    user = pwd.getpwnam(USER)
+    user, colleague = pwd.getpwnam(USER), pwd.getpwnam(COLLEAGUE)
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(home_open_to_all())
         python, surroundings = visible_python(home)
@@ -47,12 +50,13 @@ def test_a_run_of_somebody_who_is_no_administrator() -> None:
         os.chmod(cluster.folder, 0o755)
         env = {**cluster.env, **surroundings, "HOME": str(own), "MY_LICENCE": "s3cr3t-of-theirs"}
 
-        def as_user(*words: str, code: int = 0) -> str:
+        def as_user(*words: str, code: int = 0, user: pwd.struct_passwd = user) -> str:
             command = [python, "-m", "nemotron_recipes", *words]
             change = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             done = cluster.run(*command, code=None, cwd=own, env=env, timeout=180, **change)
             assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-            return done.stdout
+            assert "Traceback" not in done.stderr
+            return done.stdout + done.stderr * bool(code)
 
         prep = ("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40")
         assert "succeeded" in as_user(*prep, "--run", "lab", "run.nproc_per_node=2")
@@ -61,6 +65,20 @@ def test_a_run_of_somebody_who_is_no_administrator() -> None:
         secrets = Path(told["run_dir"], "secrets.json")
         assert (secrets.stat().st_uid, secrets.stat().st_mode & 0o777) == (user.pw_uid, 0o600)
         assert cluster.job(told["native"]["jobs"]["data-prep-sft"])["UserId"] == f"{USER}({user.pw_uid})"
+
+        for folder in ("runs", "store"):  # as a site makes folders that a group shares
+            (own / "nemotron-output" / folder).chmod(0o777)
+        listed = json.loads(as_user("runs", "list", "--json", user=colleague))
+        assert sorted(view["state"] for view in listed) == ["pending", "succeeded"]
+        refused = as_user("runs", "cancel", told["run"], user=colleague, code=2)
+        assert "can't be stopped" in refused
+        assert "Access/permission denied" in refused
+        beside = json.loads(as_user(*prep, "--force", "--batch", "lab", held, "--json", user=colleague))
+        assert Path(beside["run_dir"]).stat().st_uid == colleague.pw_uid
+        assert as_user("runs", "list").count("pending ") >= 2
+        assert "cancelled" in as_user("runs", "cancel", beside["run"], user=colleague)
+        assert cluster.job(told["native"]["jobs"]["data-prep-sft"])["JobState"] == "PENDING", "it is as it was"
+
         roots = cluster.sbatch("true", "--hold", cwd=own)
         assert "cancelled" in as_user("runs", "cancel", told["run"])
         assert not secrets.exists()

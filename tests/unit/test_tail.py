@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +12,12 @@ import pytest
 
 from nemotron_recipes.cli.follow import Follower, show_logs
 from nemotron_recipes.cli.tail import LONGEST, Tail
+from nemotron_recipes.executors.local import LocalExecutor
 from nemotron_recipes.rundir import RunDir, append_event
+from nemotron_recipes.spec import JobHandle, to_json
+from tests.helpers.cli import ROOT
+from tests.helpers.executor_harness import placement
+from tests.helpers.plans import plan_of, probe_stage
 
 MEGABYTE = 1 << 20
 
@@ -68,6 +76,42 @@ def test_a_long_log_is_followed_in_bounded_memory(tmp_path: Path, end: str) -> N
     assert peak < MEGABYTE
     assert tail.offset > 15 * MEGABYTE
     assert seen > 0
+
+
+@pytest.mark.parametrize(
+    "size", [pytest.param(24 * MEGABYTE, id="24MB"), pytest.param(2048 * MEGABYTE, id="2GB", marks=pytest.mark.long)]
+)
+def test_a_follower_of_a_huge_log_stays_small(tmp_path: Path, size: int) -> None:
+    """The whole command, by the memory that it had at most; a line without an end is in the log as well."""
+    run = RunDir(tmp_path / "nemotron-output" / "runs" / "run-1")
+    plan = plan_of(run.path, probe_stage("sft", placement=placement(LocalExecutor())))
+    log = run.stage("sft").log(1, 0)
+    log.parent.mkdir(parents=True)
+    run.plan.write_text(to_json(plan))
+    run.handle.write_text(to_json(JobHandle("local", plan.id, plan.run_dir, {"host": "h", "pid": 1, "created": 0.0})))
+    append_event(run.events, "driver-started", pid=1)
+    append_event(run.events, "stage-started", stage="sft", attempt=1, pid=1)
+    append_event(run.events, "finished", state="failed", stage="sft", cause="x")
+
+    def followed() -> int:
+        """KiB at most."""
+        command = [sys.executable, "-m", "nemotron_recipes", "runs", "logs", "-f", "run-1"]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 1, "as the run has failed"
+        return usage.ru_maxrss
+
+    log.write_text("one line\n")
+    small = followed()
+    line = b"step 12/100 [######....] loss 1.2345 and some more words that a trainer says\n"
+    piece = line * (MEGABYTE // len(line)) + b"#" * (MEGABYTE % len(line))
+    with open(log, "wb") as handle:
+        for _ in range(size // MEGABYTE):
+            handle.write(piece)
+        handle.write(b"." * 4 * MEGABYTE)
+    assert followed() < small + 12 * 1024
 
 
 def test_control_characters_never_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,5 +182,5 @@ def test_on_a_terminal_and_off_it(tmp_path: Path) -> None:
 
 
 def test_watching_costs_nothing_where_nobody_watches() -> None:
-    code = "import sys, nemotron_recipes.cli.runs; sys.exit('rich' in sys.modules)"
+    code = "import sys, nemotron_recipes.cli.runs; sys.exit(bool({'rich', 'hydra'} & {*sys.modules}))"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
