@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -24,6 +25,7 @@ from nemotron_recipes.spec import RenderedStage
 
 HOME_ENV = "NEMORUN_HOME"
 LEFT_OUT = "leptonai"
+_ALONE = threading.RLock()  # modules are hidden for all threads
 _SCHEDULER = "local_persistent"  # the name under which NeMo-Run registers its local scheduler
 
 
@@ -45,6 +47,13 @@ def imported() -> Iterator[None]:
     not used here; either takes about as long as all the rest (docs/bench.md). The body does not find torch, and finds
     a stand-in for leptonai; afterwards both can be imported as ever. What is loaded already stays as it is.
     """
+    with _ALONE, _without_costly_imports():
+        import_module("nemo_run")
+        yield
+
+
+@contextmanager
+def _without_costly_imports() -> Iterator[None]:
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
@@ -52,7 +61,6 @@ def imported() -> Iterator[None]:
     if LEFT_OUT not in sys.modules:
         sys.meta_path.insert(0, finder)
     try:
-        import_module("nemo_run")
         yield
     finally:
         if hidden:
@@ -98,8 +106,16 @@ def launched(
     with experiment:
         experiment.add(script, executor=nemo_run.LocalExecutor(), name=stage.name)
         experiment.run()
+        save(experiment)
         (process,) = schedulers[0].processes
         yield process
+
+
+def save(experiment: Any) -> None:
+    """Write an experiment that is silent here so that `nemo experiment status` prints what it finds."""
+    experiment.clean_mode = False
+    experiment._save_experiment(exist_ok=True)
+    experiment.clean_mode = True
 
 
 class _StandIns(MetaPathFinder, Loader):

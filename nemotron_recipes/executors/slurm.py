@@ -16,6 +16,7 @@ from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.executors import (
     Liveness,
     checks,
+    nemo_experiment,
     slurm_container,
     slurm_control,
     slurm_doctor,
@@ -125,6 +126,9 @@ class SlurmExecutor:
             array = jobs.get(slurm_script.array_of(name))
             fields = {"job": jobs[name], **({"array": array} if array else {})}
             append_event(run.events, "job-accepted", stage=name, attempt=attempt, **fields)
+        scripts = {name: str(slurm_files.script(run.stage(name))) for name in stages}
+        with suppress(OSError):  # the jobs are there; only NeMo-Run's own list would lack them
+            nemo_experiment.note(run.path, plan.id, {name: jobs[name] for name in stages}, scripts)
         return handle
 
     def liveness(self, handle: JobHandle) -> Liveness:

@@ -58,6 +58,11 @@ class Cluster:
             seconds,
         )
 
+    def sacct_knows(self, *jobs: str, seconds: float = 120) -> None:
+        """Once the accounting has heard of all of them: that takes seconds."""
+        argv = ("sacct", "-X", "--noheader", "--parsable2", f"--jobs={','.join(jobs)}", "--format=JobID")
+        wait_for(lambda: {*self.run(*argv).stdout.split()} >= {*jobs}, f"sacct to know {jobs}", seconds)
+
     def sacct(self, job_id: str, *fields: str, seconds: float = 120) -> list[str]:
         """The fields of the job itself (no step), once slurmctld has told slurmdbd of its end: that takes seconds."""
         argv = ("sacct", "-X", "--noheader", "--parsable2", "-j", job_id, f"--format=State,End,{','.join(fields)}")

@@ -13,7 +13,6 @@ from nemotron_recipes import lifecycle
 from nemotron_recipes.executors import slurm_control
 from nemotron_recipes.executors.slurm import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, append_event
-from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm
 from tests.helpers.executor_harness import placement
 from tests.helpers.plans import ROOT, plan_of, probe_stage, write_run
@@ -57,11 +56,8 @@ def test_fifty_submissions_at_once_and_their_list(cluster: slurm.Cluster, tmp_pa
         write_run(plan, text)
         append_event(RunDir(Path(plan.run_dir)).events, "submitted", executor="slurm", mode="batch")
 
-    def submit(number: int) -> JobHandle:
-        return SlurmExecutor().submit(plans[number], rendered[number])
-
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        handles = [*pool.map(submit, range(AT_ONCE))]
+        handles = [*pool.map(EXECUTOR.submit, plans, rendered)]
     jobs = [handle.native["jobs"]["first"] for handle in handles]
     try:
         assert len({*jobs}) == AT_ONCE

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,35 @@ def test_scancel_by_somebody_else(cluster: slurm.Cluster, tmp_path: Path) -> Non
     assert events(handle)[-1]["event"] == "cancelled"
     assert len(events(handle, "cancelled")) == 1, "written once, however often it is looked at"
     assert _settled(handle).state == "cancelled"
+
+
+@pytest.mark.e2e
+def test_nemo_runs_own_commands_find_the_run(
+    cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NEMORUN_HOME", raising=False)
+    held = placement(EXECUTOR, additional_parameters={"hold": True})
+    plan = plan_of(tmp_path / "run", probe_stage("first", placement=held), probe_stage("second", placement=held))
+    handle, _ = submit(EXECUTOR, replace(plan, id="nano3-sft-tiny-0a64a012"))
+    nemo, environ = Path(sys.executable).parent / "nemo", {**os.environ, "COLUMNS": "300"}
+
+    def said(*words: str) -> str:
+        done = subprocess.run(
+            [nemo, "experiment", *words],
+            env={**environ, "NEMORUN_HOME": str(tmp_path / "run" / "nemo_run")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "nano3-sft-tiny_0a64a012" in said("list", "nano3-sft-tiny")
+    cluster.sacct_knows(*handle.native["jobs"].values())
+    told = said("status", "nano3-sft-tiny_0a64a012")
+    for stage, job in handle.native["jobs"].items():
+        assert f": {stage}\n- Status: PENDING\n- Executor: SlurmExecutor on @localhost\n- Job id: {job}\n" in told
+    EXECUTOR.cancel(handle)
 
 
 def test_what_would_wait_for_ever_is_found_and_cancelled(cluster: slurm.Cluster, tmp_path: Path) -> None:
