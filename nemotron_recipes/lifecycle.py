@@ -10,7 +10,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nemotron_recipes.artifacts.records import Ask, RunView, Settle, load_run, load_runs, run_folders
@@ -22,7 +23,8 @@ from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.mirror.journal import Journal, open_journal, pending, unmark
 from nemotron_recipes.mirror.sync import Outcome, replay_all
 from nemotron_recipes.redact import scrub, secret_values
-from nemotron_recipes.rundir import RunDir, append_event
+from nemotron_recipes.rundir import Damaged, RunDir, append_event, write_sealed
+from nemotron_recipes.seals import opened
 from nemotron_recipes.spec import Examination, JobHandle, Outlook, Plan, Rendered, Request, Tree, Wait, to_json
 
 POLL_SECONDS = 0.2
@@ -115,7 +117,7 @@ def examine(profile: str) -> Examination:
 def save_plan(prepared: Prepared, path: Path) -> None:
     """Write a plan for `apply`."""
     try:
-        write_atomic(path, to_json(prepared.plan) + "\n")
+        write_sealed(path, asdict(prepared.plan), kind="plan")
     except OSError as error:
         raise UserError(Problem(f"--plan-out {path}: {error.strerror}")) from None
 
@@ -125,7 +127,7 @@ def load_plan(path: Path) -> Plan:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(Plan).validate_json(path.read_bytes())
+        return TypeAdapter(Plan).validate_python(opened(json.loads(path.read_bytes())))
     except OSError as error:
         raise UserError(Problem(f"plan {path} can't be read: {error.strerror}")) from None
     except ValidationError as error:
@@ -133,6 +135,8 @@ def load_plan(path: Path) -> Plan:
         key = ".".join(str(part) for part in first["loc"])
         what = f"{path} is not a plan: {key + ': ' if key else ''}{first['msg']}"
         raise UserError(Problem(what, fix="make one with --plan-out FILE")) from None
+    except ValueError as error:  # no JSON, or its seal does not fit
+        raise UserError(Problem(f"{path} is not a plan: {error}", fix="make one with --plan-out FILE")) from None
 
 
 def reprepare(saved: Plan) -> Prepared:
@@ -282,15 +286,16 @@ def load_all(run_dirs: Sequence[Path]) -> list[RunView]:
 
 
 def mirror(output: Path) -> list[Outcome]:
-    """Tell W&B what is missing of every run below `output`; oldest first, up to the first failure."""
+    """Tell W&B what is missing of every run below `output`, oldest first."""
     active = set()
     for name in pending(output):
         journal = Journal(output / "runs" / name)
-        if journal.target is not None:
-            view = load(journal.run_dir)
-            _note_ends(journal, view)
-            if view.state in ("running", "stalled", "pending"):
-                active.add(name)
+        with suppress(Damaged):  # told below, as the reason why W&B hears nothing of it
+            if journal.target is not None and RunDir(journal.run_dir).plan.exists():
+                view = load(journal.run_dir)
+                _note_what_is_missing(journal, view)
+                if view.state in ("running", "stalled", "pending"):
+                    active.add(name)
     outcomes = replay_all(output, active)
     for outcome in outcomes:
         if not outcome.left and not outcome.why and outcome.run not in active:
@@ -298,8 +303,16 @@ def mirror(output: Path) -> list[Outcome]:
     return outcomes
 
 
-def _note_ends(journal: Journal, view: RunView) -> None:
-    """Ends that no worker could write down: it was killed, or its machine died."""
+def _note_what_is_missing(journal: Journal, view: RunView) -> None:
+    """What no worker could note: it was killed, its machine died, or the disk was full. The records are the truth."""
+    for stage in view.stages:
+        if stage.state == "succeeded":
+            known = {entry["key"] for entry in journal.entries()}
+            if f"ended {stage.name} {stage.attempt}" not in known:
+                journal.started(stage.name, stage.attempt, stage.parents)
+                for slot, made in stage.outputs.items():
+                    journal.output(stage.name, slot, made["name"], made["version"])
+                journal.ended(stage.name, stage.attempt, stage.state, stage.exit_code or 0, stage.results)
     known = {entry["key"] for entry in journal.entries()}
     for stage in view.stages:
         began, ended = (f"{word} {stage.name} {stage.attempt}" for word in ("started", "ended"))
@@ -384,8 +397,8 @@ def _write_run(run: RunDir, prepared: Prepared) -> None:
 
     plan = prepared.plan
     run.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.plan, to_json(plan))
-    write_atomic(run.rendered, to_json(prepared.rendered))
+    write_sealed(run.plan, asdict(plan))
+    write_sealed(run.rendered, asdict(prepared.rendered))
     snapshot(run.path, plan.code, prepared.code)
     patch = _patch(prepared)
     if patch:

@@ -28,13 +28,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import fsync_folder, write_atomic
+from nemotron_recipes.seals import opened, opened_line, sealed, sealed_line
 
+TORN = "torn"
 TRACKER = "latest_checkpointed_iteration.txt"
 ATTEMPT_ENV = "NEMOTRON_ATTEMPT"
 DEADLINE_ENV = "NEMOTRON_DEADLINE"  # seconds since the epoch: by then a worker must have saved and ended
 STACKS_SIGNAL = "SIGUSR2"  # a worker that gets it writes the Python stacks of all its threads to its stacks file
 RUN_ID_ENV = "NEMOTRON_RUN_ID"  # in the environment of every process that an executor starts for a run
+
+
+class Damaged(UserError, ValueError):
+    """A file is not what was written to it; the message names it."""
+
+    def __init__(self, path: Path, reason: str, line: int = 0, fix: str = "bring it back from a copy"):
+        self.reason = reason
+        where = f"{path}, line {line}" if line else str(path)
+        super().__init__(Problem(f"{path.name} is damaged: {reason}", where, fix))
 
 
 @dataclass(frozen=True)
@@ -147,18 +159,19 @@ class RunDir:
 
 
 def append_event(path: Path, event: str, **fields: Any) -> None:
-    """Append one JSON line: `time` (seconds since the epoch), `event`, and the fields. One write, then fsync.
+    """Append one JSON line: `time` (seconds since the epoch), `event`, the fields, and a seal. One write, then fsync.
 
-    It never joins a line that a crash or a full disk has cut short. OSError when it could not be written whole.
+    It never joins a line that a crash or a full disk has cut short, and says that it found one (`after`: "torn").
+    OSError when it could not be written whole.
     """
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=True) + "\n"
+    tree = {"time": round(time.time(), 3), "event": event, **fields}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = "\n" + line
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        line = "\n" + sealed_line({**tree, "after": TORN}) if torn else sealed_line(tree)
         written = os.write(descriptor, line.encode())
         if written < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -169,26 +182,49 @@ def append_event(path: Path, event: str, **fields: Any) -> None:
         fsync_folder(path.parent)
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a JSONL file; a last line cut short by a crash is left out. A missing file is empty."""
+def read_jsonl(path: Path, strict: bool = False) -> Iterator[dict[str, Any]]:
+    """Whole lines of a JSONL file; a last line cut short by a crash is left out. A missing file is empty.
+
+    A line that is not what was written is left out; with `strict` it is named by raising Damaged, unless whoever wrote
+    the next one found it torn: then nobody had been told that it was written.
+    """
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as handle:
-        for line in handle:
+        bad = 0
+        for number, line in enumerate(handle, 1):
             if not line.endswith("\n"):
-                return
+                break
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                tree = opened_line(line)
+            except ValueError:
+                if bad and strict:
+                    break
+                bad = number
                 continue
+            if bad and strict and tree.get("after") != TORN:
+                break
+            bad = 0
+            yield tree
+    if bad and strict:
+        raise Damaged(path, "this line isn't what was written", bad)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object written by `write_atomic`, or None when the file is not there."""
+    """A JSON object written by `write_atomic` or `write_sealed`, or None when the file is not there. Damaged: it is no
+    JSON, or its seal does not fit."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return opened(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise Damaged(path, str(error)) from None
+
+
+def write_sealed(path: Path, tree: dict[str, Any], kind: str = "") -> None:
+    """A JSON object with its seal, which `read_json` checks. kind: of document; the file's name says it otherwise."""
+    whole = sealed(tree, kind or path.stem)
+    write_atomic(path, json.dumps(whole, indent=2, sort_keys=True, ensure_ascii=True) + "\n")
 
 
 def write_record(stage: StageDir, record: dict[str, Any]) -> None:
@@ -196,7 +232,7 @@ def write_record(stage: StageDir, record: dict[str, Any]) -> None:
     exit_code, started, ended (seconds since the epoch), parents (list of {input, <fields of the exact Artifact>}),
     outputs (slot -> {name, version, digest, uri}), results (name -> number; null: not finite), error (text or None),
     rank (of the failure or None), host, world_size, python, versions (library -> version)."""
-    write_atomic(stage.record, json.dumps(record, indent=2, sort_keys=True, ensure_ascii=True))
+    write_sealed(stage.record, record)
 
 
 def latest_checkpoint(root: Path) -> Path | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemotron_recipes.container_words import BAD_MOUNT, CONTAINER, MISSING_IMAGE, MISSING_PYXIS, line_pattern
 from nemotron_recipes.errors import printable
 from nemotron_recipes.rundir import RunDir, StageDir, read_jsonl
 from nemotron_recipes.spec import Tree
@@ -31,33 +32,27 @@ class Cause:
     fix: str
 
 
-# The first that is found counts. Slurm's texts: slurmstepd/mgr.c, srun/libsrun/launch.c, 20.11 to 25.x; Pyxis and
-# enroot: their GitHub issues 8, 61, 78, 127, 133 (pyxis) and 36, 83 (enroot), and pyxis_slurmstepd.c; torch:
-# ProcessGroupNCCL.cpp, ProcessGroupGloo, TCPStore.cpp, CUDACachingAllocator.cpp; docker: the moby daemon.
+# The first that is found counts. Slurm's texts: slurmstepd/mgr.c, srun/libsrun/launch.c, 20.11 to 25.x; of
+# containers: container_words.py; torch: ProcessGroupNCCL.cpp, ProcessGroupGloo, TCPStore.cpp, CUDACachingAllocator.cpp.
 CAUSES = (
     Cause(
-        *("missing-pyxis", "Slurm has no Pyxis here: it knows no flag for container images"),
-        r"(unrecognized|invalid|unknown) option '?--(no-)?container-",
+        *(MISSING_PYXIS, "Slurm has no Pyxis here: it knows no flag for container images"),
+        line_pattern(MISSING_PYXIS),
         "use a cluster with Pyxis, or container = false in the profile (bare metal)",
     ),
     Cause(
-        *("bad-mount", "a mount of the container does not exist on the node, or can't be made"),
-        r"enroot-mount: failed to mount|mounts: source path does not exist|invalid mount config|"
-        r"bind source path does not exist|error mounting ",
+        *(BAD_MOUNT, "a mount of the container does not exist on the node, or can't be made"),
+        line_pattern(BAD_MOUNT),
         "look at `mounts` in the profile: each HOST part must exist on every node",
     ),
     Cause(
-        *("missing-image", "the container image could not be had"),
-        r"pyxis: failed to import|\[ERROR\] URL https?://\S+ returned error code|"
-        r"(\[ERROR\] )?No such file or directory: \S+\.sqsh|manifest unknown|"
-        r"manifest for \S+ not found|pull access denied|Unable to find image|No such image|"
-        r"\[ERROR\] Could not (process|find)|pyxis: .*(image|squashfs).*(not found|No such file)",
+        *(MISSING_IMAGE, "the container image could not be had"),
+        line_pattern(MISSING_IMAGE),
         "look at container_image: name, tag, and the credentials of its registry; a file begins with / or ./",
     ),
     Cause(
-        *("container", "the container did not start"),
-        r"pyxis: (container start failed|couldn't start container|child \d+ failed)|spank_pyxis\.so: \w+\(\) failed|"
-        r"pyxis: couldn't chdir to|error: execve\(\): \S+: No such file",
+        *(CONTAINER, "the container did not start"),
+        line_pattern(CONTAINER),
         "Pyxis's own lines say why; try the image with srun --container-image by hand",
     ),
     Cause(

@@ -13,7 +13,7 @@ from nemotron_recipes.artifacts.owner import fate
 from nemotron_recipes.artifacts.reconcile import Evidence, State, exit_text, judge
 from nemotron_recipes.errors import Problem, UserError, nearest, printable
 from nemotron_recipes.pulse import limits_of, log_stopped, pulse
-from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
+from nemotron_recipes.rundir import Damaged, RunDir, StageDir, read_json, read_jsonl
 from nemotron_recipes.spec import JobHandle, Liveness, Tree
 
 Ask = Callable[[JobHandle], Liveness]
@@ -128,21 +128,33 @@ class _Opened:
 def _open(run: RunDir) -> _Opened:
     try:
         plan, handle = read_json(run.plan), read_json(run.handle)
-    except ValueError as error:
-        return _Opened(run, {}, None, [], f"plan.json or handle.json can't be read: {error}")
+        events = list(read_jsonl(run.events, strict=True))
+    except Damaged as error:
+        return _Opened(run, {}, None, [], str(error))
     if plan is None:
         raise UserError(Problem(f"{run.path} is not a run folder", fix="it has no plan.json"))
-    return _Opened(run, plan, JobHandle(**handle) if handle else None, list(read_jsonl(run.events)))
+    return _Opened(run, plan, JobHandle(**handle) if handle else None, events)
 
 
 def _view(opened: _Opened, liveness: Ask | None, settle: Settle | None) -> RunView:
-    run, plan, handle, events = opened.run, opened.plan, opened.handle, opened.events
     if opened.damage:
-        return RunView(run.path.name, str(run.path), "", "", "lost", (), {}, explanation=opened.damage)
+        return _damaged(opened.run, opened.damage)
+    try:
+        return _whole_view(opened, liveness, settle)
+    except Damaged as error:
+        return _damaged(opened.run, str(error))
+
+
+def _damaged(run: RunDir, what: str) -> RunView:
+    return RunView(run.path.name, str(run.path), "", "", "lost", (), {}, explanation=what)
+
+
+def _whole_view(opened: _Opened, liveness: Ask | None, settle: Settle | None) -> RunView:
+    run, plan, handle, events = opened.run, opened.plan, opened.handle, opened.events
     alive = _liveness(events, handle, liveness)
-    if alive == "ended" and handle and settle and not _end_is_recorded(events):
+    if alive in ("ended", "lost") and handle and settle and not _end_is_recorded(events):
         missing = settle(handle)
-        events = list(read_jsonl(run.events))  # meanwhile the end may have been recorded by whoever
+        events = list(read_jsonl(run.events, strict=True))  # meanwhile the end may have been recorded by whoever
         if not _end_is_recorded(events):
             events += [{"time": time.time(), **event} for event in missing]
     stages = tuple(_stage_view(stage, run.stage(stage["name"]), events, alive) for stage in plan["stages"])

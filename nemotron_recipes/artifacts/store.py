@@ -28,14 +28,14 @@ from nemotron_recipes.artifacts import staging
 from nemotron_recipes.artifacts.staging import Staged
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.fsio import fsync_folder, fsync_tree, tree_digest, write_atomic
-from nemotron_recipes.rundir import read_json
+from nemotron_recipes.rundir import Damaged, read_json
+from nemotron_recipes.seals import SEAL, digest
 from nemotron_recipes.spec import Artifact, Producer, Tree, sha256_text
 
 LATEST = "latest"
 KEYS = frozenset(
     ("name", "kind", "version", "digest", "size", "files", "created", "producer", "parents", "metadata", "results")
 )
-SEAL = "sealed"  # digest of the rest of the manifest; versions made before there were seals have none
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
@@ -74,8 +74,7 @@ class Store:
     def aliases(self, name: str) -> dict[str, int]:
         """The user's aliases of a name and the versions that they mean."""
         folder = self.root / name / ".aliases"
-        found = {alias: _read_alias(folder / alias) for alias in _listdir(folder) if _NAME.fullmatch(alias)}
-        return {alias: version for alias, version in found.items() if version is not None}
+        return {alias: _read_alias(folder.parent, alias) for alias in _listdir(folder) if _NAME.fullmatch(alias)}
 
     def describe(self, artifact: Artifact) -> Tree:
         """The manifest of a registered version."""
@@ -166,7 +165,7 @@ class Store:
         if alias == LATEST or _VERSION.fullmatch(alias):
             raise UserError(Problem(f"'{alias}' can't be an alias", fix="'latest' and v1, v2, ... have their meaning"))
         self.resolve(f"{name}:v{version}")
-        write_atomic(self.root / name / ".aliases" / alias, f"v{version}\n")
+        write_atomic(self.root / name / ".aliases" / alias, _alias_line(name, alias, version))
         fsync_folder(self.root / name)
 
     def rebuild_index(self) -> int:
@@ -186,7 +185,7 @@ class Store:
         while True:
             version = max([version, *self._numbers(staged.name)]) + 1
             numbered = {**manifest, "version": version}
-            text = json.dumps({**numbered, SEAL: _seal(numbered)}, indent=2, sort_keys=True)
+            text = json.dumps({**numbered, SEAL: digest(numbered)}, indent=2, sort_keys=True)
             write_atomic(staged.version / "artifact.json", text)
             if producer:
                 self._index(f"{producer.fingerprint}/{producer.slot}", staged.name, version)
@@ -238,17 +237,12 @@ class Store:
         path = self._manifest_path(name, version)
         try:
             manifest = read_json(path)
-        except ValueError as error:
-            reason = str(error)
+        except Damaged as error:
+            reason = error.reason
         else:
-            if manifest is None:
-                return None
-            if not {"digest", "kind", "producer"} <= manifest.keys():
-                reason = "it says neither what it is nor who made it"
-            elif _is_changed(manifest):
-                reason = "it isn't what was registered"
-            else:
+            if manifest is None or manifest.keys() == KEYS:
                 return manifest
+            reason = "it says neither what it is nor who made it"
         fix = f"restore the file, or remove the folder {path.parent}"
         raise UserError(Problem(f"the manifest of {name}:v{version} is damaged: {reason}", str(path), fix))
 
@@ -274,16 +268,6 @@ def name_problems(name: str, what: str = "artifact name") -> list[Problem]:
     return [Problem(f"'{name}' can't be an {what}", fix=fix)]
 
 
-def _seal(manifest: Tree) -> str:
-    return sha256_text(json.dumps(manifest, sort_keys=True))
-
-
-def _is_changed(manifest: Tree) -> bool:
-    """Whether somebody changed a registered manifest; takes the seal off."""
-    sealed = manifest.pop(SEAL, None)
-    return manifest.keys() != KEYS if sealed is None else sealed != _seal(manifest)
-
-
 def _listdir(folder: Path) -> list[str]:
     """Sorted names, read from the folder itself (a network file system may deny a new file until it is listed)."""
     try:
@@ -292,6 +276,17 @@ def _listdir(folder: Path) -> list[str]:
         return []
 
 
-def _read_alias(path: Path) -> int | None:
-    found = _VERSION.fullmatch(path.read_text().strip())
-    return int(found[1]) if found else None
+def _alias_line(name: str, alias: str, version: int) -> str:
+    """Its end stands for the rest: a changed digit would silently name another version."""
+    check = sha256_text(f"{name}:{alias}=v{version}").removeprefix("sha256:")[:12]
+    return f"v{version} {check}\n"
+
+
+def _read_alias(home: Path, alias: str) -> int:
+    path = home / ".aliases" / alias
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = re.fullmatch(r"v([1-9][0-9]*)( [0-9a-f]{12})?\n", text)  # without its end: from before there was one
+    if not found or (found[2] and text != _alias_line(home.name, alias, int(found[1]))):
+        fix = "name it once more with nemotron artifacts alias"
+        raise Damaged(path, f"nobody knows what {home.name}:{alias} is", fix=fix)
+    return int(found[1])

@@ -33,7 +33,8 @@ def list_profiles(as_json: bool) -> None:
     click.echo(f"env.toml  {environment.path or 'none found upwards from here; set $NEMOTRON_ENV or write one'}")
     click.echo(f"runs      {environment.output / 'runs'}\nartifacts {environment.store}")
     if environment.wandb:
-        click.echo("wandb     read and checked; this version mirrors nothing to W&B, the file store holds everything")
+        entity = environment.wandb.get("entity", "your default entity")
+        click.echo(f"wandb     runs are mirrored to {entity}/{environment.wandb['project']}")
     if environment.profiles:
         rows = [(name, p["executor"], _fields(p)) for name, p in environment.profiles.items()]
         click.echo(table(("PROFILE", "EXECUTOR", "FIELDS"), rows))

@@ -25,7 +25,7 @@ DAY = 24 * 3600.0
 @click.option("--quarantine-days", metavar="DAYS", type=click.FloatRange(min=0), default=7, show_default=True)
 @click.option("--restore", metavar="WHAT", help="Bring something back from quarantine, e.g. NAME:v3.")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
-def gc(dry_run: bool, keep: int, older_than: float, quarantine_days: float, restore: str | None, as_json: bool) -> None:
+def gc(dry_run: bool, keep: int, older_than: float, quarantine_days: float, restore: str | None, as_json: bool) -> int:
     """Move unreferenced versions and old checkpoints into quarantine, and delete what has been there long enough.
 
     Never goes: what has an alias, the newest versions, what a run that goes on reads, and whatever a kept version
@@ -37,16 +37,20 @@ def gc(dry_run: bool, keep: int, older_than: float, quarantine_days: float, rest
         if dry_run:
             raise UserError(Problem("--restore and --dry-run exclude each other", "command line"))
         click.echo(printable(f"restored: {collector.restore(store.root, restore).path}"))
-        return
+        return 0
     now = time.time()
     runs = lifecycle.newest_runs(environment.output / "runs", None)
-    found = collector.find(store, runs, collector.Policy(keep, older_than * DAY), now)
+    found, kept = collector.find(store, runs, collector.Policy(keep, older_than * DAY), now)
+    gone: list[str] = []
+    left: list[collector.Left] = []
     if not dry_run:
-        found = collector.quarantine(store.root, found, now)
-    gone = [] if dry_run else collector.purge(store.root, now - quarantine_days * DAY)
+        found, unmoved = collector.quarantine(store.root, found, now)
+        gone, undeleted = collector.purge(store.root, now - quarantine_days * DAY, kept)
+        left = [*unmoved, *undeleted]
     if as_json:
-        click.echo(json.dumps({"items": [asdict(item) for item in found], "deleted": gone}, indent=2))
-        return
+        tree = {"items": [asdict(item) for item in found], "deleted": gone, "left": [asdict(each) for each in left]}
+        click.echo(json.dumps(tree, indent=2))
+        return 1 if left else 0
     total = sum(item.size for item in found)
     if found:
         click.echo(table(("WHAT", "SIZE", "WHY"), [(item.what, size(item.size), item.why) for item in found]))
@@ -54,3 +58,6 @@ def gc(dry_run: bool, keep: int, older_than: float, quarantine_days: float, rest
     click.echo(printable(f"{len(found)} things, {size(total)} {verb}"))
     if gone:
         click.echo(printable(f"deleted from quarantine: {', '.join(gone)}"))
+    for each in left:
+        click.echo(printable(f"stays: {each.what}: {each.why}"), err=True)
+    return 1 if left else 0

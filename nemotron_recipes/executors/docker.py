@@ -25,6 +25,7 @@ from nemotron_recipes.executors.docker_control import (
 )
 from nemotron_recipes.executors.docker_profile import DockerProfile, contradictions
 from nemotron_recipes.executors.driven import DrivenExecutor, driver_command, has_ended
+from nemotron_recipes.executors.left_behind import remove_secrets
 from nemotron_recipes.executors.verdict import failure_cause
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir, append_event, read_json, read_jsonl
 from nemotron_recipes.spec import Examination, JobHandle, Plan, Rendered, RenderedStage, StagePlan, Tree
@@ -112,7 +113,11 @@ class DockerExecutor(DrivenExecutor):
             found = docker.container(started[0]["container"]) if started else None
         except (Refused, Unreachable):
             return []
-        if found is None or found.running:
+        if found is None:
+            with suppress(OSError):
+                remove_secrets(run, docker_files.secrets(run))
+            return []
+        if found.running:
             return []
         missing = _ending(run, found.exit_code)
         with suppress(OSError, Refused, Unreachable):  # somebody else's run: only read

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -22,9 +22,8 @@ from typing import Any, Protocol
 
 from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, memory, process_tree, torchrun
 from nemotron_recipes.executors.verdict import failure_cause, is_done
-from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import RunDir, StageDir, append_event, latest_checkpoint, read_json
-from nemotron_recipes.spec import JobHandle, RenderedStage, Tree, to_json
+from nemotron_recipes.rundir import RunDir, StageDir, append_event, latest_checkpoint, read_json, write_sealed
+from nemotron_recipes.spec import JobHandle, RenderedStage, Tree
 
 BUSY = 3
 RUNNERS = {
@@ -228,7 +227,7 @@ def _drive(run: RunDir, plan: Tree, rendered: Tree, inherited: dict[str, str]) -
     signal.signal(signal.SIGINT, driver.request_stop)
     # The handle is durable before anybody hears of the start: no moment exists in which a live driver can't be found.
     native = {**process_tree.identity(os.getpid()), **runner.native}
-    write_atomic(run.handle, to_json(JobHandle(executor, plan["id"], str(run.path), native)))
+    write_sealed(run.handle, asdict(JobHandle(executor, plan["id"], str(run.path), native)))
     append_event(run.events, "driver-started", pid=os.getpid())
     try:
         if plan.get("after"):

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from nemotron_recipes.executors import (
     slurm_script,
     slurm_snapshot,
 )
+from nemotron_recipes.executors.left_behind import remove_secrets
 from nemotron_recipes.executors.slurm_files import CODE, SNAPSHOT
 from nemotron_recipes.executors.slurm_preflight import plan_problems
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradictions
 from nemotron_recipes.executors.verdict import is_done
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.redact import reads_like_a_secret
-from nemotron_recipes.rundir import RunDir, StageDir, append_event, read_json
+from nemotron_recipes.rundir import RunDir, StageDir, append_event, read_json, write_sealed
 from nemotron_recipes.spec import Examination, JobHandle, Outlook, Plan, Rendered, StagePlan, Tree, Wait, to_json
 
 _STOP_SECONDS = 180.0  # beyond any site's KillWait (30 s unless told)
@@ -106,7 +108,7 @@ class SlurmExecutor:
         jobs: dict[str, str] = {}
         stay = any(slurm_script.waits_for_ever(command) for each in stages.values() for command in each.values())
         handle = JobHandle(self.name, plan.id, plan.run_dir, {"jobs": jobs, "names": names, "stay": stay})
-        write_atomic(run.handle, to_json(handle))
+        write_sealed(run.handle, asdict(handle))
         try:
             for stage, name, command in [(s, n, c) for s, commands in stages.items() for n, c in commands.items()]:
                 _make_folders(run, run.stage(stage))
@@ -117,7 +119,7 @@ class SlurmExecutor:
                     raise slurm_control.missing(error) from None
                 except slurm_control.Refused as error:
                     raise UserError(_refusal(plan, stage, str(error))) from None
-                write_atomic(run.handle, to_json(handle))
+                write_sealed(run.handle, asdict(handle))
                 _refuse_for_ever(plan, stage, jobs[name])
         except BaseException:  # Ctrl-C, too
             self._withdraw(run, handle)
@@ -182,7 +184,7 @@ class SlurmExecutor:
         if state is None or state.state != "RUNNING":
             what = f"{stage} of {handle.run} is not running" + (f": its job is {state.state}" if state else "")
             raise UserError(Problem(what, handle.run_dir))
-        plan = TypeAdapter(Plan).validate_json(RunDir(Path(handle.run_dir)).plan.read_bytes())
+        plan = TypeAdapter(Plan).validate_python(read_json(RunDir(Path(handle.run_dir)).plan))
         planned = next(each for each in plan.stages if each.name == stage)
         return slurm_script.shell_command(plan, planned, state.job, command)
 
@@ -196,6 +198,9 @@ class SlurmExecutor:
             return []
         missing = self._missing(handle, states)
         run = RunDir(Path(handle.run_dir))
+        if not missing:  # Slurm has forgotten it
+            with suppress(OSError):
+                remove_secrets(run, slurm_files.secrets(run))
         with suppress(OSError), open(run.path / "settle.lock", "ab") as lock:  # somebody else's run: only read
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)  # where locks lie, the events may stand there twice: no harm
             if missing and not slurm_outcome.has_ended(run):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from nemotron_recipes.container_words import container_trouble, nodes_of
 from nemotron_recipes.executors import slurm_files, verdict
-from nemotron_recipes.executors.container_trouble import container_trouble, nodes_of
 from nemotron_recipes.executors.slurm_control import JobState
 from nemotron_recipes.executors.torchrun import RankFailure
 from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl

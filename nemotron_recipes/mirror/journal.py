@@ -10,14 +10,13 @@ An entry's key says what it is about, so that writing or replaying one twice is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.fsio import fsync_folder, write_atomic
-from nemotron_recipes.rundir import append_event, read_json, read_jsonl
+from nemotron_recipes.fsio import fsync_folder
+from nemotron_recipes.rundir import append_event, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import Plan, Tree
 
 DATA_NAME = "DataBlendsArtifact-{stage}"
@@ -76,24 +75,31 @@ class Journal:
 
     def entries(self) -> list[Tree]:
         """What happened, in order, each key once."""
-        return list({entry["key"]: entry for entry in reversed(list(read_jsonl(self.entries_file)))}.values())[::-1]
+        lines = list(read_jsonl(self.entries_file, strict=True))
+        return list({entry["key"]: entry for entry in reversed(lines)}.values())[::-1]
 
     def done(self) -> dict[str, Tree]:
         """Acknowledged keys -> what W&B said."""
-        return {entry["key"]: entry for entry in read_jsonl(self.done_file) if entry["event"] == "done"}
+        return {entry["key"]: entry for entry in read_jsonl(self.done_file, strict=True) if entry["event"] == "done"}
 
     def acknowledge(self, key: str, **said: Any) -> None:
         """W&B has it: durable when this returns."""
         append_event(self.done_file, "done", key=key, **said)
 
     def failed(self, error: str) -> None:
-        """A replay ended early; the journal stays as it is."""
+        """A replay ended early, and why; the journal stays as it is."""
         append_event(self.done_file, "failed", error=error)
 
     def last_failure(self) -> str:
         """Why the newest replay ended early; "" when it did not."""
-        last = list(read_jsonl(self.done_file))[-1:]
+        last = list(read_jsonl(self.done_file, strict=True))[-1:]
         return last[0]["error"] if last and last[0]["event"] == "failed" else ""
+
+    def reads(self) -> set[str]:
+        """Runs that made what this one reads."""
+        parents = [parent for entry in self.entries() if entry["event"] == "started" for parent in entry["parents"]]
+        made = {parent["producer"]["run"] for parent in parents if parent["source"] == "store" and parent["producer"]}
+        return made - {self.run_dir.name}
 
     def missing(self) -> list[Tree]:
         """Entries that W&B has not acknowledged, in order."""
@@ -112,7 +118,7 @@ def open_journal(plan: Plan, output: Path) -> None:
     if journal.target is None:
         # W&B's ids may not hold / \ # ? % : and run ids don't; a later attempt finds the same ids.
         runs = {stage.name: f"{plan.id}.{stage.name}" for stage in plan.stages}
-        write_atomic(journal.folder / "target.json", json.dumps({"entity": None, **plan.wandb, "runs": runs}, indent=2))
+        write_sealed(journal.folder / "target.json", {"entity": None, **plan.wandb, "runs": runs})
     mark(output, plan.id)
 
 

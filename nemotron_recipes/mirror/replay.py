@@ -1,4 +1,7 @@
-"""One run's journal, told to W&B by the real SDK: python -m nemotron_recipes.mirror.replay RUN [--wait] [--follow PID]
+"""One run's journal, told to W&B by the real SDK.
+
+    python -m nemotron_recipes.mirror.replay RUN [--wait] [--follow PID]
+    python -m nemotron_recipes.mirror.replay       only ask whether W&B answers
 
 Exactly once, in order, after any interruption: an entry is acknowledged in done.jsonl only when W&B has it, and telling
 W&B twice changes nothing. A W&B run is entered by its own id; metrics go by their training step, and W&B itself says
@@ -50,13 +53,16 @@ class Replay:
         self.api = wandb.Api(timeout=30)
         self.opened: dict[str, Any] = {}  # stage -> W&B run in progress
         self.sent: dict[str, int] = {}  # stage -> last step that was handed to the SDK
+        self.telling = ""  # the key of the entry that W&B is being told
 
     def tell(self, follow: int | None = None) -> None:
         """Everything that is missing; with `follow` also what comes while that process lives."""
         while True:
             alive = follow is not None and _alive(follow)
             for entry in self.journal.missing():
+                self.telling = entry["key"]
                 self._tell_entry(entry)
+            self.telling = ""
             for stage in self.opened:
                 self._tell_metrics(stage, whole=False)
             if not alive and not self.journal.missing():
@@ -196,10 +202,13 @@ class Replay:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nemotron_recipes.mirror.replay")
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?", help="without it: only ask whether W&B answers")
     parser.add_argument("--wait", action="store_true")
     parser.add_argument("--follow", type=int, metavar="PID", default=None)
     options = parser.parse_args(argv)
+    if options.run is None:
+        with tempfile.TemporaryDirectory(prefix="nemotron-mirror-") as scratch:
+            return _ask(scratch)
     journal = Journal(options.run)
     with _alone(journal, options.wait) as free:
         if not free:
@@ -220,14 +229,35 @@ def _replay(journal: Journal, follow: int | None, scratch: str) -> int:
     except ModuleNotFoundError:
         journal.failed("the package 'wandb' isn't installed: pip install 'nemotron-recipes[wandb]'")
         return 1
+    telling = ""
     try:
-        Replay(wandb, journal.run_dir, target).tell(follow)
+        replay = Replay(wandb, journal.run_dir, target)
+        try:
+            replay.tell(follow)
+        finally:
+            telling = replay.telling
     except (WandbError, NotTold, UserError, OSError, ValueError, TimeoutError) as error:
-        text = scrub(str(error).strip() or type(error).__name__, hidden).splitlines()[0]
+        said = scrub(str(error).strip() or type(error).__name__, hidden).splitlines()[0]
+        text = f"{telling}: {said}" if telling else said
         journal.failed(text)
         print(f"{journal.run_dir.name}: {text}", file=sys.stderr)
         return 1
     return 0
+
+
+def _ask(scratch: str) -> int:
+    """0: W&B answers, and takes the key."""
+    _prepare_environment(scratch)
+    try:
+        import wandb
+        from wandb.errors import Error as WandbError
+    except ModuleNotFoundError:
+        return 1
+    try:
+        print(wandb.Api(timeout=30).default_entity)  # a question that every key may ask
+        return 0
+    except (WandbError, OSError, ValueError, TimeoutError):
+        return 1
 
 
 class _alone:

@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from nemotron_recipes.mirror.journal import Journal, pending, unmark
-from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RUN_ID_ENV
+from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RUN_ID_ENV, Damaged, RunDir
 
 STALL_SECONDS = 120.0  # without a new acknowledgement: the SDK itself would wait for days
 PAUSE_SECONDS = 60.0  # between two attempts in the background
@@ -40,47 +41,79 @@ def replay(run_dir: Path, stall: float = STALL_SECONDS, wait: bool = True) -> Ou
     journal = Journal(run_dir)
     before = len(journal.done())
     with open(journal.folder / "replay.log", "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", MODULE, str(run_dir), *(["--wait"] if wait else [])],
-            env=_environment(os.environ),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = _start([str(run_dir), *(["--wait"] if wait else [])], log)
     stuck = False
     try:
         stuck = not _wait(process, journal, stall)
     finally:
         _end_group(process)
-    left = len(journal.missing())
+    missing = journal.missing()
+    told = len(journal.done()) - before
     if process.returncode == BUSY:
-        return Outcome(run_dir.name, 0, left)
+        return Outcome(run_dir.name, 0, len(missing))
     why = ""
     if stuck:
-        why = f"W&B did not answer for {stall:.0f} s"
+        at = f"{missing[0]['key']}: " if missing else ""
+        why = f"{at}W&B did not answer for {stall:.0f} s"
     elif process.returncode:
         log_file = journal.folder / "replay.log"
         why = journal.last_failure() or f"its process ended with exit code {process.returncode}; see {log_file}"
-    return Outcome(run_dir.name, len(journal.done()) - before, left, why)
+    return Outcome(run_dir.name, told, len(missing), why)
 
 
 def replay_all(output: Path, active: Collection[str] = (), stall: float = STALL_SECONDS) -> list[Outcome]:
-    """Every run that may have something to mirror, oldest first: what a run read was told before it.
+    """Every run that may have something to mirror, oldest first.
+
+    A run that W&B refuses stays in its journal, and so do those that read what it made, since W&B is told in order;
+    others go on. Where W&B answers nobody, the rest is not tried.
 
     active: runs that go on; the process beside such a worker is not waited for.
     """
-    runs = [output / "runs" / name for name in pending(output)]
-    for gone in [run for run in runs if Journal(run).target is None]:
-        unmark(output, gone.name)
-    found = [run for run in runs if Journal(run).target is not None]
-    outcomes = []
-    for run in sorted(found, key=lambda run: (run / "plan.json").stat().st_mtime):
-        outcome = replay(run, stall, wait=run.name not in active)
+    found, outcomes = _mirrored(output)
+    blocked = {outcome.run for outcome in outcomes}
+    reachable = True
+    for run in found:
+        try:
+            journal = Journal(run)
+            waits = sorted(journal.reads() & blocked)
+            if waits or not reachable:
+                why = f"waits for {', '.join(waits)}, which made what it reads" if waits else "not tried"
+                outcome = Outcome(run.name, 0, len(journal.missing()), why)
+            else:
+                outcome = replay(run, stall, wait=run.name not in active)
+                reachable = not outcome.why or answers(stall)
+        except Damaged as error:
+            outcome = Outcome(run.name, 0, 0, str(error))
         outcomes.append(outcome)
-        if outcome.why:
-            break  # in order: a later run may have read what this one made
+        if outcome.why or outcome.left:
+            blocked.add(run.name)
     return outcomes
+
+
+def answers(seconds: float = STALL_SECONDS) -> bool:
+    """Whether W&B answers at all, with the key that is there."""
+    process = _start([], subprocess.DEVNULL)
+    try:
+        return process.wait(timeout=seconds) == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        _end_group(process)
+
+
+def _mirrored(output: Path) -> tuple[list[Path], list[Outcome]]:
+    """(runs to tell W&B of, oldest first; those whose own files are damaged). Forgets what isn't mirrored, or gone."""
+    found, damaged = [], []
+    for run in (output / "runs" / name for name in pending(output)):
+        try:
+            plan = RunDir(run).plan
+            if Journal(run).target is None or not plan.exists():
+                unmark(output, run.name)
+            else:
+                found.append((plan.stat().st_mtime, run))
+        except Damaged as error:
+            damaged.append(Outcome(run.name, 0, 0, str(error)))
+    return [run for _, run in sorted(found)], damaged
 
 
 def in_background(output: Path, environ: Mapping[str, str] = os.environ) -> bool:
@@ -112,6 +145,18 @@ def can_reach(environ: Mapping[str, str]) -> bool:
         return False
     return bool(environ.get("WANDB_API_KEY")) or any(
         Path(path).expanduser().exists() for path in (environ.get("NETRC") or "~/.netrc", "~/_netrc")
+    )
+
+
+def _start(arguments: list[str], log: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """The replaying process, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", MODULE, *arguments],
+        env=_environment(os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 

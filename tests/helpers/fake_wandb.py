@@ -2,7 +2,8 @@
 
 It keeps what W&B keeps: runs with their history by line number, artifacts deduplicated by digest within a collection,
 aliases that move, which run used and which run made an artifact. Faults: `down` (connections are cut), `refuse_key`,
-`delay` (seconds before each answer), `cut_at` (the n-th request from now is carried out, but its answer is cut off).
+`delay` (seconds before each answer), `cut_at` (the n-th request from now is carried out, but its answer is cut off),
+`refuse` ((operation, text): a request of that name whose variables hold the text is answered with an error).
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class FakeWandb(ThreadingHTTPServer):
         self.down = self.refuse_key = False
         self.delay = 0.0
         self.cut_at: int | None = None
+        self.refuse: tuple[str, str] | None = None
 
     def __enter__(self) -> FakeWandb:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -422,9 +424,11 @@ class _Handler(BaseHTTPRequestHandler):
             server.bodies.append(body)
         if server.refuse_key or not self._has_key():
             return self._reply(401, {"errors": [{"message": "user is not logged in"}]})
-        if operation:
+        if operation and server.refuse and operation == server.refuse[0] and server.refuse[1].encode() in body:
+            answer: Tree = {"errors": [{"message": f"{operation} refused: storage quota exceeded"}]}
+        elif operation:
             data = server.answer(operation, request["query"], request.get("variables") or {})
-            answer: Tree = {"data": data} if data else {"errors": [{"message": f"{operation} isn't faked"}]}
+            answer = {"data": data} if data else {"errors": [{"message": f"{operation} isn't faked"}]}
         elif found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
             server.stream(unquote(found[1]), json.loads(body))
             answer = {}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemotron_recipes.artifacts.gc import Policy, find, purge, quarantine, restore
+from nemotron_recipes.artifacts.gc import Item, Kept, Policy, find, purge, quarantine, quarantined, restore
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
@@ -15,6 +19,7 @@ from nemotron_recipes.rundir import TRACKER, RunDir, append_event, write_record
 from nemotron_recipes.spec import Artifact, Producer
 from tests.helpers.cli import nemotron
 
+NOTHING = Kept(frozenset(), frozenset())
 LATER = 4e9  # everything is old by then
 
 
@@ -26,7 +31,7 @@ def register(store: Store, name: str, **parents: Artifact) -> Artifact:
 
 
 def going(store: Store, runs: list[RunView] | None = None, keep: int = 1, older_than: float = 0) -> list[str]:
-    return sorted(item.what for item in find(store, runs or [], Policy(keep, older_than), LATER))
+    return sorted(item.what for item in find(store, runs or [], Policy(keep, older_than), LATER)[0])
 
 
 def test_ancestors_aliases_the_newest_and_the_young_stay(tmp_path: Path) -> None:
@@ -80,20 +85,92 @@ def test_quarantine_restore_and_deletion(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for _ in range(2):
         register(store, "rows")
-    found = find(store, [], Policy(1, 0), LATER)
-    assert [item.what for item in quarantine(store.root, found, now=100.0)] == ["rows:v1"]
+    found, kept = find(store, [], Policy(1, 0), LATER)
+    assert [item.what for item in quarantine(store.root, found, now=100.0)[0]] == ["rows:v1"]
     assert store.versions("rows") == [2] and store.names() == ["rows"]
-    assert quarantine(store.root, found, now=100.0) == [], "it is gone already"
+    assert quarantine(store.root, found, now=100.0) == ([], []), "it is gone already"
     assert store.find("f-rows", "model", "rows").version == 2  # type: ignore[union-attr]
-    assert purge(store.root, before=100.0) == []
+    assert purge(store.root, 100.0, kept) == ([], [])
     restore(store.root, "rows:v1")
     store.verify(store.resolve("rows:v1"))
     with pytest.raises(UserError, match="holds: nothing"):
         restore(store.root, "rows:v1")
     quarantine(store.root, found, now=100.0)
-    assert purge(store.root, before=101.0) == ["rows:v1"]
+    assert purge(store.root, 101.0, kept) == (["rows:v1"], [])
     assert list((tmp_path / ".quarantine").iterdir()) == []
     assert register(store, "rows").version == 3, "a number is never given twice"
+
+
+def test_a_checkpoint_on_another_file_system_waits_beside_its_place(tmp_path: Path, monkeypatch: Any) -> None:
+    """A rename that crosses file systems is refused by the kernel, which is what the real call says here."""
+    checkpoint = tmp_path / "checkpoints" / "iter_0000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "w").write_bytes(b"w")
+    item = Item("r/sft/iter_0000001", str(checkpoint), 1, "old")
+    root, real = tmp_path / "store", os.rename
+
+    def rename(source: str, target: str) -> None:
+        if str(target).startswith(str(root)) != str(source).startswith(str(root)):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert quarantine(root, [item], 100.0) == ([item], [])
+    assert not checkpoint.exists() and [held["what"] for _, held in quarantined(root)] == [item.what]
+    assert restore(root, item.what) == item
+    assert (checkpoint / "w").read_bytes() == b"w" and list(checkpoint.parent.iterdir()) == [checkpoint]
+    quarantine(root, [item], 100.0)
+    assert purge(root, 101.0, NOTHING) == ([item.what], [])
+    assert list(checkpoint.parent.iterdir()) == []
+
+
+def test_what_can_not_be_moved_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for _ in range(2):
+        register(store, "rows")
+    (tmp_path / ".quarantine").write_text("a file where the folder should be")
+    moved, left = quarantine(tmp_path, find(store, [], Policy(1, 0), LATER)[0], 1.0)
+    assert moved == [] and [each.what for each in left] == ["rows:v1"] and "can't be moved" in left[0].why
+    assert store.versions("rows") == [1, 2]
+
+
+def test_a_purge_that_was_cut_off_is_gone_on_with(tmp_path: Path, monkeypatch: Any) -> None:
+    store = Store(tmp_path)
+    for _ in range(2):
+        register(store, "rows")
+    quarantine(tmp_path, find(store, [], Policy(1, 0), LATER)[0], now=100.0)
+    real = shutil.rmtree
+
+    def half(folder: Path, *_: Any, **__: Any) -> None:
+        os.unlink(Path(folder) / "artifact.json")
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    gone, left = purge(tmp_path, 101.0, NOTHING)
+    assert gone == [] and left[0].what == "rows:v1" and "Input/output error" in left[0].why
+    monkeypatch.setattr(shutil, "rmtree", real)
+    assert quarantined(tmp_path) == []
+    with pytest.raises(UserError, match="not in quarantine"):
+        restore(tmp_path, "rows:v1")
+    assert purge(tmp_path, 0.0, NOTHING) == (["rows:v1"], []), "however young: it was begun"
+    assert list((tmp_path / ".quarantine").iterdir()) == []
+
+
+def test_what_is_needed_again_is_not_deleted(tmp_path: Path) -> None:
+    """A run that was planned before the quarantine registers a model made from what lies there now."""
+    store = Store(tmp_path)
+    source = register(store, "source")
+    rows = [register(store, "rows", data=source), register(store, "rows")]
+    register(store, "source")
+    quarantine(tmp_path, find(store, [], Policy(1, 0), LATER)[0], now=100.0)
+    assert store.versions("rows") == [2] and store.versions("source") == [2]
+    register(store, "sft", data=rows[0])
+    _, kept = find(store, [], Policy(1, 0), LATER)
+    gone, left = purge(tmp_path, 101.0, kept)
+    assert gone == [] and sorted(each.what for each in left) == ["rows:v1", "source:v1"]
+    for each in left:
+        restore(tmp_path, each.what)
+    store.verify(store.resolve("rows:v1"))
 
 
 def test_a_damaged_manifest_stops_it(tmp_path: Path) -> None:

@@ -175,6 +175,29 @@ def test_wandb_that_fails_leaves_the_journal_for_later(
     whole(wandb)
 
 
+def test_a_run_that_wandb_refuses_holds_up_only_what_reads_it(wandb: FakeWandb, tmp_path: Path) -> None:
+    refused, reader, free = (a_run(tmp_path, f"run-{n}") for n in (1, 2, 3))
+    for number, journal in enumerate((refused, reader, free), 1):
+        os.utime(journal.run_dir / "plan.json", (number, number))
+    rows = Store(tmp_path / "store").resolve("rows:v1")
+    reader.started("sft", 2, [{"input": "data.path", **asdict(rows)}])
+    wandb.refuse = ("CreateArtifact", "run-1.")
+    told = {outcome.run: outcome for outcome in sync.replay_all(tmp_path)}
+    assert told["run-1"].why.startswith("output rows:v1: ") and "storage quota exceeded" in told["run-1"].why
+    assert refused.missing()[0]["key"] == "output rows:v1" and told["run-1"].left == 5, "it stays for the next time"
+    assert told["run-2"].why == "waits for run-1, which made what it reads" and not reader.done()
+    assert (told["run-3"].why, told["run-3"].left) == ("", 0)
+    whole(wandb, "run-3")
+
+
+def test_where_nobody_is_answered_the_rest_is_not_tried(wandb: FakeWandb, tmp_path: Path) -> None:
+    for n in (1, 2):
+        a_run(tmp_path, f"run-{n}")
+    wandb.refuse_key = True
+    first, second = sync.replay_all(tmp_path)
+    assert "credentials" in first.why and (second.told, second.left, second.why) == (0, 6, "not tried")
+
+
 def test_without_a_key_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)

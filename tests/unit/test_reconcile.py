@@ -282,7 +282,7 @@ def test_runs_are_listed_newest_first_also_a_damaged_one(tmp_path: Path) -> None
     (tmp_path / "not a run").mkdir()
     views = load_runs(run_folders(tmp_path))
     assert [view.id for view in views] == ["new", "old", "broken"]
-    assert "can't be read" in views[-1].explanation
+    assert "plan.json is damaged" in views[-1].explanation
     assert load_runs(run_folders(tmp_path / "nowhere")) == []
     os.utime(tmp_path / "old" / "plan.json", (1, 1))
     os.utime(tmp_path / "broken" / "plan.json", (2, 2))

@@ -17,6 +17,7 @@ from nemotron_recipes.errors import UserError
 from nemotron_recipes.planning.history import find_smoke, pace_of, wall_time
 from nemotron_recipes.planning.plan import make_plan
 from nemotron_recipes.rundir import TRACKER, RunDir, append_event, write_record
+from nemotron_recipes.seals import opened_line
 from nemotron_recipes.spec import Placement, Request
 
 CATALOG = Catalog((package_root(),))
@@ -102,7 +103,7 @@ def made_run(runs: Path, name: str, stage: Any, smoke: int, state: str = "succee
             now += 3
             append_event(folder.events(1, 0), "checkpoint-saved", step=step, seconds=3.0)
             lines = folder.events(1, 0).read_text().splitlines()
-            event = {**json.loads(lines[-1]), "time": now}
+            event = {**opened_line(lines[-1]), "time": now}
             folder.events(1, 0).write_text("\n".join([*lines[:-1], json.dumps(event)]) + "\n")
     write_record(folder, {"state": state, "attempt": attempt, "started": began, "ended": now + 8})
     return run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemotron_recipes.executors.container_trouble import container_trouble, nodes_of
+from nemotron_recipes.artifacts.causes import recognised
+from nemotron_recipes.container_words import container_trouble, nodes_of
 
 # As Pyxis 0.24 and enroot 4.1 print them; "older" is Pyxis 0.12 to 0.20, whose mounts fail in enroot.
 NO_IMAGE = """\
@@ -58,6 +59,8 @@ def test_trouble(text: str, what: str, fix: str) -> None:
     assert found is not None
     assert what in found[0]
     assert fix in found[1]
+    cause = recognised(text)
+    assert cause is not None and cause.name in ("missing-pyxis", "bad-mount", "missing-image", "container")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""JSON documents and lines that carry a digest of themselves: a changed byte is noticed before anything is used.
+
+A document says twice that it is sealed: `sealed` is the digest of the rest, `sealed_as` the kind of document, which the
+digest covers. So no single change can pass it off as one that never had a seal. Documents without either are taken as
+they are: they come from a version that did not seal, or from people. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+
+from nemotron_recipes.spec import Tree, sha256_text
+
+SEAL, KIND, LINE_SEAL = "sealed", "sealed_as", "sum"
+CHANGED = "it isn't what was written"
+
+
+def digest(tree: Tree) -> str:
+    """Of the values, however they are laid out in the file."""
+    return sha256_text(json.dumps(tree, sort_keys=True))
+
+
+def sealed(tree: Tree, kind: str) -> Tree:
+    """The document with its seal."""
+    whole = {**tree, KIND: kind}
+    return {**whole, SEAL: digest(whole)}
+
+
+def opened(tree: Tree) -> Tree:
+    """The document without its seal. ValueError: the seal does not fit, or it is no JSON object."""
+    if not isinstance(tree, dict):
+        raise ValueError("it is no JSON object")
+    found = tree.pop(SEAL, None)
+    if (found is not None or KIND in tree) and found != digest(tree):
+        raise ValueError(CHANGED)
+    tree.pop(KIND, None)
+    return tree
+
+
+def sealed_line(tree: Tree) -> str:
+    """One line of JSON, its seal last."""
+    text = json.dumps(tree, ensure_ascii=True)
+    return f'{text[:-1]}, "{LINE_SEAL}": "{_short(text)}"}}\n'
+
+
+def opened_line(line: str) -> Tree:
+    """ValueError: it is no JSON object, or its seal does not fit."""
+    tree = json.loads(line)
+    if not isinstance(tree, dict):
+        raise ValueError("it is no JSON object")
+    found = tree.pop(LINE_SEAL, None)
+    if found is not None and found != _short(json.dumps(tree, ensure_ascii=True)):
+        raise ValueError(CHANGED)
+    return tree
+
+
+def _short(text: str) -> str:
+    """Enough against accidents; a line is no place for 71 characters of digest."""
+    return sha256_text(text).removeprefix("sha256:")[:12]
