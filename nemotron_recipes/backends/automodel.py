@@ -66,6 +66,7 @@ _OWNED = {
     "step_scheduler.save_checkpoint_every_epoch": "use checkpoint.save_interval",
     "model.pretrained_model_name_or_path": "use model.path",
     "rng.seed": "use train.seed",
+    "wandb": "[wandb] in env.toml says where to",
 }
 _EPOCHS = 1_000_000  # train.train_iters ends the training, not the number of passes over the data
 

@@ -75,6 +75,10 @@ _OWNED = {
     "scheduler.start_weight_decay": "use optimizer.weight_decay",
     "scheduler.end_weight_decay": "use optimizer.weight_decay",
     "logger.tensorboard_dir": "everything goes to the run folder",
+    **dict.fromkeys(
+        (f"logger.wandb_{name}" for name in ("project", "exp_name", "save_dir", "entity")),
+        "[wandb] in env.toml says where to",
+    ),
 }
 # Native sections from which the worker builds another object.
 _OWNED_SECTIONS = {

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -81,6 +82,7 @@ class Replay:
             version = self._tell_output(stage, entry)
             self.journal.acknowledge(entry["key"], wandb=version)
         else:
+            self._tell_trainer(stage)
             run = self._open(stage)
             self._tell_metrics(stage, whole=True)
             run.summary.update({**entry["results"], "state": entry["state"]})
@@ -121,6 +123,28 @@ class Replay:
             if step > self.sent[stage] and (whole or step < last):
                 run.log(row, step=step)
                 self.sent[stage] = step
+
+    def _tell_trainer(self, stage: str) -> None:
+        """What a trainer's own W&B logging left for the stage's run: the SDK sends it, each part once."""
+        done, run_id = self.journal.done(), self.target.runs[stage]
+        for folder in sorted((self.run.stage(stage).path / "wandb").glob(f"offline-run-*-{run_id}")):
+            key = f"trainer {stage} {folder.name}"
+            if key in done:
+                continue
+            if stage in self.opened:
+                self._close(stage, exit_code=None)  # one writer at a time
+            where = ["--id", run_id, "--project", self.target.project]
+            where += ["--entity", self.target.entity] if self.target.entity else []
+            told = subprocess.run(
+                [sys.executable, "-m", "wandb", "sync", *where, str(folder)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
+            if told.returncode or not list(folder.glob("*.synced")):
+                said = [line for line in told.stderr.splitlines() if line.strip()][-1:] or ["it said nothing"]
+                raise NotTold(f"W&B did not take {folder}: {said[0]}")
+            self.journal.acknowledge(key)
 
     def _tell_aliases(self) -> None:
         """The user's aliases, as they stand in the store now."""

@@ -13,6 +13,7 @@ from nemotron_recipes.pulse import Phase
 from nemotron_recipes.rundir import StageDir, append_event
 from nemotron_recipes.spec import Artifact, Output
 from nemotron_recipes.worker.heartbeat import Heartbeat
+from nemotron_recipes.worker.trainer_wandb import TrainerRun
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Context:
     staged: dict[str, Staged] = field(default_factory=dict)
     expendable: list[Path] = field(default_factory=list)
     heartbeat: Heartbeat | None = None
+    wandb: TrainerRun | None = None  # for a trainer that logs to W&B by itself; None: it shall not
     stop_signal: bool = False  # a signal asked this rank to stop
     stop_watched: bool = False  # the module asks from time to time, so it stops by itself
     stop_seen: bool = False  # the module was told to stop

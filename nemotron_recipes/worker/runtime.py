@@ -42,6 +42,7 @@ from nemotron_recipes.worker.facts import collect
 from nemotron_recipes.worker.heartbeat import Heartbeat, Stacks
 from nemotron_recipes.worker.inputs import resolve_inputs
 from nemotron_recipes.worker.logs import RankLog
+from nemotron_recipes.worker.trainer_wandb import find_trainer_run, point
 from nemotron_recipes.worker.workerfile import REGISTRY, WorkerFile, attempt_from, load_worker_file, ranks_from
 
 LIBRARIES = (
@@ -145,6 +146,7 @@ class Attempt:
     def _work(self) -> None:
         context = self.context
         name, extra = REGISTRY[self.file.worker]
+        self._mirror(lambda _: self._point_trainer())
         try:
             importlib.import_module(name).run(self.file.config, context)
         except ModuleNotFoundError as error:
@@ -298,8 +300,13 @@ class Attempt:
         try:
             if journal.target is not None:
                 note(journal)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             print(f"warning: W&B will not be told: {error}", file=sys.stderr)
+
+    def _point_trainer(self) -> None:
+        """The trainer's own W&B logging goes to the stage's run."""
+        self.context.wandb = find_trainer_run(self.file.dir, self.context.run["id"], self.context.run["stage"])
+        point(self.context.wandb)
 
     def _parents(self) -> list[dict[str, Any]]:
         return [{"input": key, **asdict(artifact)} for key, artifact in self.context.artifacts.items()]

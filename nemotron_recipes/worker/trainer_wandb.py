@@ -29,7 +29,7 @@ class TrainerRun:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For every process of the stage: whatever opens a W&B run there opens this one. No code, console, host facts."""
+        """For every process of the stage: whatever opens a W&B run there opens this one, and keeps to figures."""
         named = {"WANDB_RUN_ID": self.id, "WANDB_NAME": self.id, "WANDB_RUN_GROUP": self.group}
         named |= {"WANDB_PROJECT": self.project, "WANDB_JOB_TYPE": self.stage, "WANDB_DIR": str(self.folder)}
         off = dict.fromkeys(("DISABLE_GIT", "DISABLE_CODE", "SILENT", "X_DISABLE_META", "X_DISABLE_STATS"), "true")

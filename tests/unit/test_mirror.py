@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.backends import megatron_bridge, schemas
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror import pull, sync
 from nemotron_recipes.mirror.journal import Journal, mark, pending
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import Artifact, Producer
+from nemotron_recipes.worker.trainer_wandb import TrainerRun, find_trainer_run
 from tests.helpers.fake_wandb import KEY, FakeWandb
 
 pytest.importorskip("wandb")
@@ -242,3 +244,68 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: st
 
     with pytest.raises(ValueError, match="leads out"):
         pull._download(Found(), tmp_path)
+
+
+TRAINER = """
+import sys, wandb
+run = wandb.init(dir=None, name="my own name", config={"hidden_size": 8}, settings=wandb.Settings(silent=True))
+for step in range(int(sys.argv[1]), int(sys.argv[2])):
+    wandb.log({"lm loss": 1 / step}, step)
+    wandb.log({"learning-rate": 0.1}, step)
+print("spoken on the console")
+wandb.finish()
+"""
+
+
+def trainer_logs(journal: Journal, first: int, end: int) -> TrainerRun:
+    """What a trainer that opens a W&B run as Megatron-Bridge does leaves in the stage's folder, without any network."""
+    found = find_trainer_run(RunDir(journal.run_dir).stage("sft"), "run-1", "sft")
+    assert found is not None
+    environ = {**os.environ, **found.environment, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    subprocess.run([sys.executable, "-c", TRAINER, str(first), str(end)], env=environ, check=True, timeout=300)
+    return found
+
+
+@pytest.mark.parametrize("cuts", [1, pytest.param(8, marks=pytest.mark.long)])
+def test_a_trainers_own_logging_goes_to_the_run_of_its_stage(wandb: FakeWandb, tmp_path: Path, cuts: int) -> None:
+    journal = a_run(tmp_path)
+    RunDir(journal.run_dir).stage("sft").metrics.unlink()  # such a trainer writes none
+    found = trainer_logs(journal, 1, 4)
+    trainer_logs(journal, 4, 6)  # a second attempt
+    kept = [path for path in found.folder.rglob("*") if path.is_file()]
+    assert kept and not any(KEY.encode() in path.read_bytes() for path in kept)
+    assert not any(b"spoken on the console" in path.read_bytes() for path in kept)
+    for cut in range(cuts):
+        wandb.cut_at = 20 + 4 * cut
+        sync.replay(journal.run_dir)
+    wandb.cut_at = None
+    assert sync.replay(journal.run_dir).left == 0
+    told = wandb.runs["run-1.sft"]
+    steps = [told.history[n]["_step"] for n in sorted(told.history)]
+    assert steps == list(range(1, 6))
+    assert {"lm loss", "learning-rate"} <= told.history[0].keys() and told.config["hidden_size"] == {"value": 8}
+    assert told.summary["loss"] == 0.2 and told.exit_code == 0
+    assert set(wandb.runs) == {"run-1.sft", "run-1.data-prep-sft"}
+    assert ("made", "run-1.sft", "ModelArtifact-sft:v0") in wandb.edges()
+
+
+def test_the_native_keys_are_keys_of_the_real_trainers(wandb: FakeWandb, tmp_path: Path) -> None:
+    """Megatron-Bridge's LoggerConfig as it was read from the package; what `wandb.init` takes, where AutoModel goes."""
+    import inspect
+
+    import wandb as sdk
+
+    journal = a_run(tmp_path)
+    found = find_trainer_run(RunDir(journal.run_dir).stage("sft"), "run-1", "sft")
+    assert found is not None
+    for name in megatron_bridge.SCHEMAS:
+        fields = schemas.load(name).fields
+        assert all(f"logger.{key}" in fields for key in found.megatron_bridge()), name
+    assert found.megatron_bridge()["wandb_exp_name"] == "run-1.sft", "an empty name is an error there"
+    assert found.automodel().keys() <= inspect.signature(sdk.init).parameters.keys()
+    settings = {name.removeprefix("WANDB_").lower() for name in found.environment} - {"name", "dir"}
+    known = sdk.Settings.model_fields.keys()
+    other = {"error_reporting", "run_group", "job_type", "run_id", "project", "entity", "resume", "mode"}
+    assert settings - other <= known, settings - other - known
+    (journal.folder / "target.json").unlink()
+    assert find_trainer_run(RunDir(journal.run_dir).stage("sft"), "run-1", "sft") is None

@@ -53,6 +53,8 @@ def arguments(config: Tree, context: Context, resume: Path | None) -> list[str]:
         values["model.revision"] = model.revision
     if resume is not None:
         values["checkpoint.restore_from"] = resume
+    if context.wandb:
+        values |= {f"wandb.{key}": value for key, value in context.wandb.automodel().items()}
     data = folder_of(context, "data.path")
     for key in config["data_keys"]:
         values[key] = data

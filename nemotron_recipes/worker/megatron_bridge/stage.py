@@ -18,7 +18,10 @@ def run(config: Tree, context: Context) -> None:
 
     paths = find_paths(config, context)
     method = config["method"]
-    native = build_config(config["recipe"], method, config["pack_size"], read_native(Path(config["config"])), paths)
+    overrides = read_native(Path(config["config"]))
+    if context.wandb:
+        overrides["logger"] = {**overrides.get("logger", {}), **context.wandb.megatron_bridge()}
+    native = build_config(config["recipe"], method, config["pack_size"], overrides, paths)
     if method == "pretrain":
         from megatron.bridge.training.pretrain import pretrain as train
     else:
