@@ -13,5 +13,5 @@ RUN pip freeze | grep -E '^(torch|triton|pytorch-triton|torchvision|numpy)==' > 
  && pip install --no-cache-dir --constraint /tmp/kept.txt \
       "transformers==5.23.*" "trl==1.16.*" "peft==0.21.*" "accelerate>=1.4" "datasets==5.2.*" \
       "tokenizers>=0.20" "jinja2>=3.1" "safetensors>=0.4.3" "huggingface-hub>=1.0" "matplotlib>=3.8" \
-      "PyYAML>=6.0" "psutil>=5.9" "torchao==0.16.0" \
+      "jsonschema>=4.18" "PyYAML>=6.0" "psutil>=5.9" "torchao==0.16.0" \
  && python3 -c "import torch, transformers, trl, peft; print(torch.__version__, torch.version.cuda)"

@@ -43,6 +43,7 @@ class StageView:
     fingerprint: str = ""
     outputs: Tree = field(default_factory=dict)  # slot -> {name, version, digest, uri}
     results: Tree = field(default_factory=dict)
+    facts: Tree = field(default_factory=dict)  # name -> words: how it was done
     parents: list[Tree] = field(default_factory=list)
     explanation: str = ""
     log: str | None = None
@@ -236,6 +237,7 @@ def _stage_view(stage: Tree, folder: StageDir, events: list[Tree], alive: Livene
         fingerprint=stage["fingerprint"],
         outputs=said.get("outputs", {}),
         results=said.get("results", {}),
+        facts=said.get("facts", {}),
         parents=said.get("parents", []),
         explanation=explanation,
         log=str(log) if log else None,

@@ -14,6 +14,7 @@ from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 REGISTRY = {
     "trl": "nemotron_recipes.backends.trl:TrlBackend",
+    "unsloth": "nemotron_recipes.backends.unsloth:UnslothBackend",
     "megatron_bridge": "nemotron_recipes.backends.megatron_bridge:MegatronBridgeBackend",
     "megatron_convert": "nemotron_recipes.backends.megatron_convert:MegatronConvertBackend",
     "automodel": "nemotron_recipes.backends.automodel:AutoModelBackend",

@@ -113,6 +113,10 @@ def not_measured(config: Tree, name: str) -> Iterator[Problem]:
     """Envelope settings that these backends have nothing for."""
     if config["evaluation"]["rows"]:
         yield Problem(f"{name} measures no held-out rows before and after training", fix="evaluation.rows=0")
+    if config["model"]["load_in_4bit"]:
+        yield Problem(
+            f"{name} does not train on a base in 4 bits", "model.load_in_4bit", "backend=unsloth or backend=trl"
+        )
     if config["model"]["arch"]:
         yield Problem(f"{name} makes no tiny model", "model.arch", "~model.arch, or backend=trl")
     for section in ("dpo", "kto", "grpo"):

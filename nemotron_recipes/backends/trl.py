@@ -7,6 +7,7 @@ those classes have is read from trl_fields.json, which tools/trl_fields.py write
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,8 +19,10 @@ from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 FILE = "train.yaml"
 METHODS = frozenset({"sft", "dpo", "kto", "grpo"})
-REWARDS = frozenset({"exact_match"})  # worker/trl/rewards.py; a contract test holds them equal
+# worker/trl/rewards.py; a test holds them equal
+REWARDS = frozenset({"exact_match", "format", "code_tests", "json_schema", "judges"})
 BUILTIN_MODEL = "tiny"
+NOT_TRL = frozenset({"require_unsloth"})  # native keys of a backend that are no fields of TRL's classes
 
 _COMMON = {
     "train.train_iters": "max_steps",
@@ -54,6 +57,7 @@ _OF_METHOD = {
         "grpo.max_completion_length": "max_completion_length",
         "grpo.temperature": "temperature",
         "grpo.kl_beta": "beta",
+        "grpo.reward_weights": "reward_weights",
     },
 }
 # Transformers' "constant" ignores the warm-up.
@@ -97,7 +101,11 @@ class TrlBackend:
         return {**_COMMON, **_OF_METHOD[method]}
 
     def native_keys(self, method: str) -> frozenset[str]:
-        return frozenset(_native_types(method))
+        return frozenset(self._own(method))
+
+    def _own(self, method: str) -> dict[str, str]:
+        """Native key -> type."""
+        return {**_fields()["common"], **_fields()[method]}
 
     def makes(self, config: Tree) -> str:
         return "model"
@@ -108,22 +116,25 @@ class TrlBackend:
             *_batch_problems(config, nproc),
             *_method_problems(config),
             *_model_problems(config),
-            *_native(config),
+            *_native(config, self._own(config["method"])),
         ]
 
     def describe(self, stage: StageSpec) -> Launch:
         config, method = stage.config, stage.config["method"]
+        native = config["backend"]["native"]
         text = worker_file(
-            self.name,
+            "trl",
             stage,
             method=method,
             processes=stage.nproc,
-            model={key: config["model"][key] for key in ("dtype", "attn_implementation", "arch")},
-            trainer={**native_values(config, stage.nproc), **config["backend"]["native"]},
-            peft=config["peft"],
-            rewards=config["grpo"]["rewards"] if method == "grpo" else [],
+            model={key: config["model"][key] for key in ("dtype", "attn_implementation", "load_in_4bit", "arch")},
+            trainer={**native_values(config, stage.nproc), **{k: v for k, v in native.items() if k not in NOT_TRL}},
+            pack_size=config["data"]["pack_size"],
+            peft=config["peft"] and {**config["peft"], "target_modules": _targets(config["peft"])},
+            **({key: config["grpo"][key] for key in ("rewards", "reward_settings")} if method == "grpo" else {}),
             resume_from=stage.resume_from,
             evaluation=config["evaluation"],
+            **self._worker_keys(native),
         )
         return Launch(
             module=MODULE,
@@ -137,6 +148,10 @@ class TrlBackend:
                 "HF_HUB_DISABLE_TELEMETRY": "1",
             },
         )
+
+    def _worker_keys(self, native: Tree) -> Tree:
+        """Keys of the worker file beside those that both backends of this worker have."""
+        return {}
 
 
 def native_values(config: Tree, nproc: int) -> Tree:
@@ -158,15 +173,18 @@ def native_values(config: Tree, nproc: int) -> Tree:
     return values
 
 
+def _targets(peft: Tree) -> list[str]:
+    """PEFT takes the end of a layer's name; `*.q_proj`, as AutoModel writes it, means the same."""
+    return [name.removeprefix("*.") for name in peft["target_modules"]]
+
+
 def _not_mine(config: Tree) -> Iterator[Problem]:
     """Settings of other backends: kept, they would look as if they did something."""
     if config["parallel"] is not None:
-        yield Problem("trl shares out batches alone, not the model", "parallel", "parallel=null")
-    if config["data"]["pack_size"] is not None:
-        yield Problem("data prep has set the pack size of trl's data", "data.pack_size", "data.pack_size=null")
+        yield Problem("this backend shares out batches alone, not the model", "parallel", "parallel=null")
     if config["checkpoint"]["pretrained_checkpoint"] is not None:
         fix = "checkpoint.pretrained_checkpoint=null; the base model is model.path"
-        yield Problem("trl starts from a Hugging Face folder", "checkpoint.pretrained_checkpoint", fix)
+        yield Problem("this backend starts from a Hugging Face folder", "checkpoint.pretrained_checkpoint", fix)
 
 
 def _batch_problems(config: Tree, nproc: int) -> Iterator[Problem]:
@@ -208,9 +226,27 @@ def _method_problems(config: Tree) -> Iterator[Problem]:
         elif section != method and given:
             yield Problem(f"the section '{section}' means nothing for method {method}", fix=f"{section}=null")
     if method == "grpo" and config["grpo"] is not None:
-        for reward in config["grpo"]["rewards"]:
-            if reward not in REWARDS:
-                yield Problem(f"unknown reward '{reward}' in grpo.rewards", fix=nearest(reward, REWARDS))
+        yield from _reward_problems(config["grpo"])
+
+
+def _reward_problems(grpo: Tree) -> Iterator[Problem]:
+    names, weights, settings = grpo["rewards"], grpo["reward_weights"], grpo["reward_settings"]
+    for reward in names:
+        if reward not in REWARDS:
+            yield Problem(f"unknown reward '{reward}' in grpo.rewards", fix=nearest(reward, REWARDS))
+    if weights is not None and len(weights) != len(names):
+        what = f"grpo.reward_weights has {len(weights)} weights for {len(names)} rewards"
+        yield Problem(what, fix=f"one each: {', '.join(names)}")
+    for reward, key in (("format", "format_pattern"), ("judges", "judges")):
+        name = f"grpo.reward_settings.{key}"
+        if reward in names and settings[key] is None:
+            yield Problem(f"the reward '{reward}' needs {name}", fix=f"{name}=...; docs/rewards.md")
+        elif reward not in names and settings[key] is not None:
+            yield Problem(f"{name} means nothing without the reward '{reward}'", fix=f"{name}=null")
+    try:
+        re.compile(settings["format_pattern"] or "")
+    except re.error as error:
+        yield Problem(f"grpo.reward_settings.format_pattern is no regular expression: {error}")
 
 
 def _model_problems(config: Tree) -> Iterator[Problem]:
@@ -220,17 +256,25 @@ def _model_problems(config: Tree) -> Iterator[Problem]:
             f"model.arch shapes the model that the project makes, but model.path is '{model['path']}'",
             fix=f"model.path={BUILTIN_MODEL}, or leave its shape out: ~model.arch",
         )
+    if model["load_in_4bit"] and peft is None:
+        fix = "give adapters: peft.dim=16; or model.load_in_4bit=false"
+        yield Problem("a base in 4 bits can't be trained itself", "model.load_in_4bit", fix)
+    if model["load_in_4bit"] and model["dtype"] != "bfloat16":
+        yield Problem("4 bits are computed with, and merged, in bfloat16", "model.load_in_4bit", "model.dtype=bfloat16")
     for key, value in model["arch"].items():
         yield from _type_problems(f"model.arch.{key}", key, value, _fields()["arch"])
-    if peft is not None and "out_proj" in peft["target_modules"]:
+    targets = _targets(peft) if peft is not None else []
+    for name in targets:
+        if "*" in name:
+            yield Problem(f"peft.target_modules: '{name}' is a pattern", fix="name layers: q_proj, k_proj, ...")
+    if "out_proj" in targets:
         yield Problem(
             "peft.target_modules: Mamba kernels read out_proj's weight directly, an adapter there would be ignored",
             fix="leave out_proj out",
         )
 
 
-def _native(config: Tree) -> Iterator[Problem]:
-    types = _native_types(config["method"])
+def _native(config: Tree, types: dict[str, str]) -> Iterator[Problem]:
     for key, value in config["backend"]["native"].items():
         if key in _OWNED:
             yield Problem(f"backend.native.{key} can't be set: {_OWNED[key]}", fix="leave it out")
@@ -248,10 +292,6 @@ def _type_problems(name: str, key: str, value: Any, types: dict[str, str]) -> It
     actual = "None" if value is None else type(value).__name__
     if expected != ["any"] and actual not in expected and not (actual == "int" and "float" in expected):
         yield Problem(f"'{name}' should be {types[key]}, not {value!r}")
-
-
-def _native_types(method: str) -> dict[str, str]:
-    return {**_fields()["common"], **_fields()[method]}
 
 
 @cache

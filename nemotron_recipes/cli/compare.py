@@ -71,9 +71,13 @@ def _text(found: Tree) -> str:
     for stage in dict.fromkeys(stage for run in names.values() for stage in run["stages"]):
         figures = [(name, run["stages"][stage]) for name, run in names.items() if stage in run["stages"]]
         results = sorted({key for _, figure in figures for key in figure["results"]})
-        header = ("", "STATE", "EXIT", "WALL", "STEPS", "STEP TIME", "TOKENS/S", "MEMORY", *results)
+        facts = sorted({key for _, figure in figures for key in figure["facts"]})
+        header = ("", "STATE", "EXIT", "WALL", "STEPS", "STEP TIME", "TOKENS/S", "MEMORY", *facts, *results)
         rows = [
-            (name, *_cells(figure), *(_short(figure["results"].get(key)) for key in results))
+            (
+                *(name, *_cells(figure), *(figure["facts"].get(key, "-") for key in facts)),
+                *(_short(figure["results"].get(key)) for key in results),
+            )
             for name, figure in figures
         ]
         parts += [f"\n{stage}", table(header, rows)]

@@ -86,6 +86,7 @@ def as_tree(view: RunView) -> dict[str, Any]:
                 "parents": stage.parents,
                 "outputs": stage.outputs,
                 "results": stage.results,
+                "facts": stage.facts,
                 "explanation": stage.explanation,
                 "log": stage.log,
             }
@@ -117,6 +118,8 @@ def _stage(view: RunView, stage: StageView) -> list[str]:
         lines.append(f"  input       {parent['input']} = {parent.get('name') or parent.get('uri')}{version}")
     for slot, made in stage.outputs.items():
         lines.append(f"  output      {slot} = {made['name']}:v{made['version']}  {made['uri']}")
+    for name, words in stage.facts.items():
+        lines.append(f"  {name.replace('_', ' '):<12}{words}")
     for name, value in stage.results.items():
         lines.append(f"  result      {name} = {value if isinstance(value, int) or value is None else f'{value:.4g}'}")
     if stage.log:

@@ -72,6 +72,7 @@ class Model(Section):
     tokenizer: str | None = None  # a reference; null: the model's own
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    load_in_4bit: bool = False  # NF4 by bitsandbytes while adapters are trained (QLoRA, arXiv 2305.14314)
     arch: dict[str, Any] = {}
 
 
@@ -153,6 +154,15 @@ class Kto(Section):
     undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
 
 
+class RewardSettings(Section):
+    """What rewards need to know beside the row."""
+
+    format_pattern: str | None = None  # format: a regular expression that the whole completion must match
+    code_seconds: Annotated[float, Field(gt=0)] = 10.0  # code_tests: for one program
+    code_memory_mib: Positive = 1024  # code_tests: of one program
+    judges: str | None = None  # judges: the file that names them (docs/rewards.md)
+
+
 class Grpo(Section):
     """GRPO (arXiv 2402.03300). `kl_beta` 0 keeps no reference model."""
 
@@ -161,6 +171,8 @@ class Grpo(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     kl_beta: Annotated[float, Field(ge=0)] = 0.0
     rewards: Annotated[list[str], Field(min_length=1)] = ["exact_match"]
+    reward_weights: list[float] | None = None  # one a reward; null: 1 each
+    reward_settings: RewardSettings = RewardSettings()
 
 
 class Evaluation(Section):
@@ -291,6 +303,7 @@ REFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
         ("model.path", "model"),
         ("model.tokenizer", "tokenizer"),
         ("data.path", "data"),
+        ("grpo.reward_settings.judges", "judges"),
         ("checkpoint.load", "checkpoint"),
         ("checkpoint.pretrained_checkpoint", "checkpoint"),
     ),

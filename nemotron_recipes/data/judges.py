@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from nemotron_recipes.data.exchanges import Exchange
 from nemotron_recipes.data.rules import Positive, Rule
@@ -66,7 +66,10 @@ class Ensemble:
     rubric: str = RUBRIC
 
 
-def read_ensemble(path: Path) -> Ensemble:
+AnEnsemble = TypeVar("AnEnsemble", bound=Ensemble)
+
+
+def read_ensemble(path: Path, kind: type[AnEnsemble] = Ensemble) -> AnEnsemble:  # type: ignore[assignment]
     """UserError: the file can't be read, or is wrong; or a key is not in the environment."""
     import yaml
 
@@ -74,7 +77,7 @@ def read_ensemble(path: Path) -> Ensemble:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(Problem(f"{path} can't be read: {error}")) from None
-    found: Ensemble = read_section(Ensemble, tree, "the judges' file")
+    found = read_section(kind, tree, "the judges' file")
     names = [judge.name for judge in found.judges]
     problems = [Problem(f"two judges are called '{n}'", str(path)) for n in sorted(set(names)) if names.count(n) > 1]
     for judge in found.judges:
@@ -161,9 +164,7 @@ def ask_all(
             while block := list(islice(rest, BLOCK)):
                 asked = []
                 for exchange in block:
-                    question = _ASK.format(
-                        rubric=ensemble.rubric, prompt=_dump(exchange.prompt), answer=_dump(exchange.answer)
-                    )
+                    question = question_for(ensemble, exchange.prompt, exchange.answer)
                     keys = [_key(judge, question) for judge in ensemble.judges]
                     asked.append([
                         (key, None if key in known else pool.submit(client.score, question))
@@ -183,6 +184,11 @@ def ask_all(
             pool.shutdown(wait=True, cancel_futures=True)
         for client in clients:
             client.close()
+
+
+def question_for(ensemble: Ensemble, prompt: Any, answer: Any) -> str:
+    """What a judge is asked; both are shown as JSON."""
+    return _ASK.format(rubric=ensemble.rubric, prompt=_dump(prompt), answer=_dump(answer))
 
 
 def _key(judge: Judge, question: str) -> str:

@@ -21,6 +21,7 @@ GIB = 1 << 30
 STOPPED_BY = "MEMORY"  # in the event that ends the run
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_FOUR_BITS = 0.5  # the least: layers that the loader leaves as they are come on top
 _STORED_BYTES = 2  # per parameter: what checkpoints of the family are published in
 
 
@@ -54,7 +55,8 @@ def needed(stage: StagePlan, environ: Mapping[str, str] = os.environ) -> int | N
     if not stored:
         return None
     config = stage.config
-    weights = stored // _STORED_BYTES * _BYTES.get(config["model"].get("dtype", "bfloat16"), _STORED_BYTES)
+    each = _BYTES.get(config["model"].get("dtype", "bfloat16"), _STORED_BYTES)
+    weights = int(stored // _STORED_BYTES * (_FOUR_BITS if config["model"].get("load_in_4bit") else each))
     if config.get("peft"):
         return weights  # the frozen base is the reference, too
     return weights * (5 if stage.method in ("dpo", "kto") else 4)

@@ -85,6 +85,7 @@ def _figures(view: RunView) -> Tree:
                 "wall_seconds": round(stage.ended - stage.started, 3) if stage.started and stage.ended else None,
                 **step_figures(metrics_of(view, stage.name)),
                 "results": stage.results,
+                "facts": stage.facts,
             }
             for stage in view.stages
         },

@@ -24,6 +24,7 @@ class Context:
     artifacts   config key -> what it is, for every input; an earlier stage's output is its exact version here
     results     numbers to record, filled by rank 0 (final loss, exact match before and after, ...)
     metadata    facts about the outputs that go into their manifests, filled by rank 0
+    facts       words about how it was done that the record keeps (`trained_with`), filled by rank 0
     expendable  folders of unfinished work; on a full disk they are removed, so that the end can be recorded
     """
 
@@ -39,6 +40,7 @@ class Context:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     results: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
     staged: dict[str, Staged] = field(default_factory=dict)
     expendable: list[Path] = field(default_factory=list)
     heartbeat: Heartbeat | None = None

@@ -46,7 +46,13 @@ def config_for(method, **sections):
         "dpo": {"beta": 0.37} if method == "dpo" else None,
         "kto": {"beta": 0.37, "desirable_weight": 1.2, "undesirable_weight": 0.9} if method == "kto" else None,
         "grpo": (
-            {"num_generations": 4, "max_completion_length": 33, "temperature": 0.6, "kl_beta": 0.02}
+            {
+                "num_generations": 4,
+                "max_completion_length": 33,
+                "temperature": 0.6,
+                "kl_beta": 0.02,
+                "reward_weights": [0.5],
+            }
             if method == "grpo"
             else None
         ),

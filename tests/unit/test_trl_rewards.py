@@ -1,10 +1,13 @@
 """Verifiable rewards: what counts as the final answer, and when two answers are one."""
 
+import json
+
 import pytest
 
 from nemotron_recipes.backends.trl import REWARDS as KNOWN_TO_THE_PLANNER
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.worker.trl.rewards import REWARDS, exact_match, final_answer, matches, rewards_named
+from nemotron_recipes.worker.trl.config import RewardSettings, TrlSettings
+from nemotron_recipes.worker.trl.rewards import REWARDS, check_rows, exact_match, final_answer, matches, rewards_named
 
 
 @pytest.mark.parametrize(
@@ -56,10 +59,72 @@ def test_trl_interface_takes_text_and_messages():
     assert exact_match(completions, ["7", "7"], prompts=["", ""]) == [1.0, 0.0]
 
 
+def settings_for(*names, **settings):
+    return TrlSettings("grpo", {}, rewards=list(names), reward_settings=RewardSettings(**settings))
+
+
 def test_names():
-    assert rewards_named(["exact_match"]) == [exact_match]
+    named = rewards_named(settings_for("exact_match", "json_schema"))
+    assert [function.__name__ for function in named] == ["exact_match", "json_schema"]
+    assert named[0](completions=["it is 7"], expected_answer=["7"], extra=["{}"], prompts=[""]) == [1.0]
     with pytest.raises(UserError, match="did you mean 'exact_match'"):
-        rewards_named(["exact_mach"])
+        rewards_named(settings_for("exact_mach"))
+
+
+def test_a_format_is_about_the_whole_completion():
+    (function,) = rewards_named(settings_for("format", format_pattern=r".*</think>\s*\d+"))
+    texts = ["it is\n7</think> 7", "</think>7", "</think>seven", "7", "</think>7 or so"]
+    assert function(completions=texts, prompts=texts) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_json_is_held_against_the_schema_of_its_row():
+    (function,) = rewards_named(settings_for("json_schema"))
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    texts = {
+        '{"n": 7}': 1.0,
+        'I think {</think>```json\n{"n": 7}\n```': 1.0,
+        '```json\n{"n": 7}\n```\nor\n```\n{"n": "7"}\n```': 0.0,  # the last one counts
+        '{"n": "7"}': 0.0,
+        '{"n": 7} and so on': 0.0,
+        "[" * 100_000: 0.0,
+        "": 0.0,
+    }
+    extra = [json.dumps({"schema": schema})] * len(texts)
+    assert function(completions=list(texts), extra=extra) == list(texts.values())
+    as_text = [json.dumps({"schema": json.dumps(schema)})]
+    assert function(completions=['{"n": 1}'], extra=as_text) == [1.0]
+
+
+def test_a_schema_leads_to_no_other_place():
+    (function,) = rewards_named(settings_for("json_schema"))
+    with pytest.raises(UserError, match="refers to something outside"):
+        function(completions=["{}"], extra=[json.dumps({"schema": {"$ref": "http://127.0.0.1:1/schema.json"}})])
+
+
+def test_code_is_the_last_block_of_the_answer():
+    (function,) = rewards_named(settings_for("code_tests", code_seconds=60.0))
+    tests = json.dumps({"tests": "assert double(4) == 8"})
+    good = "```python\ndef double(n):\n    return 2 * n\n```"
+    bad = good.replace("2 * n", "n")
+    texts = [f"{bad}\nno:\n{good}", f"{good}\nno:\n{bad}", f"{good}</think>I don't know", good + "\nThere."]
+    assert function(completions=texts, extra=[tests] * 4) == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "extra", "words"),
+    [
+        ("code_tests", {}, "there is no 'tests'"),
+        ("code_tests", {"tests": [{"input": "4"}]}, "no list of"),
+        ("code_tests", {"tests": []}, "no list of"),
+        ("json_schema", {"schema": {"type": "objekt"}}, "is no JSON schema"),
+        ("json_schema", {"schema": "{"}, "is no JSON schema"),
+    ],
+)
+def test_rows_that_a_reward_cannot_use_are_found_before_training(reward, extra, words):
+    fine = {"extra": {"tests": "assert True", "schema": {}}}
+    check_rows([reward, "exact_match"], [fine, fine])
+    with pytest.raises(UserError, match=f"can't use 1 of 2 rows: in row 2 .*{words}"):
+        check_rows([reward], [fine, {"extra": extra}])
 
 
 def test_the_planner_knows_the_same_names():

@@ -20,6 +20,7 @@ class ModelSettings:
 
     dtype: str = "bfloat16"
     attn_implementation: str = "sdpa"
+    load_in_4bit: bool = False
     arch: Tree = field(default_factory=dict)
 
 
@@ -32,6 +33,23 @@ class LoraSettings:
     target_modules: list[str]
     dropout: float = 0.0
     target_parameters: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What rewards need to know beside the row (config/schema.py says what each is)."""
+
+    format_pattern: str | None = None
+    code_seconds: float = 10.0
+    code_memory_mib: int = 1024
+    judges: str | None = None
+
+
+@dataclass(frozen=True)
+class UnslothSettings:
+    """Train under Unsloth. Not required: with TRL alone where it can't be used."""
+
+    required: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,9 +67,12 @@ class TrlSettings:
     method: str
     trainer: Tree
     processes: int = 1
+    pack_size: int | None = None  # what the recipe expects of the data; null: whatever data prep has made
     model: ModelSettings = ModelSettings()
     peft: LoraSettings | None = None
+    unsloth: UnslothSettings | None = None
     rewards: list[str] = field(default_factory=list)
+    reward_settings: RewardSettings = RewardSettings()
     resume_from: str | None = None
     evaluation: EvaluationSettings = EvaluationSettings()
 

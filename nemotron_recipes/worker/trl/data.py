@@ -14,6 +14,7 @@ from nemotron_recipes.data.packed import PackedSplit
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import file_digest
 from nemotron_recipes.rundir import read_json, read_jsonl
+from nemotron_recipes.worker.trl.config import TrlSettings
 
 DATA_METHODS = {"sft": "sft", "dpo": "dpo", "kto": "kto", "grpo": "rl"}
 
@@ -21,7 +22,7 @@ DATA_METHODS = {"sft": "sft", "dpo": "dpo", "kto": "kto", "grpo": "rl"}
 class DataFolder:
     """Prepared data for `method`. UserError: it is for another method or tokenizer, or in another format."""
 
-    def __init__(self, folder: Path, method: str, tokenizer: Path):
+    def __init__(self, folder: Path, method: str, tokenizer: Path, pack_size: int | None = None):
         self.folder = folder
         wanted = DATA_METHODS[method]
         metadata = read_json(folder / "metadata.json")
@@ -31,6 +32,9 @@ class DataFolder:
             raise _unusable(folder, f"was prepared for {metadata['method']}, not for {wanted}", wanted)
         if metadata["format"] != "native":
             raise _unusable(folder, f"has the format {metadata['format']}: the trl backend reads native", wanted)
+        if pack_size is not None and metadata["pack_size"] != pack_size:
+            made = metadata["pack_size"]
+            raise _unusable(folder, f"was packed to {made} tokens, and data.pack_size is {pack_size}", wanted)
         if metadata["tokenizer"]["digest"] != file_digest(tokenizer / "tokenizer.json"):
             raise _unusable(folder, "was prepared with another tokenizer.json than the model's", wanted)
         self.template = (folder / metadata["chat_template"]["file"]).read_text(encoding="utf-8")
@@ -38,6 +42,17 @@ class DataFolder:
     def packs(self, split: str) -> PackedSplit | list[dict[str, Any]]:
         """SFT: the packs of a split."""
         return PackedSplit(self.folder / split) if (self.folder / split / "input_ids.npy").is_file() else []
+
+    def longest(self, settings: TrlSettings) -> int:
+        """Tokens of the longest pack or row in training or validation, a completion that is to be made included."""
+        if settings.method == "sft":
+            return max(len(pack["input_ids"]) for split in ("train", "validation") for pack in self.packs(split))
+        found = 0
+        for split in ("train", "validation"):
+            for row in self.rows(split):
+                answers = [len(ids) for name, ids in row.items() if name.endswith("_ids") and name != "prompt_ids"]
+                found = max(found, len(row["prompt_ids"]) + max(answers, default=0))
+        return found + (settings.trainer.get("max_completion_length") or 0)
 
     def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
         """The first `limit` rows: messages, and ids as `<column>_ids`. Empty where the split is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.fsio import files_below, fsync_tree, write_atomic
 from nemotron_recipes.tiny.model import write_model
 from nemotron_recipes.tiny.tokenizer import write_tokenizer
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.hub import folder_of
 from nemotron_recipes.worker.trl.config import TrlSettings
+from nemotron_recipes.worker.trl.engine import Engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -57,16 +59,20 @@ def base_folders(settings: TrlSettings, context: Context) -> Iterator[Base]:
         yield Base(model, tokenizer)
 
 
-def load_model(folder: Path, settings: TrlSettings) -> Any:
-    """The model in `settings.model.dtype`. UserError: the folder lacks weights, which would otherwise start random."""
+def load_model(folder: Path, settings: TrlSettings, **how: Any) -> Any:
+    """The model in `settings.model.dtype`. UserError: the folder lacks weights, which would otherwise start random.
+
+    how   further keywords of `from_pretrained`; device_map "meta" reads no weight, only which there are
+    """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[settings.model.dtype],
             attn_implementation=settings.model.attn_implementation,
             output_loading_info=True,
+            **how,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(Problem(f"no model could be loaded from {folder}: {error}", "model.path")) from error
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if lacking:
@@ -95,20 +101,30 @@ def load_tokenizer(folder: Path, chat_template: str) -> Any:
     return tokenizer
 
 
-def write_output(model: Any, tokenizer: Path, chat_template: str, settings: TrlSettings, folder: Path) -> None:
+def write_output(
+    model: Any, base: Base, chat_template: str, settings: TrlSettings, folder: Path, engine: Engine
+) -> None:
     """The trained model as `AutoModelForCausalLM.from_pretrained` loads it; adapters are merged, and kept beside it.
 
+    A base in 4 bits is merged as it was before: into the 4 bits the adapters' change would be rounded away.
     The tokenizer's files are copied byte for byte: data that was prepared with it still fits this model.
     """
     if settings.peft is not None:
         model.save_pretrained(folder / ADAPTER)
-        model = model.merge_and_unload()
-    model.to(DTYPES[settings.model.dtype])
-    model.config.use_cache = True
-    model.save_pretrained(folder)
+    if settings.model.load_in_4bit:
+        engine.write_merged(model, base.model, folder / ADAPTER, settings, folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "quantization_config" in config:
+            raise JobFailed(f"the merged model in {folder} is still quantised; the adapters lie in {folder / ADAPTER}")
+    else:
+        if settings.peft is not None:
+            model = model.merge_and_unload()
+        model.to(DTYPES[settings.model.dtype])
+        model.config.use_cache = True
+        model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+        if (base.tokenizer / name).is_file():
+            shutil.copyfile(base.tokenizer / name, folder / name)
     write_atomic(folder / "chat_template.jinja", chat_template)
     mode = (folder / "chat_template.jinja").stat().st_mode
     for path in files_below(folder):

@@ -1,13 +1,21 @@
-"""Verifiable rewards on plain text. Standard library only."""
+"""Rewards of GRPO: text in, numbers out. What each is for and needs: docs/rewards.md."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.worker.trl.config import RewardSettings, TrlSettings
+from nemotron_recipes.worker.trl.panel import judged, read_panel
+
+AT_ONCE = 4  # programs of completions
 
 _MARKED = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)  # GSM8K's way to mark the final answer
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -54,15 +62,118 @@ def exact_match(completions: list[Any], expected_answer: list[str], **columns: A
     return [float(matches(_text(completion), expected)) for completion, expected in pairs]
 
 
-REWARDS: dict[str, Callable[..., list[float]]] = {"exact_match": exact_match}
+def matches_format(completions: list[Any], *, settings: RewardSettings, **columns: Any) -> list[float]:
+    """1.0 where the whole completion matches `format_pattern` (a dot matches line ends, too), else 0.0."""
+    pattern = re.compile(settings.format_pattern or "", re.DOTALL)
+    return [float(pattern.fullmatch(_text(completion)) is not None) for completion in completions]
 
 
-def rewards_named(names: list[str]) -> list[Callable[..., list[float]]]:
-    """UserError: a name is unknown."""
+def passes_tests(completions: list[Any], extra: list[str], *, settings: RewardSettings, **columns: Any) -> list[float]:
+    """Share of the row's `tests` that the last code block of the answer passes (sandbox.py)."""
+    from nemotron_recipes.worker.trl.sandbox import share_passed
+
+    limits = settings.code_seconds, settings.code_memory_mib << 20
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        codes = [_block(_text(completion), "python") for completion in completions]
+        tests = [json.loads(row)["tests"] for row in extra]
+        return list(pool.map(lambda code, of: share_passed(code, of, *limits), codes, tests))
+
+
+def fits_schema(completions: list[Any], extra: list[str], **columns: Any) -> list[float]:
+    """1.0 where the answer is JSON that the row's `schema` accepts, else 0.0."""
+    schemas = [_validator(json.loads(row)["schema"]) for row in extra]
+    return [float(_accepts(schema, _text(text))) for schema, text in zip(schemas, completions, strict=True)]
+
+
+REWARDS: dict[str, Callable[..., list[Any]]] = {
+    "exact_match": exact_match,
+    "format": matches_format,
+    "code_tests": passes_tests,
+    "json_schema": fits_schema,
+    "judges": judged,
+}
+NEEDS = {"code_tests": "tests", "json_schema": "schema"}  # reward -> field of the row
+
+
+def rewards_named(settings: TrlSettings, judges: Path | None = None) -> list[Callable[..., list[Any]]]:
+    """The functions, with what they need to know. UserError: a name is unknown, or the judges' file can't be used."""
+    names = settings.rewards
     unknown = [Problem(f"unknown reward '{name}'", fix=nearest(name, REWARDS)) for name in names if name not in REWARDS]
     if unknown:
         raise UserError(*unknown)
-    return [REWARDS[name] for name in names]
+    panel = read_panel(judges) if judges is not None and "judges" in names else None
+    return [_named(name, partial(REWARDS[name], settings=settings.reward_settings, panel=panel)) for name in names]
+
+
+def check_rows(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """UserError: rows lack what a reward compares with, or it can't be used; found before training, not during."""
+    problems = []
+    for name in names:
+        if (key := NEEDS.get(name)) is None:
+            continue
+        found = ((number, _unfit(key, row["extra"].get(key))) for number, row in enumerate(rows))
+        wrong = [(number, why) for number, why in found if why]
+        if wrong:
+            number, why = wrong[0]
+            what = f"the reward '{name}' can't use {len(wrong)} of {len(rows)} rows: in row {number + 1} {why}"
+            problems.append(Problem(what, "data.path", f"prepare data whose rows have '{key}' (docs/rewards.md)"))
+    if problems:
+        raise UserError(*problems)
+
+
+def _unfit(key: str, value: Any) -> str:
+    if value is None:
+        return f"there is no '{key}'"
+    if key == "tests":
+        pairs = isinstance(value, list) and value and all(_is_pair(test) for test in value)
+        return "" if isinstance(value, str) or pairs else "'tests' is no Python and no list of {input, output}"
+    try:
+        _validator(value)
+    except ValueError as error:
+        return f"'schema' is no JSON schema: {error}"
+    return ""
+
+
+def _is_pair(test: Any) -> bool:
+    return isinstance(test, dict) and all(isinstance(test.get(key), str) for key in ("input", "output"))
+
+
+def _validator(schema: Any) -> Any:
+    """ValueError: it is no schema. A reference to another place is not followed."""
+    from jsonschema import validators
+    from jsonschema.exceptions import SchemaError
+    from referencing import Registry
+
+    schema = json.loads(schema) if isinstance(schema, str) else schema
+    kind = validators.validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(error.message) from None
+    return kind(schema, registry=Registry())
+
+
+def _accepts(validator: Any, completion: str) -> bool:
+    from referencing.exceptions import Unresolvable
+
+    try:
+        return bool(validator.is_valid(json.loads(_block(completion, "json"))))
+    except (ValueError, RecursionError):
+        return False
+    except Unresolvable as error:
+        raise UserError(Problem(f"a schema in the data refers to something outside of it: {error}")) from None
+
+
+def _block(completion: str, language: str) -> str:
+    """The last fenced block of that language or of none, else the whole answer; thoughts are left out."""
+    answer = completion.rpartition("</think>")[2]
+    blocks = re.findall(rf"```(?:{language})?[ \t]*\n(.*?)```", answer, re.DOTALL | re.IGNORECASE)
+    return str(blocks[-1]) if blocks else answer.strip()
+
+
+def _named(name: str, function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    function.__name__ = name  # TRL names the metric by it
+    return function
 
 
 def _text(completion: Any) -> str:

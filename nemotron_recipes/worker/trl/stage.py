@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 from torch import distributed
@@ -13,23 +14,29 @@ from transformers.utils import logging
 from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import Pace, deadline_from, last_save_seconds
+from nemotron_recipes.worker.trl import fourbit
 from nemotron_recipes.worker.trl.callbacks import Progress, SaveWhole, StopWhenAsked, WhereItIs
 from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, quarantine, staging_folder
 from nemotron_recipes.worker.trl.config import TrlSettings
 from nemotron_recipes.worker.trl.data import DataFolder
+from nemotron_recipes.worker.trl.engine import Engine
 from nemotron_recipes.worker.trl.evaluate import exact_match, label_accuracy, preference_accuracy
 from nemotron_recipes.worker.trl.learning import LeavesLn2, require_targets
-from nemotron_recipes.worker.trl.models import base_folders, load_model, load_tokenizer, load_weights, write_output
+from nemotron_recipes.worker.trl.models import base_folders, load_tokenizer, load_weights, write_output
 from nemotron_recipes.worker.trl.rewards import final_answer
 from nemotron_recipes.worker.trl.trainers import build_trainer
 
 
-def run_stage(settings: TrlSettings, context: Context) -> None:
+def run_stage(settings: TrlSettings, context: Context, engine: Engine) -> None:
     """Load, measure, train, measure again, write the model."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # TRL itself uses Transformers' old names for activation checkpointing.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    context.event("engine", words=engine.words)
+    if context.is_main:
+        context.facts["trained_with"] = context.metadata["trained_with"] = engine.words
+        print(f"training with {engine.words}", flush=True)
     adapters = settings.peft is not None
     if context.is_main:
         for folder in quarantine(context.dir.checkpoints, adapters):
@@ -38,10 +45,13 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
     resume = checkpoint_to_resume(settings.resume_from, context.dir.checkpoints, context.attempt, adapters)
     context.expendable.append(staging_folder(context.dir.checkpoints))
     with base_folders(settings, context) as base:
-        data = DataFolder(context.inputs["data.path"], settings.method, base.tokenizer)
-        model = load_model(base.model, settings)
+        data = DataFolder(context.inputs["data.path"], settings.method, base.tokenizer, settings.pack_size)
+        model = engine.load(base.model, settings, partial(data.longest, settings))
+        if settings.model.load_in_4bit:
+            _say_split(fourbit.found(model), context)
         if settings.peft is not None:
             require_targets(model, settings.peft)
+        model = engine.adapted(model, settings)
         tokenizer = load_tokenizer(base.tokenizer, data.template)
         trainer = build_trainer(settings, context, model, tokenizer, data)
         trainer.add_callback(Progress(context, start=_step_of(resume)))
@@ -68,12 +78,19 @@ def run_stage(settings: TrlSettings, context: Context) -> None:
         if not context.stop_seen:
             _measure("after", settings, context, trainer, data)
             if context.is_main:
-                write_output(_bare(trainer), base.tokenizer, data.template, settings, context.output("model"))
+                write_output(_bare(trainer), base, data.template, settings, context.output("model"), engine)
         if context.is_main:
             _draw(settings, context)
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+
+
+def _say_split(split: fourbit.Split, context: Context) -> None:
+    if context.is_main:
+        in_four, other = (part / fourbit.GIB for part in split)
+        print(f"weights: {in_four:.2f} GiB in 4 bits, {other:.2f} GiB in 16", flush=True)
+        context.event("loaded-in-4bit", quantised_bytes=split.quantised, other_bytes=split.other)
 
 
 def _warn_without_signal(context: Context) -> None:

@@ -7,6 +7,7 @@ they are used, and the collator looks the rows up. So the order is ours, and a r
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from nemotron_recipes.worker.trl.config import LoraSettings, TrlSettings
 from nemotron_recipes.worker.trl.data import DataFolder
 from nemotron_recipes.worker.trl.order import shuffled_epochs
 from nemotron_recipes.worker.trl.packed import PackCollator
-from nemotron_recipes.worker.trl.rewards import rewards_named
+from nemotron_recipes.worker.trl.rewards import check_rows, rewards_named
 
 
 def build_trainer(settings: TrlSettings, context: Context, model: Any, tokenizer: Any, data: DataFolder) -> Any:
@@ -90,7 +91,7 @@ def _sft(settings: TrlSettings, context: Context, model: Any, tokenizer: Any, da
         args=arguments,
         processing_class=tokenizer,
         data_collator=PackCollator(packs, tokenizer.pad_token_id),
-        peft_config=_lora(settings.peft),
+        peft_config=_lora(model, settings.peft),
         **_numbers(arguments, train, validation, context),
     )
 
@@ -111,7 +112,7 @@ def _dpo(settings: TrlSettings, context: Context, model: Any, tokenizer: Any, da
         args=arguments,
         processing_class=tokenizer,
         data_collator=RowCollator(Numbered(train, validation), pad),
-        peft_config=_lora(settings.peft),
+        peft_config=_lora(model, settings.peft),
         **_numbers(arguments, train, validation, context),
     )
 
@@ -132,7 +133,7 @@ def _kto(settings: TrlSettings, context: Context, model: Any, tokenizer: Any, da
         args=arguments,
         processing_class=tokenizer,
         data_collator=RowCollator(Numbered(train, validation), lambda examples: pad(with_mismatched(examples))),
-        peft_config=_lora(settings.peft),
+        peft_config=_lora(model, settings.peft),
         **_numbers(arguments, train, validation, context),
     )
 
@@ -155,8 +156,16 @@ def _grpo(settings: TrlSettings, context: Context, model: Any, tokenizer: Any, d
             if ids_of.setdefault(text, ids) != ids:
                 raise UserError(Problem(f"two prompts differ only in what is a control token: {text!r}", "data.path"))
             texts.append(text)
-        return Dataset.from_dict({"prompt": texts, "expected_answer": [row["expected_answer"] for row in rows]})
+        return Dataset.from_dict(
+            {
+                "prompt": texts,
+                "expected_answer": [row["expected_answer"] for row in rows],
+                "extra": [json.dumps(row["extra"]) for row in rows],  # as text: Arrow would give all rows one shape
+            }
+        )
 
+    rewards = rewards_named(settings, context.inputs.get("grpo.reward_settings.judges"))
+    check_rows(settings.rewards, [row for split in ("train", "validation") for row in data.rows(split)])
     train = dataset("train")
     validates = settings.trainer["eval_steps"] < settings.trainer["max_steps"]  # it costs a generation each time
     validation = dataset("validation") if validates else None
@@ -164,12 +173,12 @@ def _grpo(settings: TrlSettings, context: Context, model: Any, tokenizer: Any, d
     arguments = _arguments(GRPOConfig, settings, context, validation)
     return Trainer(
         model=model,
-        reward_funcs=rewards_named(settings.rewards),
+        reward_funcs=rewards,
         args=arguments,
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=validation or None,
-        peft_config=_lora(settings.peft),
+        peft_config=_lora(model, settings.peft),
     )
 
 
@@ -249,10 +258,12 @@ def _require_rows(train: Any, context: Context) -> None:
         )
 
 
-def _lora(lora: LoraSettings | None) -> Any:
-    if lora is None:
+def _lora(model: Any, lora: LoraSettings | None) -> Any:
+    """What the trainer shall add; None where there are no adapters, or the engine has added them."""
+    from peft import LoraConfig, PeftModel
+
+    if lora is None or isinstance(model, PeftModel):
         return None
-    from peft import LoraConfig
 
     return LoraConfig(
         task_type="CAUSAL_LM",

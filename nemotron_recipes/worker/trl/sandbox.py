@@ -1,0 +1,71 @@
+"""Code of a completion against tests, in a process of its own with little to break.
+
+What holds it: a time-out, limits on memory, CPU time, files and processes, an empty folder as home, an environment
+without secrets, and where the kernel allows it namespaces without a network and with process ids of their own. When it
+has ended, or its time has, whatever it started is killed. What does not: it may read what its user may read, and write
+what its user may write, so let it run in a container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CHILD = Path(__file__).with_name("sandbox_child.py")
+GRACE = 30.0  # seconds that the supervisor has beyond the program's own
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """finished: it got to the end, tests included; output: what it printed, at most 64 KiB; network: it had one."""
+
+    finished: bool
+    timed_out: bool
+    output: str
+    network: bool
+
+
+def share_passed(code: str, tests: str | list[dict[str, str]], seconds: float, memory: int) -> float:
+    """`tests`: Python that raises where something is wrong (all or nothing), or pairs of what is typed in and what must
+    be printed (line ends and outer blanks aside)."""
+    if isinstance(tests, str):
+        return float(run(code, seconds, memory, tests=tests).finished)
+    outcomes = [(run(code, seconds, memory, typed=test["input"]), test["output"]) for test in tests]
+    return sum(o.finished and _lines(o.output) == _lines(wanted) for o, wanted in outcomes) / len(outcomes)
+
+
+def run(code: str, seconds: float, memory: int, tests: str = "", typed: str = "") -> Outcome:
+    """Run `code`, then `tests` in the same names, with `typed` as standard input. What it does never raises."""
+    request = {"code": code, "tests": tests, "typed": typed, "seconds": seconds, "memory": memory}
+    with tempfile.TemporaryDirectory(prefix="nemotron-code-", ignore_cleanup_errors=True) as folder:
+        environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "PATH": os.defpath}
+        supervisor = subprocess.Popen(
+            [sys.executable, "-I", str(CHILD)],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        with supervisor:
+            try:
+                said, trouble = supervisor.communicate(json.dumps(request).encode(), timeout=seconds + GRACE)
+            except subprocess.TimeoutExpired:
+                os.killpg(supervisor.pid, signal.SIGKILL)
+                return Outcome(False, True, "", True)  # where there are no namespaces, the program may have stopped it
+        if supervisor.returncode < 0:
+            return Outcome(False, False, "", True)  # or ended it
+        if supervisor.returncode:
+            raise RuntimeError(f"the supervisor of a program failed: {trouble.decode(errors='replace')[-2000:]}")
+        return Outcome(**json.loads(said))
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]

@@ -1,0 +1,125 @@
+"""The process that holds a completion's code (sandbox.py). Run by path, in isolated mode: standard library only.
+
+The supervisor reads the request, forks, waits, and kills whatever is left. The program runs in the fork.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import secrets
+import signal
+import sys
+import time
+
+OUTPUT = 64 << 10  # bytes that are kept of what is printed
+FILE = 16 << 20  # bytes of the largest file
+PROCESSES = 64
+POLL = 0.005  # seconds
+NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000  # linux/sched.h
+PARENT_DEATH_SIGNAL, SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def main() -> None:
+    """Request on standard input, outcome on standard output."""
+    request = json.load(sys.stdin)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):
+        libc.prctl(SUBREAPER, 1)  # what the program leaves behind becomes ours, and is found
+    alone = hasattr(libc, "unshare") and libc.unshare(NEW_USER | NEW_PID | NEW_NET) == 0
+    reader, writer = os.pipe()
+    token = secrets.token_hex(16).encode()
+    with open("typed", "w", encoding="utf-8") as typed, open("printed", "wb"):
+        typed.write(request["typed"])
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        if hasattr(libc, "prctl"):
+            libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        _program(request, writer, token)
+    os.close(writer)
+    timed_out = _wait(pid, request["seconds"])
+    _kill_the_rest()
+    finished = os.read(reader, 64) == token
+    with open("printed", "rb") as printed:
+        output = printed.read(OUTPUT).decode("utf-8", "replace")
+    json.dump({"finished": finished, "timed_out": timed_out, "output": output, "network": not alone}, sys.stdout)
+
+
+def _program(request: dict, writer: int, token: bytes) -> None:
+    """Never returns. The token is written after the last test: a program that ends early has not finished."""
+    status = 1
+    try:
+        for number, name, mode in ((0, "typed", os.O_RDONLY), (1, "printed", os.O_WRONLY)):
+            file = os.open(name, mode)
+            os.dup2(file, number)
+            os.close(file)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  the old one has seen the request's end
+        _limit(request["seconds"], request["memory"])
+        names: dict = {"__name__": "__main__"}
+        exec(compile(request["code"], "completion.py", "exec"), names)
+        exec(compile(request["tests"], "tests.py", "exec"), names)
+        sys.stdout.flush()
+        os.write(writer, token)
+        status = 0
+    except SystemExit as end:
+        if not request["tests"] and end.code in (None, 0):  # a script may say that it is done
+            sys.stdout.flush()
+            os.write(writer, token)
+            status = 0
+    except BaseException:  # noqa: BLE001, S110  whatever it is: the tests did not pass
+        pass
+    finally:
+        os._exit(status)
+
+
+def _limit(seconds: float, memory: int) -> None:
+    wanted = {
+        resource.RLIMIT_CPU: int(seconds) + 1,
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_FSIZE: FILE,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: PROCESSES,
+    }
+    for kind, most in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def _wait(pid: int, seconds: float) -> bool:
+    """Until it ends; killed when its time is up. Whether that was so."""
+    until = time.monotonic() + seconds
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return True
+        time.sleep(POLL)
+    return False
+
+
+def _kill_the_rest() -> None:
+    """Orphans of the program are children of this process now, wherever they have moved to."""
+    while True:
+        try:
+            with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as listed:
+                left = [int(word) for word in listed.read().split()]
+        except OSError:  # no such file: not Linux, or a kernel without it
+            left = []
+        for child in left:
+            os.kill(child, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0 if left else os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not left:
+            return
+
+
+if __name__ == "__main__":
+    main()
