@@ -89,6 +89,12 @@ def test_what_a_stage_takes_at_least(tmp_path: Path, dtype: str, peft: Any, meth
     assert memory.needed(stage) == gib * GIB
 
 
+def test_a_base_in_4_bits_takes_at_least_a_quarter(tmp_path: Path) -> None:
+    stage = of_model(tmp_path / "model", 8)
+    config = {"model": {"dtype": "bfloat16", "load_in_4bit": True}, "peft": {"dim": 4}}
+    assert memory.needed(replace(stage, config=config)) == 2 * GIB
+
+
 def test_a_hub_model_counts_where_it_is_in_the_cache(tmp_path: Path) -> None:
     folder = tmp_path / "hub" / "models--org--name" / "snapshots" / "c0ffee"
     of_model(folder, 2)

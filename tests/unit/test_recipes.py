@@ -83,7 +83,7 @@ def _made(family: str) -> list[tuple[str, str]]:
     """(artifact, kind) of everything that a recipe of the family may ask for."""
     data = [f"{family}{tiny}-{name}-data" for tiny in ("", "-tiny") for name in ("sft", "dpo", "kto", "rl")]
     data += [f"{family}-sft-megatron-data", f"{family}-sft-megatron-2k-data"]
-    models = [f"{family}-sft", f"{family}-tiny-sft", f"{family}-spark-sft"]
+    models = [f"{family}-sft", f"{family}-tiny-sft", f"{family}-spark-sft", f"{family}-spark-dpo"]
     converted = ("nano3", "super3") if family == "convert" else (family,)
     kinds = ("megatron", "sft-checkpoint", "sft-lora-checkpoint")
     checkpoints = [f"{name}-{kind}" for name in converted for kind in kinds]
