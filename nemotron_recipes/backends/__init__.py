@@ -18,6 +18,7 @@ REGISTRY = {
     "megatron_bridge": "nemotron_recipes.backends.megatron_bridge:MegatronBridgeBackend",
     "megatron_convert": "nemotron_recipes.backends.megatron_convert:MegatronConvertBackend",
     "automodel": "nemotron_recipes.backends.automodel:AutoModelBackend",
+    "nemo_rl": "nemotron_recipes.backends.nemo_rl:NemoRlBackend",
     "data_prep": "nemotron_recipes.backends.data_prep:DataPrepBackend",
 }
 

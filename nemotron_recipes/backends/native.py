@@ -109,7 +109,7 @@ def owned_problems(config: Tree, owned: Mapping[str, str], prefixes: Mapping[str
             yield Problem(f"backend.native.{key} can't be set: {reason}", fix="leave it out")
 
 
-def not_measured(config: Tree, name: str) -> Iterator[Problem]:
+def not_measured(config: Tree, name: str, but: str = "") -> Iterator[Problem]:
     """Envelope settings that these backends have nothing for."""
     if config["evaluation"]["rows"]:
         yield Problem(f"{name} measures no held-out rows before and after training", fix="evaluation.rows=0")
@@ -120,7 +120,7 @@ def not_measured(config: Tree, name: str) -> Iterator[Problem]:
     if config["model"]["arch"]:
         yield Problem(f"{name} makes no tiny model", "model.arch", "~model.arch, or backend=trl")
     for section in ("dpo", "kto", "grpo"):
-        if config[section] is not None:
+        if config[section] is not None and section != but:
             yield Problem(f"the section '{section}' means nothing for method {config['method']}", fix=f"{section}=null")
 
 

@@ -57,6 +57,11 @@ NEEDS = {
         "evaluation": {"rows": 0},
         "backend": {"native": {"recipe": "nemotron_3_nano_sft_config"}},
     },
+    "nemo_rl": {
+        "parallel": {},
+        "peft": {"target_modules": ["q_proj"]},
+        "evaluation": {"rows": 0},
+    },
     "automodel": {
         "data": {"path": "artifact:rows", "pack_size": 64},
         "parallel": {},
@@ -88,7 +93,7 @@ def config_for(name, method):
         if method == "pretrain":
             tree["peft"] = None
         if method in ("dpo", "kto", "grpo"):
-            tree[method] = {}
+            tree[method] = {"rewards": ["math"]} if (name, method) == ("nemo_rl", "grpo") else {}
     return KINDS[kind].model_validate(tree).model_dump()
 
 

@@ -34,6 +34,7 @@ REQUIRED = {  # what a recipe leaves to its user
         *("model.path=ORG/NAME", "checkpoint.path=artifact:nano3-sft-lora-checkpoint", "outputs.model=mine"),
         "checkpoint.base=artifact:nano3-megatron",
     ),
+    ("nano3", "rl", "nemo-gym"): ("data.path=gym",),
     ("nano3", "pipe", "megatron"): (f"data-prep-sft.{SOURCES}",),
 }
 # GPUs of the published layouts: (nodes, processes on each). An executor of one machine gets them all there.
@@ -43,6 +44,12 @@ LAYOUTS = {
     ("nano3", "sft", "bridge-recipe"): (2, 8),
     ("nano3", "sft", "lora"): (1, 8),
     ("nano3", "pipe", "megatron"): (2, 8),
+    ("nano3", "dpo", "nemo-rl"): (1, 8),
+    ("nano3", "rl", "nemo-rl"): (2, 8),
+    ("nano3", "rl", "nemo-gym"): (32, 8),
+    ("super3", "sft"): (2, 8),
+    ("super3", "dpo"): (16, 8),
+    ("super3", "rl"): (32, 8),
     ("ultra3", "lora", "gb200"): (4, 4),
     ("ultra3", "lora", "h100"): (4, 8),
 }
@@ -59,6 +66,7 @@ def test_recipe_plans_and_renders(
         (staged.content / "content.txt").write_text("made by a test")
         store.commit(staged, kind=kind)
     (tmp_path / "blend.json").write_text("{}")
+    (tmp_path / "gym").mkdir()
     overrides = REQUIRED.get((family, *words)) or REQUIRED.get((family, *words, config), ())
     if words[0] == "data" and not overrides and "tiny" not in config:
         overrides = (SOURCES,)

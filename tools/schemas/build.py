@@ -75,23 +75,38 @@ AUTOMODEL = {
     "automodel-0.5.0": ("0.5.0", "d02f49cb314554715aabb97e8dba6599c9f6e9e0"),
 }
 AUTOMODEL_SOURCE = "https://github.com/NVIDIA-NeMo/Automodel"
+# The registry's package nemo-rl is empty: its source at a commit is read, with the examples that recipes begin from.
+NEMO_RL = {"nemo_rl-0.7.0": ("0.7.0", "81aa43dda4765b0429cf31dab44441e4e4383911")}
+NEMO_RL_SOURCE = "https://github.com/NVIDIA-NeMo/RL"
+NEMO_RL_BASES = (
+    *("examples/configs/dpo.yaml", "examples/configs/grpo_math_1B_megatron.yaml", "examples/nemo_gym/grpo_nanov3.yaml"),
+    "examples/configs/recipes/llm/dpo-nanov3-30B3AB-1n8g-fsdp8ep8-automodel.yaml",
+    "examples/configs/recipes/llm/grpo-nanov3-30BA3B-2n8g-megatron-pack-cp.yaml",
+    "examples/configs/recipes/llm/performance/grpo-nemotron3-super-120BA12B-32n8g.yaml",
+    "examples/nemo_gym/nemotron-3-super/stage1_rlvr.yaml",
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join([*BRIDGES, *AUTOMODEL])}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join([*BRIDGES, *AUTOMODEL, *NEMO_RL])}"
+    )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 where a file is not what it would be"
     )
     parser.add_argument("--automodel", metavar="REPOSITORY", default=AUTOMODEL_SOURCE, help="a clone of NeMo AutoModel")
+    parser.add_argument("--nemo-rl", metavar="REPOSITORY", default=NEMO_RL_SOURCE, help="a clone of NeMo-RL")
     parser.add_argument("--venv", metavar="FOLDER", type=Path, help="an environment that has the packages already")
     options = parser.parse_args()
     differs = []
-    for name in options.names or [*BRIDGES, *AUTOMODEL]:
+    for name in options.names or [*BRIDGES, *AUTOMODEL, *NEMO_RL]:
         if name in BRIDGES:
             schema = collect_bridge(name, BRIDGES[name], options.venv)
         elif name in AUTOMODEL:
-            schema = collect_automodel(*AUTOMODEL[name], options.automodel)
+            schema = collect_source("collect_automodel.py", *AUTOMODEL[name], options.automodel)
+        elif name in NEMO_RL:
+            schema = collect_source("collect_nemo_rl.py", *NEMO_RL[name], options.nemo_rl, ",".join(NEMO_RL_BASES))
         else:
             parser.error(f"unknown schema {name}")
         file, text = TARGET / f"{name}.json", dump(schema)
@@ -128,14 +143,14 @@ def collect_bridge(name: str, bridge: Bridge, ready: Path | None) -> dict[str, A
         return json.loads(done.stdout.replace(os.path.realpath(empty), "."))
 
 
-def collect_automodel(version: str, commit: str, repository: str) -> dict[str, Any]:
-    """The schema of one commit of NeMo AutoModel, read from its source."""
+def collect_source(script: str, version: str, commit: str, repository: str, *more: str) -> dict[str, Any]:
+    """The schema of one commit of a package, read from its source."""
     with tempfile.TemporaryDirectory() as folder:
         git = ["git", "-C", folder]
         subprocess.run(["git", "init", "--quiet", folder], check=True)
         subprocess.run([*git, "fetch", "--quiet", "--depth=1", repository, commit], check=True)
         subprocess.run([*git, "checkout", "--quiet", commit], check=True)
-        collector = [sys.executable, str(HERE / "collect_automodel.py"), folder, version, commit]
+        collector = [sys.executable, str(HERE / script), folder, version, commit, *more]
         return json.loads(subprocess.run(collector, check=True, capture_output=True, text=True).stdout)
 
 

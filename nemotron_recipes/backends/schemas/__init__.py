@@ -97,6 +97,6 @@ def _told(entries: list[Tree]) -> str:
     return " or ".join(dict.fromkeys(said))
 
 
-def unknown_recipe(schema: NativeSchema, recipe: str) -> Problem:
+def unknown_recipe(schema: NativeSchema, recipe: str, key: str = "backend.native.recipe") -> Problem:
     """A named recipe that this version does not have."""
-    return Problem(f"{schema.name} has no recipe '{recipe}'", "backend.native.recipe", nearest(recipe, schema.recipes))
+    return Problem(f"{schema.name} has no recipe '{recipe}'", key, nearest(recipe, schema.recipes))

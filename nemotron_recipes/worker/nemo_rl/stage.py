@@ -1,0 +1,148 @@
+"""One NeMo-RL stage from its inputs to its output: rank 0 starts NeMo-RL's own program on a Ray cluster of all nodes.
+
+NeMo-RL saves on its own time alone: `checkpoint_must_save_by` follows from the job's deadline, and a signal ends it at
+once, so that what came after the newest checkpoint is done again by the next attempt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemotron_recipes.data.convert import convert
+from nemotron_recipes.errors import JobFailed, Problem, UserError
+from nemotron_recipes.spec import Tree
+from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.deadline import deadline_from, last_save_seconds
+from nemotron_recipes.worker.guest import LEAST_RESERVE, SAVES, CheckpointWatch, link_tree, step_of
+from nemotron_recipes.worker.hub import folder_of
+from nemotron_recipes.worker.nemo_rl import cluster
+from nemotron_recipes.worker.nemo_rl.checkpoints import adopt, continue_from
+
+FILE = "nemo_rl.yaml"  # in the stage's folder: the Plan's values, with what is known only here
+SPLITS = ("train", "validation")
+GRACE = 30.0  # seconds from a wish to stop to the end by force
+
+
+def run(config: Tree, context: Context) -> None:
+    """Train with NeMo-RL, and keep the last checkpoint as the output."""
+    if not context.is_main:
+        if context.local_rank == 0:
+            cluster.join(context)
+        return
+    root, source = context.dir.checkpoints, source_folder()
+    root.mkdir(parents=True, exist_ok=True)
+    continue_from(config["resume_from"], root)
+    began = adopt(root)
+    deadline = deadline_from(os.environ)
+    save = last_save_seconds(context.dir, context.attempt)
+    stop_at = None if deadline is None else deadline - max(LEAST_RESERVE, SAVES * save)
+    values = complete(config, context, source, stop_at)
+    file = context.dir.path / FILE
+    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    context.event("ready", resume_from=str(began) if began else None)
+    with CheckpointWatch(context, look=lambda: adopt(root)), cluster.head(context, config["nodes"]) as address:
+        code = _train([sys.executable, config["script"], "--config", str(file)], source, address, context)
+    newest = adopt(root)
+    reached = step_of(newest) if newest else 0
+    if reached < config["train_iters"] and not context.stop_seen:
+        if code == 0 and stop_at is not None and time.time() >= stop_at:
+            context.stop_seen = context.time_is_up = True
+            context.event("stopped", step=reached, reason="time-limit")
+        else:
+            raise JobFailed(
+                f"NeMo-RL ended with {code} after step {reached} of {config['train_iters']}; its log says more"
+            )
+    if not context.stop_seen:
+        assert newest is not None
+        link_tree(newest, context.output("checkpoint") / newest.name)
+        context.results["step"] = reached
+        context.metadata["format"] = "nemo_rl"
+
+
+def complete(config: Tree, context: Context, source: Path, stop_at: float | None) -> Tree:
+    """The Plan's values, begun from NeMo-RL's example, with the folders of this machine and the time that is left."""
+    values: Tree = yaml.safe_load(Path(config["config"]).read_text(encoding="utf-8"))
+    base = source / config["base"]
+    if not base.is_file():
+        raise UserError(Problem(f"this NeMo-RL has no {config['base']}", "backend.native.base", "use another image"))
+    model = folder_of(context, "model.path")
+    tokenizer = folder_of(context, "model.tokenizer") if "model.tokenizer" in context.artifacts else model
+    policy = values.setdefault("policy", {})
+    policy["model_name"] = str(model)
+    policy.setdefault("tokenizer", {})["name"] = str(tokenizer)
+    data = data_folder(config, context)
+    name = {"dpo": "PreferenceDataset", "grpo": "NemoGymDataset" if config["gym"] else "ResponseDataset"}
+    for split in SPLITS:
+        own = {"data_path": str(data / f"{split}.jsonl"), "dataset_name": name[config["method"]], "split": None}
+        values.setdefault("data", {})[split] = own
+    if config["method"] == "grpo" and not config["gym"]:
+        values["data"]["train"]["split_validation_size"] = 0  # the example takes its validation rows from these
+    if stop_at is not None:
+        values["checkpointing"]["checkpoint_must_save_by"] = duration(max(0.0, stop_at - time.time()))
+    return {"defaults": str(base), **values}
+
+
+def data_folder(config: Tree, context: Context) -> Path:
+    """A folder with train.jsonl and validation.jsonl in NeMo-RL's layout: data prep's rows are brought into it."""
+    given = folder_of(context, "data.path")
+    if not (given / "metadata.json").is_file():
+        missing = [f"{split}.jsonl" for split in SPLITS if not (given / f"{split}.jsonl").is_file()]
+        if missing:
+            fix = "data prep's output, or a folder with train.jsonl and validation.jsonl in NeMo-RL's layout"
+            raise UserError(Problem(f"{given} holds no {' and no '.join(missing)}", "data.path", fix))
+        return given
+    if config["gym"]:
+        fix = "a folder with train.jsonl and validation.jsonl in NeMo-Gym's layout"
+        raise UserError(
+            Problem("NeMo-Gym's environments need rows of their own kind, not data prep's", "data.path", fix)
+        )
+    converted = context.dir.path / "data"
+    if not converted.is_dir():  # it gets its name when it is whole
+        convert(given, converted, "nemo_rl")
+    return converted
+
+
+def source_folder() -> Path:
+    """NeMo-RL's folder, with its package and its examples. UserError: they are not here."""
+    spec = importlib.util.find_spec("nemo_rl")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'nemo_rl'", name="nemo_rl")
+    folder = Path(next(iter(spec.submodule_search_locations))).parent
+    if not (folder / "examples").is_dir():
+        raise UserError(Problem(f"there are no examples of NeMo-RL beside its package: {folder}", fix="use its image"))
+    return folder
+
+
+def duration(seconds: float) -> str:
+    """DD:HH:MM:SS, as checkpoint_must_save_by is written."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours // 24:02d}:{hours % 24:02d}:{minute:02d}:{second:02d}"
+
+
+def _train(argv: list[str], source: Path, address: str, context: Context) -> int:
+    """NeMo-RL's program until it ends; a wish to stop ends it, for it has no way to save at once."""
+    process: subprocess.Popen[Any] = subprocess.Popen(
+        argv, cwd=source, env=cluster.environment(os.environ, address), start_new_session=True
+    )
+    asked: float | None = None
+    while True:
+        try:
+            return process.wait(timeout=cluster.POLL)
+        except subprocess.TimeoutExpired:
+            if not context.stop_requested():
+                continue
+        if asked is None:
+            asked = time.monotonic()
+            os.killpg(process.pid, signal.SIGTERM)
+        elif time.monotonic() - asked > GRACE:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,181 @@
+"""The nemo_rl worker without NeMo-RL and Ray: fakes of both say what they were given and write what NeMo-RL writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.errors import JobFailed, UserError
+from nemotron_recipes.rundir import TRACKER, StageDir, latest_checkpoint, read_jsonl
+from nemotron_recipes.spec import Artifact, Output
+from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.nemo_rl import cluster, stage
+from nemotron_recipes.worker.nemo_rl.checkpoints import adopt, continue_from
+
+# Says what it was called with; with --block it stays, as a node of the cluster does.
+FAKE_RAY = """\
+#!{python}
+import os, sys, time
+with open({log!r}, "a") as out:
+    out.write(" ".join(sys.argv[1:]) + "|" + os.environ.get("RANK", "") + "\\n")
+while "--block" in sys.argv:
+    time.sleep(0.2)
+"""
+# Writes step_N as NeMo-RL does, for the steps in the file beside it, and keeps its config.
+FAKE_PROGRAM = """\
+import json, os, shutil, sys, yaml
+config = yaml.safe_load(open(sys.argv[2]))
+root = config["checkpointing"]["checkpoint_dir"]
+shutil.copy(sys.argv[2], {told!r})
+for step in json.load(open({steps!r})):
+    os.makedirs(f"{{root}}/tmp_step_{{step}}/policy")
+    open(f"{{root}}/tmp_step_{{step}}/training_info.json", "w").write("{{}}")
+    os.rename(f"{{root}}/tmp_step_{{step}}", f"{{root}}/step_{{step}}")
+"""
+
+
+class Fakes:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder = folder
+        self.ray_log, self.told, self.steps = folder / "ray.txt", folder / "told.yaml", folder / "steps.json"
+        (folder / "source" / "nemo_rl").mkdir(parents=True)
+        for name in ("run_dpo.py", "configs/dpo.yaml"):
+            (folder / "source" / "examples" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / "examples" / name).write_text("")
+        program = FAKE_PROGRAM.format(told=str(self.told), steps=str(self.steps))
+        (folder / "source" / "examples" / "run_dpo.py").write_text(program)
+        ray = folder / "ray"
+        ray.write_text(FAKE_RAY.format(python=sys.executable, log=str(self.ray_log)))
+        ray.chmod(0o755)
+        monkeypatch.setattr(cluster, "_program", lambda: str(ray))
+        monkeypatch.setattr(cluster, "_COUNT", "")
+        monkeypatch.setattr(cluster, "POLL", 0.05)
+        monkeypatch.setattr(stage, "source_folder", lambda: folder / "source")
+        monkeypatch.setenv("RANK", "0")  # torchrun's word, which neither Ray nor NeMo-RL may hear
+
+    def ray(self) -> list[str]:
+        return self.ray_log.read_text().splitlines()
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    return Fakes(tmp_path, monkeypatch)
+
+
+def context_of(folder: Path, rank: int = 0, local_rank: int = 0, attempt: int = 1) -> Context:
+    made = Context(
+        *(rank, 2, local_rank, attempt, StageDir(folder / "stage"), {"id": "r", "stage": "s"}, Store(folder / "store")),
+        {"checkpoint": Output("checkpoint", "made", "checkpoint")},
+    )
+    rows = folder / "rows"
+    rows.mkdir(exist_ok=True)
+    for split in ("train", "validation", "test"):
+        row = {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": [], "rejected": []}
+        (rows / split).mkdir(exist_ok=True)
+        (rows / split / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (rows / "metadata.json").write_text(json.dumps({"method": "dpo", "format": "native", "splits": {}}))
+    for key, kind, path in (("model.path", "model", folder / "model"), ("data.path", "data", rows)):
+        made.artifacts[key] = Artifact("path", kind, uri=str(path))
+        made.inputs[key] = path
+    (folder / "plan.yaml").write_text(
+        yaml.safe_dump({"checkpointing": {"checkpoint_dir": str(made.dir.checkpoints)}, "dpo": {"max_num_steps": 4}})
+    )
+    return made
+
+
+def config_of(folder: Path, **more: object) -> dict[str, object]:
+    told = {"method": "dpo", "script": "examples/run_dpo.py", "base": "examples/configs/dpo.yaml", "gym": False}
+    return {**told, "config": str(folder / "plan.yaml"), "train_iters": 4, "nodes": 1, "resume_from": None, **more}
+
+
+def test_two_nodes_from_the_head_to_the_output(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fakes.folder
+    fakes.steps.write_text("[2, 4]")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    main, other = context_of(folder), context_of(folder, rank=1)
+    node = threading.Thread(target=stage.run, args=(config_of(folder, nodes=2), other))
+    node.start()
+    stage.run(config_of(folder, nodes=2), main)
+    node.join(timeout=60)
+    assert not node.is_alive(), "the other node did not go when rank 0 had ended"
+
+    calls = [line.partition("|")[0] for line in fakes.ray()]
+    assert calls[0].startswith("start --head --node-ip-address=127.0.0.1 --port=")
+    port = calls[0].partition("--port=")[2].split()[0]
+    assert f"start --address=127.0.0.1:{port} --disable-usage-stats --block" in calls
+    assert calls.count("stop --force") == 2
+    assert all(line.endswith("|") for line in fakes.ray()), "torchrun's RANK reached Ray"
+
+    told = yaml.safe_load(fakes.told.read_text())
+    assert told["defaults"] == str(folder / "source" / "examples" / "configs" / "dpo.yaml")
+    assert told["policy"] == {"model_name": str(folder / "model"), "tokenizer": {"name": str(folder / "model")}}
+    train = Path(told["data"]["train"]["data_path"])
+    assert json.loads(train.read_text())["context"] == [{"role": "user", "content": "2+2?"}]
+    assert told["data"]["train"]["dataset_name"] == "PreferenceDataset"
+    made = main.output("checkpoint") / "iter_0000004"
+    assert (made / "training_info.json").is_file() and main.results == {"step": 4}
+    assert (main.dir.checkpoints / TRACKER).read_text() == "4\n"
+
+
+def test_a_rank_that_is_not_its_nodes_first_has_nothing_to_do(fakes: Fakes) -> None:
+    stage.run(config_of(fakes.folder), context_of(fakes.folder, rank=3, local_rank=3))
+    assert not fakes.ray_log.exists()
+
+
+def test_an_early_end_is_a_failure_and_the_cluster_goes(fakes: Fakes) -> None:
+    fakes.steps.write_text("[2]")
+    with pytest.raises(JobFailed, match="NeMo-RL ended with 0 after step 2 of 4"):
+        stage.run(config_of(fakes.folder), context_of(fakes.folder))
+    assert fakes.ray()[-1].startswith("stop --force")
+
+
+def test_the_deadline_becomes_the_time_of_the_last_save(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.steps.write_text("[2]")
+    monkeypatch.setenv("NEMOTRON_DEADLINE", "1000.0")  # long over
+    context = context_of(fakes.folder)
+    stage.run(config_of(fakes.folder), context)
+    assert yaml.safe_load(fakes.told.read_text())["checkpointing"]["checkpoint_must_save_by"] == "00:00:00:00"
+    assert context.time_is_up and context.stop_seen and not context.staged
+    events = [event["event"] for event in read_jsonl(context.dir.events(1, 0))]
+    assert "checkpoint-saved" in events and "stopped" in events
+    assert stage.duration(90061) == "01:01:01:01"
+
+
+def test_a_wish_to_stop_ends_the_program(fakes: Fakes) -> None:
+    (fakes.folder / "source" / "examples" / "run_dpo.py").write_text("import time\ntime.sleep(600)\n")
+    context = context_of(fakes.folder)
+    context.stop_signal = True
+    stage.run(config_of(fakes.folder), context)
+    assert context.stop_seen and not context.staged
+
+
+def test_it_continues_from_another_runs_checkpoint(tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    for root in (there, here):
+        root.mkdir()
+    (there / "step_6").mkdir()
+    (there / "step_6" / "training_info.json").write_text("{}")
+    (there / "tmp_step_8").mkdir()  # killed while it saved
+    link = adopt(there)
+    assert link is not None and link.name == "iter_0000006"
+    continue_from(str(link), here)
+    assert (here / "step_6" / "training_info.json").read_text() == "{}" and latest_checkpoint(here) is None
+    assert adopt(here) == latest_checkpoint(here)
+    continue_from("/nowhere", here)  # a later attempt has its own
+    with pytest.raises(UserError, match="isn't a whole checkpoint of NeMo-RL"):
+        continue_from(str(tmp_path), tmp_path / "new")
+
+
+def test_removed_checkpoints_lose_their_names(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"step_{step}").mkdir()
+        adopt(tmp_path)
+    (tmp_path / "step_1").rmdir()  # NeMo-RL keeps the newest alone
+    adopt(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002"]
