@@ -210,7 +210,6 @@ def native_values(config: Tree) -> Tree:
 
 def _method_values(config: Tree) -> Tree:
     """What follows from the envelope without being one of its keys."""
-    iters, warmup = config["train"]["train_iters"], config["scheduler"]["lr_warmup_iters"]
     adapters = config["peft"] is not None
     if config["method"] == "dpo":
         return {"policy.dtensor_cfg.lora_cfg.enabled": adapters, "policy.scheduler": _schedule(config)} | (
@@ -220,8 +219,7 @@ def _method_values(config: Tree) -> Tree:
     values: Tree = {
         "policy.megatron_cfg.peft.enabled": adapters,
         "policy.megatron_cfg.optimizer.min_lr": lr if config["scheduler"]["lr_decay_style"] == "constant" else 0.0,
-        "policy.megatron_cfg.scheduler.lr_decay_iters": iters if iters > warmup else None,
-        "policy.megatron_cfg.scheduler.lr_warmup_init": 0.0,
+        "policy.megatron_cfg.scheduler.lr_decay_iters": config["train"]["train_iters"],
         "grpo.num_prompts_per_step": config["train"]["global_batch_size"] // grpo["num_generations"],
     }
     if not is_gym(config):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_recipes.data.layouts import write_rows
 from nemotron_recipes.data.packed import PARQUET, PackedSplit
 from nemotron_recipes.data.packing import Packing, packing
 from nemotron_recipes.data.prepare import MEGATRON_NAMES
@@ -77,7 +78,7 @@ def convert(source: Path, target: Path, layout: str, pack_size: int | None = Non
             _convert_packs(source, temporary, metadata, layout, pack_size)
         else:
             for split in SPLITS:
-                _convert_rows(source / split / "rows.jsonl", temporary / f"{split}.jsonl", metadata["method"], layout)
+                write_rows(source / split / "rows.jsonl", temporary / f"{split}.jsonl", metadata["method"], layout)
         metadata |= {"format": layout, "converted_from": file_digest(source / "metadata.json")}
         metadata["files"] = {
             path.relative_to(temporary).as_posix(): {"digest": file_digest(path), "bytes": path.stat().st_size}
@@ -138,35 +139,6 @@ def _writer(layout: str, target: Path, split: str) -> Callable[[Packs, np.ndarra
         "megatron_indexed": lambda packs, order: write_indexed(target / split / "text_document", packs, order),
     }
     return places[layout]
-
-
-def _convert_rows(source: Path, target: Path, method: str, layout: str) -> None:
-    with source.open(encoding="utf-8") as rows, target.open("w", encoding="utf-8", newline="\n") as out:
-        for number, line in enumerate(rows, 1):
-            row = json.loads(line)
-            made = _trl(row, method) if layout == "trl" else _nemo_rl(row, method, f"{source}, line {number}")
-            out.write(json.dumps(made, ensure_ascii=True) + "\n")
-
-
-def _trl(row: dict[str, Any], method: str) -> dict[str, Any]:
-    """TRL's conversational layouts: explicit prompt and answers; GRPO hands the other columns to its rewards."""
-    names = {"dpo": ("prompt", "chosen", "rejected"), "kto": ("prompt", "completion", "label")}
-    kept = {name: row[name] for name in names.get(method, ("prompt", "expected_answer"))}
-    if method == "rl":
-        kept |= {name: value for name, value in row["extra"].items() if name not in kept}
-    return kept | ({"tools": row["tools"]} if row.get("tools") else {})
-
-
-def _nemo_rl(row: dict[str, Any], method: str, where: str) -> dict[str, Any]:
-    """NeMo-RL's PreferenceDataset (rank 0 is preferred) and ResponseDataset (one question, one expected answer)."""
-    if method == "dpo":
-        ranked = [{"rank": rank, "completion": row[name]} for rank, name in enumerate(("chosen", "rejected"))]
-        return {"context": row["prompt"], "completions": ranked}
-    roles = [message["role"] for message in row["prompt"]]
-    if roles != ["user"] or row.get("tools"):
-        what = "NeMo-RL's response layout holds one question as text, and this row is a conversation"
-        raise UserError(Problem(what, where, "--to trl keeps conversations"))
-    return {"input": row["prompt"][0]["content"], "output": row["expected_answer"]}
 
 
 def _read_metadata(source: Path) -> dict[str, Any]:

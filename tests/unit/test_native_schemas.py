@@ -1,5 +1,7 @@
 """The checked-in schemas of the NVIDIA packages, and what a plan makes of a wrong key or value."""
 
+import hashlib
+
 import pytest
 
 from nemotron_recipes.backends import REGISTRY, schemas
@@ -120,6 +122,13 @@ def test_a_key_of_another_version_is_refused():
     (problem,) = problems_of(NANO, newer, f"{image}26.04.00")
     assert "megatron-bridge 0.4.0 has no 'dataset.enable_offline_packing'" in problem
     assert problems_of(NANO, newer, f"{image}26.08") == []
+
+
+def test_every_file_is_what_was_read_from_its_package():
+    """Those that this Python can't make anew, by their digest; `make schemas` writes both."""
+    sums = dict(reversed(line.split()) for line in (schemas.HERE / "SHA256SUMS").read_text().splitlines())
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in schemas.HERE.glob("*.json")}
+    assert found == sums
 
 
 def test_every_schema_belongs_to_a_backend():

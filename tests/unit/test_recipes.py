@@ -92,7 +92,7 @@ def _made(family: str) -> list[tuple[str, str]]:
     data = [f"{family}{tiny}-{name}-data" for tiny in ("", "-tiny") for name in ("sft", "dpo", "kto", "rl")]
     data += [f"{family}-sft-megatron-data", f"{family}-sft-megatron-2k-data"]
     models = [f"{family}-sft", f"{family}-tiny-sft", f"{family}-spark-sft", f"{family}-spark-dpo"]
-    converted = ("nano3", "super3") if family == "convert" else (family,)
-    kinds = ("megatron", "sft-checkpoint", "sft-lora-checkpoint")
+    converted = ("nano3", "super3", "r1-qwen3-8b") if family == "convert" else (family,)
+    kinds = ("megatron", "sft-checkpoint", "sft-lora-checkpoint", "lora-checkpoint")
     checkpoints = [f"{name}-{kind}" for name in converted for kind in kinds]
     return [*((n, "data") for n in data), *((n, "model") for n in models), *((n, "checkpoint") for n in checkpoints)]

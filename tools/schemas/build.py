@@ -1,7 +1,8 @@
 """Write nemotron_recipes/backends/schemas/*.json from the real packages: `make schemas`, or one of them by its name.
 
 Each version gets a virtual environment of its own below .schemas/, without what needs CUDA; nothing of it is imported
-here. megatron-bridge 0.4 and newer need Python 3.12 (PYTHON312=/path/to/python3.12).
+here. megatron-bridge 0.4 and newer need Python 3.12 (PYTHON312=/path/to/python3.12); without one they are left as they
+are, and that is said. SHA256SUMS tells whether a file is still what was read from its package.
 """
 
 from __future__ import annotations
@@ -99,8 +100,11 @@ def main() -> int:
     parser.add_argument("--nemo-rl", metavar="REPOSITORY", default=NEMO_RL_SOURCE, help="a clone of NeMo-RL")
     parser.add_argument("--venv", metavar="FOLDER", type=Path, help="an environment that has the packages already")
     options = parser.parse_args()
-    differs = []
+    differs, left = [], []
     for name in options.names or [*BRIDGES, *AUTOMODEL, *NEMO_RL]:
+        if name in BRIDGES and not options.venv and not python_for(BRIDGES[name]):
+            left.append(name)
+            continue
         if name in BRIDGES:
             schema = collect_bridge(name, BRIDGES[name], options.venv)
         elif name in AUTOMODEL:
@@ -115,6 +119,12 @@ def main() -> int:
         elif not options.check:
             file.write_text(text, encoding="utf-8")
         print(f"{name}: {len(schema['sections'])} sections, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}")
+    if left:
+        print(f"left as they are, for want of another Python (PYTHON312): {', '.join(left)}", file=sys.stderr)
+    if not options.check:
+        files = sorted(TARGET.glob("*.json"))
+        sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+        (TARGET / "SHA256SUMS").write_text(sums, encoding="utf-8")
     if differs:
         print(f"differs from what is checked in: {', '.join(differs)}; run `make schemas`", file=sys.stderr)
     return 1 if differs else 0
@@ -124,10 +134,7 @@ def collect_bridge(name: str, bridge: Bridge, ready: Path | None) -> dict[str, A
     """The schema of one version, asked of the real package in an environment without CUDA."""
     venv = ready or WORK / name
     if not ready and not (venv / "done").exists():
-        python = os.environ.get(bridge.python, "") if bridge.python else sys.executable
-        if not python:
-            sys.exit(f"{name} needs another Python: set {bridge.python}")
-        subprocess.run([python, "-m", "venv", "--clear", venv], check=True)
+        subprocess.run([python_for(bridge), "-m", "venv", "--clear", venv], check=True)
         pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, *bridge.others], check=True)
         exact = [f"megatron-bridge=={bridge.version}", f"megatron-core=={bridge.core}"]
@@ -141,6 +148,11 @@ def collect_bridge(name: str, bridge: Bridge, ready: Path | None) -> dict[str, A
             [*collector, *arguments], cwd=empty, env=environment, check=True, capture_output=True, text=True
         )
         return json.loads(done.stdout.replace(os.path.realpath(empty), "."))
+
+
+def python_for(bridge: Bridge) -> str:
+    """The interpreter that can install it; "" where nobody has named one."""
+    return os.environ.get(bridge.python, "") if bridge.python else sys.executable
 
 
 def collect_source(script: str, version: str, commit: str, repository: str, *more: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """NeMo-RL's config from its source: python collect_nemo_rl.py SOURCE VERSION COMMIT BASE,BASE,..., JSON on stdout.
 
 NeMo-RL reads a YAML that begins from another one (`defaults`), and gives its sections to TypedDicts and pydantic
-models. A key is known when one of the given base files has it, or one of those classes. Nothing of NeMo-RL is imported, so any
-version can be read on any machine.
+models. A key is known when one of the given base files has it, or one of those classes. Nothing of NeMo-RL is
+imported, so any version can be read on any machine.
 """
 
 from __future__ import annotations

@@ -22,15 +22,22 @@ from nemotron_recipes.worker.context import Context
 
 POLL = 1.0  # seconds between looks at the meeting folder and at what was started
 MEETING = 600.0  # seconds for all nodes to join
+GRACE = 30.0  # seconds for Ray to end its processes
 # torchrun's word for this process; what Ray starts gets its own.
 _OURS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL")
-_COUNT = (
-    "import sys, time, ray\n"
-    "ray.init(address=sys.argv[1], log_to_driver=False)\n"
-    "end = time.time() + float(sys.argv[3])\n"
-    "while (n := sum(node['Alive'] for node in ray.nodes())) < int(sys.argv[2]):\n"
-    "    time.sleep(1) if time.time() < end else sys.exit(f'{n} of {sys.argv[2]} node(s) have joined')\n"
-)
+_COUNT = """
+import sys, time, ray
+address, wanted, end = sys.argv[1], int(sys.argv[2]), time.time() + float(sys.argv[3])
+found = 0
+while found < wanted:
+    try:
+        ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
+        found = sum(node["Alive"] for node in ray.nodes())
+    except ConnectionError:  # the head is not listening yet
+        pass
+    if found < wanted:
+        time.sleep(1) if time.time() < end else sys.exit(f"{found} of {wanted} node(s) have joined")
+"""
 
 
 def environment(environ: Mapping[str, str], address: str = "") -> dict[str, str]:
@@ -47,19 +54,20 @@ def head(context: Context, nodes: int, environ: Mapping[str, str] = os.environ) 
     meeting.mkdir(parents=True)
     host = _host(environ, nodes)
     address = f"{host}:{_free_port()}"
-    start = ["start", "--head", f"--node-ip-address={host}", f"--port={address.rpartition(':')[2]}"]
-    try:
-        _ray([*start, "--include-dashboard=false", "--disable-usage-stats"], environment(environ))
-        write_atomic(meeting / "head", address)
-        count = [sys.executable, "-c", _COUNT, address, str(nodes), str(MEETING)]
-        done = subprocess.run(count, env=environment(environ, address), stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise JobFailed(f"the Ray cluster did not come up: {done.stderr.strip().splitlines()[-1:]}")
-        context.event("ray-cluster", address=address, nodes=nodes)
-        yield address
-    finally:
-        write_atomic(meeting / "ended", "")
-        _ray(["stop", "--force"], environment(environ), check=False)
+    named = [f"--node-ip-address={host}", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
+    with _node(["--head", *named], environ):
+        try:
+            write_atomic(meeting / "head", address)
+            count = [sys.executable, "-c", _COUNT, address, str(nodes), str(MEETING)]
+            told = environment(environ, address)
+            done = subprocess.run(count, env=told, stderr=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                said = done.stderr.strip().splitlines() or ["without a word"]
+                raise JobFailed(f"the Ray cluster did not come up: {said[-1]}")
+            context.event("ray-cluster", address=address, nodes=nodes)
+            yield address
+        finally:
+            write_atomic(meeting / "ended", "")
 
 
 def join(context: Context, environ: Mapping[str, str] = os.environ) -> None:
@@ -73,20 +81,31 @@ def join(context: Context, environ: Mapping[str, str] = os.environ) -> None:
             raise JobFailed(f"rank 0 has started no Ray head within {MEETING:.0f} s: {meeting}")
         time.sleep(POLL)
     address = (meeting / "head").read_text(encoding="utf-8").strip()
-    node = subprocess.Popen(
-        [_program(), "start", f"--address={address}", "--disable-usage-stats", "--block"], env=environment(environ)
-    )
-    try:
+    with _node([f"--address={address}"], environ) as node:
         while not (meeting / "ended").is_file() and not context.stop_requested():
             if node.poll() is not None:
-                raise JobFailed(
-                    f"Ray ended on {socket.gethostname()} with {node.returncode}; this rank's log says more"
-                )
+                host = socket.gethostname()
+                raise JobFailed(f"Ray ended on {host} with {node.returncode}; this rank's log says more")
             time.sleep(POLL)
+
+
+@contextmanager
+def _node(arguments: list[str], environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start --block`, which takes all that it has started with it when it is asked to end.
+
+    Never `ray stop`: that ends every Ray of this user on the machine.
+    """
+    argv = [_program(), "start", *arguments, "--disable-usage-stats", "--block"]
+    node = subprocess.Popen(argv, env=environment(environ))
+    try:
+        yield node
     finally:
         node.terminate()
-        node.wait()
-        _ray(["stop", "--force"], environment(environ), check=False)
+        try:
+            node.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            node.kill()
+            node.wait()
 
 
 def _meeting(context: Context) -> Path:
@@ -110,9 +129,3 @@ def _program() -> str:
     if found is None:
         raise UserError(Problem("there is no ray command here", sys.executable, "use an image of NeMo-RL"))
     return found
-
-
-def _ray(arguments: list[str], environ: dict[str, str], check: bool = True) -> None:
-    done = subprocess.run([_program(), *arguments], env=environ, check=False)
-    if check and done.returncode:
-        raise JobFailed(f"ray {arguments[0]} ended with {done.returncode}; this rank's log says more")

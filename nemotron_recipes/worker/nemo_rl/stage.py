@@ -7,6 +7,7 @@ once, so that what came after the newest checkpoint is done again by the next at
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from nemotron_recipes.data.convert import convert
+from nemotron_recipes.data.layouts import write_rows
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
@@ -105,9 +106,14 @@ def data_folder(config: Tree, context: Context) -> Path:
         raise UserError(
             Problem("NeMo-Gym's environments need rows of their own kind, not data prep's", "data.path", fix)
         )
+    method = json.loads((given / "metadata.json").read_text(encoding="utf-8")).get("method")
+    wanted = {"dpo": "dpo", "grpo": "rl"}[config["method"]]
+    if method != wanted:
+        raise UserError(Problem(f"{given} was prepared for {method}, not for {wanted}", "data.path", "prepare it anew"))
     converted = context.dir.path / "data"
-    if not converted.is_dir():  # it gets its name when it is whole
-        convert(given, converted, "nemo_rl")
+    converted.mkdir(exist_ok=True)
+    for split in SPLITS:
+        write_rows(given / split / "rows.jsonl", converted / f"{split}.jsonl", wanted, "nemo_rl")
     return converted
 
 

@@ -1,0 +1,39 @@
+"""A prepared preference or RL row in the words of other trainers. Standard library only: their images have no more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.errors import Problem, UserError
+
+
+def trl_row(row: dict[str, Any], method: str) -> dict[str, Any]:
+    """TRL's conversational layouts: explicit prompt and answers; GRPO hands the other columns to its rewards."""
+    names = {"dpo": ("prompt", "chosen", "rejected"), "kto": ("prompt", "completion", "label")}
+    kept = {name: row[name] for name in names.get(method, ("prompt", "expected_answer"))}
+    if method == "rl":
+        kept |= {name: value for name, value in row["extra"].items() if name not in kept}
+    return kept | ({"tools": row["tools"]} if row.get("tools") else {})
+
+
+def nemo_rl_row(row: dict[str, Any], method: str, where: str) -> dict[str, Any]:
+    """NeMo-RL's PreferenceDataset (rank 0 is preferred) and ResponseDataset (one question, one expected answer)."""
+    if method == "dpo":
+        ranked = [{"rank": rank, "completion": row[name]} for rank, name in enumerate(("chosen", "rejected"))]
+        return {"context": row["prompt"], "completions": ranked}
+    roles = [message["role"] for message in row["prompt"]]
+    if roles != ["user"] or row.get("tools"):
+        what = "NeMo-RL's response layout holds one question as text, and this row is a conversation"
+        raise UserError(Problem(what, where, "--to trl keeps conversations"))
+    return {"input": row["prompt"][0]["content"], "output": row["expected_answer"]}
+
+
+def write_rows(source: Path, target: Path, method: str, layout: str) -> None:
+    """The rows of one split (JSON Lines) in the layout "trl" or "nemo_rl"."""
+    with source.open(encoding="utf-8") as rows, target.open("w", encoding="utf-8", newline="\n") as out:
+        for number, line in enumerate(rows, 1):
+            row = json.loads(line)
+            made = trl_row(row, method) if layout == "trl" else nemo_rl_row(row, method, f"{source}, line {number}")
+            out.write(json.dumps(made, ensure_ascii=True) + "\n")
