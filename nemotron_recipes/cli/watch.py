@@ -66,6 +66,8 @@ class Board:
         self.curve = Curve()
         self.beats: tuple[Beat, ...] = ()
         self.queue: list[str] = []
+        self.before = ""  # words on the run that must be over first
+        self.end = ""
 
     def look(self, outlook: Outlook | None) -> None:
         """Read what is new."""
@@ -81,10 +83,16 @@ class Board:
             self.queue = [f"Slurm does not answer: {outlook.unreachable}"] if outlook.unreachable else []
             self.queue += [waiting_text(job) for job in outlook.jobs if job.waiting]
 
+    @property
+    def waits(self) -> list[str]:
+        """Why it waits, as far as it does."""
+        return [*([self.before] if self.before else []), *self.queue]
+
     def lines(self, width: int, height: int) -> list[str]:
         """The whole picture, safe to be printed; a curve takes the room that is left."""
-        head = [f"{self.name}", *(f"  queue   {text}" for text in self.queue)]
+        head = [f"{self.name}", *(f"  queue   {text}" for text in self.waits)]
         head += [f"  stage   {name}: {state}" for name, state in self.stages.items()]
+        head += [f"  end     {self.end}"] if self.end else []
         tail = [f"  memory  {text}" for text in memory_texts(self.beats)]
         if self.row is not None:
             tail.insert(0, f"  now     {progress_text(self.row)}")
@@ -105,9 +113,11 @@ class Board:
         elif name == "job-accepted":
             self.stages[stage] = f"job {event['job']}"
         elif name == "waiting":
-            self.queue = [f"it waits until {event['run']} is over"]
+            self.before = f"it waits until {event['run']} is over"
         elif name in ("finished", "cancelled"):
-            self.stages["end"] = str(event.get("state", name))
+            self.end = str(event.get("state", name))
+        if name in ("submitted", "submitting", "driver-started", "stage-started"):
+            self.before = self.end = ""
 
 
 def memory_texts(beats: tuple[Beat, ...]) -> Iterator[str]:
@@ -137,10 +147,12 @@ class _Plain:
         self.told = 0.0
 
     def board(self, board: Board, last: bool = False) -> None:
-        for number, text in enumerate(board.queue):
+        for number, text in enumerate(board.waits):
             self._once(f"queue {number}", f"queue   {text}")
         for name, state in board.stages.items():
             self._once(name, f"stage   {name}: {state}")
+        if board.end:
+            self._once("end", f"end     {board.end}")
         now = time.monotonic()
         if board.row is not None and (last or now - self.told > PLAIN_SECONDS):
             self.told = now

@@ -257,7 +257,8 @@ def _is_over(folder: Path) -> bool:
         return False
     except FileNotFoundError:
         return True
-    return not process_tree.members(folder.name)
+    plan = read_json(RunDir(folder).plan)
+    return plan is None or not process_tree.members(plan["id"])
 
 
 def _is_alone(descriptor: int, run_id: str) -> bool:

@@ -22,7 +22,7 @@ from nemotron_recipes.executors import process_tree
 from nemotron_recipes.executors.docker_profile import DockerProfile
 from nemotron_recipes.executors.local import LocalExecutor, LocalProfile
 from nemotron_recipes.executors.slurm_profile import SlurmProfile
-from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event
+from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event, read_jsonl
 from nemotron_recipes.spec import JobHandle, StagePlan
 from tests.helpers.executor_harness import events, placement, wait_for, wait_until_over
 from tests.helpers.plans import ROOT, plan_of, probe_stage, submit, write_run
@@ -68,6 +68,27 @@ def test_a_run_whose_driver_and_stage_are_gone_without_a_word_is_lost(tmp_path: 
         {"event": "stage-skipped", "stage": "first", "reason": "already succeeded"}
     ]
     assert events(handle)[-1] == {"event": "finished", "state": "succeeded"}
+
+
+def test_a_run_waits_until_another_is_over_even_if_that_has_lost_its_driver(tmp_path: Path) -> None:
+    first, _ = submit(EXECUTOR, plan_of(tmp_path / "first", stage_of(lines=-1)))
+    waiting = [
+        submit(EXECUTOR, replace(plan_of(tmp_path / name, stage_of()), after=first.run_dir))[0]
+        for name in ("second", "third")
+    ]
+    for handle in waiting:
+        wait_for(lambda handle=handle: EXECUTOR.liveness(handle) == "queued")
+    wait_for_probe(tmp_path / "first")
+    EXECUTOR.cancel(waiting[1])
+    assert [event["event"] for event in events(waiting[1])] == ["driver-started", "waiting", "cancelled"]
+    os.kill(first.native["pid"], signal.SIGKILL)
+    wait_for(lambda: process_tree.find(first.native["pid"], first.native["created"], first.run) is None)
+    assert EXECUTOR.liveness(waiting[0]) == "queued", "what the driver has started goes on"
+    (tmp_path / "first" / "first" / "enough").touch()
+    assert wait_until_over(EXECUTOR, waiting[0]) == "ended"
+    assert events(waiting[0])[-1] == {"event": "finished", "state": "succeeded"}
+    (started,) = [e for e in read_jsonl(RunDir(tmp_path / "second").events) if e["event"] == "stage-started"]
+    assert started["time"] > (tmp_path / "first" / "first" / "record.json").stat().st_mtime
 
 
 @pytest.mark.parametrize("kill_driver", [False, True])
