@@ -11,7 +11,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nemotron_recipes import lifecycle
@@ -23,7 +23,7 @@ from nemotron_recipes.executors import get_executor
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.lifecycle import Prepared
 from nemotron_recipes.rundir import RunDir, read_json
-from nemotron_recipes.spec import JobHandle, Plan, Request, sha256_text
+from nemotron_recipes.spec import JobHandle, Plan, Request, sha256_text, to_json
 
 Values = frozenset[str]  # the overrides that the sweep has set for a run
 GOES_ON = ("pending", "running", "stalled")
@@ -91,9 +91,12 @@ def submit(sweep: Sweep, preflight: bool = True) -> list[JobHandle]:
     JobFailed or UserError in the middle says what was submitted; the same command again continues.
     """
     problems: list[Problem] = []
+    asked: set[str] = set()
     for member in sweep.left:
-        try:
-            lifecycle.check(_prepared(member), preflight)
+        place = to_json([asdict(stage.placement) for stage in _prepared(member).plan.stages])
+        try:  # of what is placed alike a cluster has to be asked once
+            lifecycle.check(_prepared(member), preflight and place not in asked)
+            asked.add(place)
         except UserError as error:
             problems += error.problems
     if problems:

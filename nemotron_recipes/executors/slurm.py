@@ -110,9 +110,10 @@ class SlurmExecutor:
         handle = JobHandle(self.name, plan.id, plan.run_dir, {"jobs": jobs, "names": names, "stay": stay})
         write_sealed(run.handle, asdict(handle))
         try:
+            before = self._before(plan)
             for stage, name, command in [(s, n, c) for s, commands in stages.items() for n, c in commands.items()]:
                 _make_folders(run, run.stage(stage))
-                argv = slurm_script.resolved(command, {**jobs, **self._before(plan)})
+                argv = slurm_script.resolved(command, {**jobs, **before})
                 try:
                     jobs[name] = slurm_control.sbatch(argv, plan.run_dir, environ)
                 except slurm_control.Unreachable as error:

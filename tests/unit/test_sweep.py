@@ -17,7 +17,7 @@ from nemotron_recipes.errors import JobFailed, UserError
 from nemotron_recipes.executors.slurm import SlurmExecutor
 from nemotron_recipes.executors.slurm_script import resolved
 from nemotron_recipes.lifecycle import Prepared
-from nemotron_recipes.rundir import RunDir, append_event
+from nemotron_recipes.rundir import RunDir, append_event, read_jsonl
 from nemotron_recipes.spec import JobHandle, Request, to_json
 from tests.helpers.cli import nemotron
 
@@ -200,6 +200,21 @@ def test_two_people_do_not_submit_the_same_sweep_twice(tmp_path: Path, fake_subm
 
 def test_only_slurm_leaves_the_number_open() -> None:
     assert SlurmExecutor.at_once is None
+
+
+@pytest.mark.e2e
+def test_a_sweep_on_this_machine_from_start_to_end(tmp_path: Path) -> None:
+    words = ("nano3", *WORDS, "-c", "tiny", "--sample", "40", "data.pack_size=128,256", "--multirun")
+    said = nemotron(tmp_path, *words)
+    assert "2 succeeded" in said
+    runs = [line.split()[2] for line in said.splitlines() if line.startswith("succeeded")]
+    told = [
+        {e["event"]: e["time"] for e in read_jsonl(tmp_path / "nemotron-output/runs" / run / "events.jsonl")}
+        for run in runs
+    ]
+    assert "waiting" not in told[0]
+    assert told[1]["stage-started"] > told[0]["finished"], "one after the other"
+    assert "0 to submit" in nemotron(tmp_path, *words)
 
 
 @pytest.mark.parametrize(
