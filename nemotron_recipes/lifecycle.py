@@ -9,25 +9,28 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nemotron_recipes.artifacts.records import Ask, RunView, Settle, load_run, load_runs, run_folders
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import Executor, Liveness, folders, get_executor
-from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.executors import Executor, Liveness, get_executor, sites, there, transport
+from nemotron_recipes.fsio import files_below, write_atomic
 from nemotron_recipes.mirror.journal import Journal, open_journal, pending, unmark
 from nemotron_recipes.mirror.sync import Outcome, replay_all
 from nemotron_recipes.redact import scrub, secret_values
-from nemotron_recipes.rundir import Damaged, RunDir, append_event, write_sealed
+from nemotron_recipes.rundir import Damaged, RunDir, append_event, read_json, write_sealed
 from nemotron_recipes.seals import opened
-from nemotron_recipes.spec import Examination, JobHandle, Outlook, Plan, Rendered, Request, Tree, Wait, to_json
+from nemotron_recipes.spec import Examination, Finding, JobHandle, Outlook, Plan, Rendered, Request, Tree, Wait, to_json
 
 POLL_SECONDS = 0.2
+COPY_SECONDS = 1.0
+OPEN = ("running", "stalled", "pending", "lost")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Prepared:
     plan: Plan
     rendered: Rendered
     code: Path | None = None  # the package to take along; None: the one that is running
+    home: Path | None = None  # where this machine keeps what it knows of a run whose folder is elsewhere
 
     @property
     def executor(self) -> str:
@@ -50,28 +54,45 @@ class Prepared:
 
 def prepare(request: Request, environment: Environment | None = None) -> Prepared:
     """Compose, resolve, plan, validate and render. UserError carries every problem; nothing is written."""
-    return rendered(plan(request, environment))
+    environment = environment or read_environment(Path(request.cwd))
+    profile = checked_profile(environment, request.profile) if request.profile else {}
+    with _asking(sites.of_profile(profile)) as where:
+        if not where.name:
+            return rendered(plan(request, environment))
+        folder = profile["remote_job_dir"].rstrip("/")
+        made = plan(request, replace(environment, artifacts={"output": folder, "store": f"{folder}/store"}))
+        _refuse_other_site(made, profile)
+        return rendered(made, environment.output / "runs" / made.id)
 
 
 def plan(request: Request, environment: Environment | None = None) -> Plan:
-    """The same without rendering."""
+    """The plan of what runs on this machine's own cluster, or on the one that is spoken to."""
     from nemotron_recipes.planning.plan import make_plan
 
     _refuse_other_encodings(request)
     cwd = Path(request.cwd)
     environment = environment or read_environment(cwd)
-    return make_plan(request, Catalog(config_roots(request.config_dirs, cwd)), environment)
+    catalog = Catalog(config_roots(request.config_dirs, cwd))
+    return make_plan(request, catalog, environment)
 
 
-def rendered(plan: Plan) -> Prepared:
+def refuse_remote(request: Request, what: str) -> None:
+    """UserError where the profile's cluster is behind ssh, for what can't be done from there."""
+    environment = read_environment(Path(request.cwd))
+    if request.profile and sites.login_of(environment.profile(request.profile)):
+        fix = "run the same command on the cluster's login node"
+        raise UserError(Problem(f"{what} can't be submitted over SSH", f"profile [{request.profile}]", fix))
+
+
+def rendered(plan: Plan, home: Path | None = None) -> Prepared:
     """A plan and what its executor makes of it."""
-    return Prepared(plan, get_executor(plan.stages[0].placement.executor).render(plan))
+    return Prepared(plan, get_executor(plan.stages[0].placement.executor).render(plan), home=home)
 
 
 def check(prepared: Prepared, preflight: bool = True) -> None:
     """What `submit` refuses before it writes anything. UserError: all of it."""
     _refuse_unpinned(prepared.plan)
-    _refuse_rerun(RunDir(Path(prepared.plan.run_dir)))
+    _refuse_rerun(RunDir(transport.current().near(prepared.plan.run_dir)))
     if preflight:
         _refuse_unfit(prepared)
 
@@ -83,8 +104,14 @@ def submit(prepared: Prepared, preflight: bool = True) -> JobHandle:
     A plan whose run failed, was cancelled or got lost may be submitted again: that is its next attempt.
     """
     plan = prepared.plan
-    run = RunDir(Path(plan.run_dir))
-    check(prepared, preflight)
+    where = sites.of_profile(plan.stages[0].placement.options, prepared.home, plan.run_dir)
+    with _asking(where):
+        check(prepared, preflight)
+        return _submit(prepared, RunDir(where.near(plan.run_dir)))
+
+
+def _submit(prepared: Prepared, run: RunDir) -> JobHandle:
+    plan, where = prepared.plan, transport.current()
     try:
         _write_run(run, prepared)
     except (KeyboardInterrupt, UserError):  # Ctrl-C, or the code is not what was planned any more
@@ -94,24 +121,54 @@ def submit(prepared: Prepared, preflight: bool = True) -> JobHandle:
     except OSError as error:
         problem = Problem(f"the run folder {run.path} can't be written: {error.strerror}", fix="see [artifacts] output")
         raise UserError(problem) from None
-    open_journal(plan, run.path.parents[1])
-    append_event(run.events, "submitted", executor=prepared.executor, mode=plan.request.mode)
+    if where.name:
+        _send(run)
+    else:
+        open_journal(plan, run.path.parents[1])
+    fields = {"executor": prepared.executor, "mode": plan.request.mode}
+    transport.call(there.event, run.events, "submitted", fields)
     return get_executor(prepared.executor).submit(plan, prepared.rendered)
+
+
+def _send(run: RunDir) -> None:
+    """The run's folder to where the run will be: all that was written here before anything was submitted."""
+    pieces: list[list[Any]] = [[]]
+    size = 0
+    for path in files_below(run.path):
+        name = path.relative_to(run.path).as_posix()
+        if name in (run.events.name, run.handle.name) or name.startswith(".") or name.endswith(".lock"):
+            continue
+        data = path.read_bytes()
+        if size + len(data) > there.PIECE and pieces[-1]:
+            pieces.append([])
+            size = 0
+        pieces[-1].append([name, data, 0o644])
+        size += len(data)
+    for piece in pieces:
+        transport.call(there.receive, run.path, piece)
 
 
 def examine(profile: str) -> Examination:
     """What the machine or cluster behind a profile, and the folders of env.toml, can do. UserError: no such profile."""
+    environment = read_environment()
+    complete = checked_profile(environment, profile)
+    places = {"output folder": str(environment.output), "artifact store": str(environment.store)}
+    with _asking(sites.of_profile(complete)) as where:
+        if where.name:
+            places = {f"remote_job_dir on {where.name}": complete["remote_job_dir"]}
+        found = get_executor(complete["executor"]).examine(complete)
+        told = [said for name, folder in places.items() for said in transport.call(there.look_at, name, folder)]
+    return Examination((*found.findings, *(Finding(*said) for said in told)), found.suggestion)
+
+
+def checked_profile(environment: Environment, name: str) -> Tree:
+    """A profile of env.toml, complete. UserError: there is none, or it has mistakes."""
     from nemotron_recipes.planning.validate import check_run
 
-    environment = read_environment()
-    given = environment.profile(profile)
-    complete, problems = check_run(given, lambda key: f"profile [{profile}]")
+    complete, problems = check_run(environment.profile(name), lambda key: f"profile [{name}]")
     if problems:
         raise UserError(*problems)
-    found = get_executor(complete["executor"]).examine(complete)
-    places = {"output folder": environment.output, "artifact store": environment.store}
-    looked = [finding for name, folder in places.items() for finding in folders.look_at(name, folder)]
-    return Examination((*found.findings, *looked), found.suggestion)
+    return complete
 
 
 def save_plan(prepared: Prepared, path: Path) -> None:
@@ -143,11 +200,14 @@ def reprepare(saved: Plan) -> Prepared:
     """Check that a saved plan still holds, and render it. UserError names everything that has moved since."""
     from nemotron_recipes.planning.moved import moved
 
-    found = moved(saved, prepare(saved.request).plan)
+    now = prepare(saved.request)
+    found = moved(saved, now.plan)
     if found:
         fix = "look at what changed, then make the plan again with --plan-out"
         raise UserError(*(Problem(f"the plan no longer holds: {what}", fix=fix) for what in found))
-    return Prepared(saved, get_executor(saved.stages[0].placement.executor).render(saved))
+    home = now.home.with_name(saved.id) if now.home else None
+    with transport.through(sites.of_profile(saved.stages[0].placement.options)):
+        return Prepared(saved, get_executor(saved.stages[0].placement.executor).render(saved), home=home)
 
 
 def prepare_again(run_dir: Path) -> tuple[Prepared, list[str]]:
@@ -158,14 +218,16 @@ def prepare_again(run_dir: Path) -> tuple[Prepared, list[str]]:
     from nemotron_recipes.planning.code import snapshot_of
 
     saved = load_plan(RunDir(run_dir).plan)
-    again.check_same(saved)
-    tree = again.renewed(saved, json.loads(to_json(saved)))
-    plan = again.with_own_path(TypeAdapter(Plan).validate_python(tree))
-    executor = get_executor(plan.stages[0].placement.executor)
-    problems = [problem for stage in plan.stages for problem in executor.check(stage)]
-    if problems:
-        raise UserError(*problems)
-    return Prepared(plan, executor.render(plan), snapshot_of(run_dir)), again.differences_now(saved)
+    with _asking(sites.of_profile(saved.stages[0].placement.options)) as where:
+        again.check_same(saved, run_dir)
+        tree = again.renewed(saved, json.loads(to_json(saved)))
+        plan = again.with_own_path(TypeAdapter(Plan).validate_python(tree))
+        executor = get_executor(plan.stages[0].placement.executor)
+        problems = [problem for stage in plan.stages for problem in executor.check(stage)]
+        if problems:
+            raise UserError(*problems)
+        home = run_dir.with_name(plan.id) if where.name else None
+        return Prepared(plan, executor.render(plan), snapshot_of(run_dir), home), again.differences_now(saved)
 
 
 def watch(handle: JobHandle, poll: Callable[[Outlook | None], None]) -> None:
@@ -175,8 +237,9 @@ def watch(handle: JobHandle, poll: Callable[[Outlook | None], None]) -> None:
     at once when the run folder has news, else less and less often.
     """
     events, news = RunDir(Path(handle.run_dir)).events, 0
-    asking = _Asking(handle)
+    asking, copying = _Asking(handle), _Copying(handle)
     asking.start()
+    copying.start()
     try:
         while (outlook := asking.told()) is None or outlook.alive in ("queued", "running"):
             poll(outlook)
@@ -188,6 +251,8 @@ def watch(handle: JobHandle, poll: Callable[[Outlook | None], None]) -> None:
     finally:
         asking.over = True
         asking.wake.set()
+        copying.over.set()
+    _refresh(handle)
     poll(outlook)
 
 
@@ -212,7 +277,8 @@ class _Asking(threading.Thread):
         while not self.over:
             self.wake.clear()
             try:
-                self._outlook = self.executor.look(self.handle)
+                with transport.through(sites.of_handle(self.handle)):
+                    self._outlook = self.executor.look(self.handle)
             except BaseException as error:  # noqa: BLE001  raised again where the answer is waited for
                 self._error = error
                 return
@@ -220,14 +286,53 @@ class _Asking(threading.Thread):
             self.wake.wait(min(self.executor.ask_seconds, max(POLL_SECONDS, waited / 10)))
 
 
+class _Copying(threading.Thread):
+    """Keeps the copy of a run's folder that is elsewhere; ends at once where it is read where it lies."""
+
+    def __init__(self, handle: JobHandle):
+        super().__init__(daemon=True)
+        self.handle, self.over = handle, threading.Event()
+
+    def run(self) -> None:
+        while sites.of_handle(self.handle).name and not self.over.wait(COPY_SECONDS):
+            _refresh(self.handle)
+
+
+@contextmanager
+def _asking(where: transport.Transport) -> Iterator[transport.Transport]:
+    """Speak to that machine; that it can't be reached is the request's fault."""
+    with transport.through(where):
+        try:
+            yield where
+        except transport.Unreachable as error:
+            raise UserError(Problem(str(error), fix=error.fix)) from None
+
+
+@contextmanager
+def _at(handle: JobHandle) -> Iterator[Executor]:
+    """The executor of a run, speaking to the run's own machine, with what is new there."""
+    _refresh(handle)
+    with transport.through(sites.of_handle(handle)):
+        yield get_executor(handle.executor)
+
+
+def _refresh(handle: JobHandle) -> None:
+    """What can't be brought here now is said by whoever asks the scheduler."""
+    with suppress(transport.Unreachable):
+        sites.of_handle(handle).refresh()
+
+
 def cancel(handle: JobHandle) -> None:
     """Stop a run and everything that it started."""
-    get_executor(handle.executor).cancel(handle)
+    with _at(handle) as executor:
+        executor.cancel(handle)
+    _refresh(handle)
 
 
 def liveness(handle: JobHandle) -> Liveness:
     """Whether anybody still runs it, as the run's own executor says."""
-    return get_executor(handle.executor).liveness(handle)
+    with _at(handle) as executor:
+        return executor.liveness(handle)
 
 
 def detaches(handle: JobHandle) -> bool:
@@ -242,28 +347,35 @@ def ask_seconds(handle: JobHandle) -> float:
 
 def look(handle: JobHandle) -> Outlook:
     """What the executor says of the run and its jobs."""
-    return get_executor(handle.executor).look(handle)
+    with _at(handle) as executor:
+        return executor.look(handle)
 
 
 def waits(handle: JobHandle) -> list[Wait]:
     """Why jobs of the run have not started."""
-    return get_executor(handle.executor).waits(handle)
+    with _at(handle) as executor:
+        return executor.waits(handle)
 
 
 def differences(handle: JobHandle) -> list[str]:
     """Where the sources disagree about the run."""
-    return get_executor(handle.executor).differences(handle)
+    with _at(handle) as executor:
+        return executor.differences(handle)
 
 
 def shell(handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
     """argv that runs a command where a stage runs."""
-    return get_executor(handle.executor).shell(handle, stage, command)
+    with _at(handle) as executor:
+        return executor.shell(handle, stage, command)
 
 
 def load(run_dir: Path) -> RunView:
     """One run as it stands now. UserError when there is no such run."""
-    view = load_run(run_dir, liveness, _settle)
-    return _tidied(view, get_executor(view.handle.executor)) if view.handle else view
+    with suppress(ValueError):  # damaged: the run is shown with that
+        handle = read_json(RunDir(run_dir).handle)
+        if handle:
+            _refresh(JobHandle(**handle))
+    return _tidied(load_run(run_dir, liveness, _settle))
 
 
 def newest_runs(root: Path, number: int | None) -> list[RunView]:
@@ -273,16 +385,35 @@ def newest_runs(root: Path, number: int | None) -> list[RunView]:
 
 def load_all(run_dirs: Sequence[Path]) -> list[RunView]:
     """These runs as they stand now, newest first; a scheduler is asked once for all of its runs."""
-    asked: dict[str, Executor] = {}
+    asked: dict[tuple[str, Any], Executor] = {}
+
+    def whose(handle: JobHandle) -> tuple[str, Any]:
+        return handle.executor, sites.login_in(handle)
 
     def together(handles: list[JobHandle]) -> tuple[Ask, Settle]:
-        for name in {handle.executor for handle in handles}:
-            asked[name] = get_executor(name).together([handle for handle in handles if handle.executor == name])
-        return lambda handle: asked[handle.executor].liveness(handle), lambda handle: asked[handle.executor].settle(
-            handle
-        )
+        for handle in handles:
+            _refresh(handle)
+        for key in {whose(handle): handle for handle in handles}:
+            group = [handle for handle in handles if whose(handle) == key]
+            with transport.through(sites.of_handle(group[0])):
+                asked[key] = get_executor(key[0]).together(group)
+        return liveness_of, settle
 
-    return [_compared(view, asked) for view in load_runs(run_dirs, together)]
+    def liveness_of(handle: JobHandle) -> Liveness:
+        with transport.through(sites.of_handle(handle)):
+            return asked[whose(handle)].liveness(handle)
+
+    def settle(handle: JobHandle) -> list[Tree]:
+        with transport.through(sites.of_handle(handle)):
+            return asked[whose(handle)].settle(handle)
+
+    def compared(view: RunView) -> RunView:
+        if view.handle is None or whose(view.handle) not in asked or view.state not in OPEN:
+            return view
+        with transport.through(sites.of_handle(view.handle)):
+            return replace(view, differences=tuple(asked[whose(view.handle)].differences(view.handle)))
+
+    return [_tidied(compared(view)) for view in load_runs(run_dirs, together)]
 
 
 def mirror(output: Path) -> list[Outcome]:
@@ -321,25 +452,29 @@ def _note_what_is_missing(journal: Journal, view: RunView) -> None:
             journal.ended(stage.name, stage.attempt, stage.state, code, stage.results)
 
 
-def _compared(view: RunView, asked: Mapping[str, Executor]) -> RunView:
-    """With what has been found out about it together with others."""
-    if view.handle is None:
-        return view
-    handle = view.handle
-    if view.state in ("running", "stalled", "pending", "lost") and handle.executor in asked:
-        view = replace(view, differences=tuple(asked[handle.executor].differences(handle)))
-    return _tidied(view, get_executor(handle.executor))
-
-
-def _tidied(view: RunView, executor: Executor) -> RunView:
+def _tidied(view: RunView) -> RunView:
     """Nothing of a run that has failed stays in a queue for ever: whoever looks at it next takes it away."""
     if view.handle is None or view.state not in ("failed", "cancelled", "lost"):
         return view
-    return replace(view, differences=(*view.differences, *executor.tidy(view.handle)))
+    with transport.through(sites.of_handle(view.handle)):
+        found = get_executor(view.handle.executor).tidy(view.handle)
+    return replace(view, differences=(*view.differences, *found))
 
 
 def _settle(handle: JobHandle) -> list[Tree]:
-    return get_executor(handle.executor).settle(handle)
+    with _at(handle) as executor:
+        found = executor.settle(handle)
+    _refresh(handle)
+    return found
+
+
+def _refuse_other_site(plan: Plan, profile: Tree) -> None:
+    """The plan was made with what the profile's machine has: no override may send it to another one."""
+    for stage in plan.stages:
+        for key in ("tunnel", "host", "user", "identity", "remote_job_dir", "remote_python", "ssh_config"):
+            if stage.placement.options.get(key) != profile.get(key):
+                what = f"run.{key} on the command line is not what the profile says"
+                raise UserError(Problem(what, f"stage {stage.name}", "make it a profile of its own in env.toml"))
 
 
 def _refuse_other_encodings(request: Request) -> None:
@@ -373,8 +508,11 @@ def _refuse_unfit(prepared: Prepared) -> None:
     from nemotron_recipes.planning.disk import disk_problems
 
     plan = prepared.plan
-    places = {"[artifacts] output": Path(plan.run_dir), "[artifacts] store": Path(plan.store)}
-    problems = [Problem(said, where) for where, folder in places.items() if (said := folders.refusal(folder))]
+    places = {"[artifacts] output": plan.run_dir, "[artifacts] store": plan.store}
+    if transport.current().name:
+        places = {"remote_job_dir": plan.run_dir}
+    told = {where: transport.call(there.refusal, folder) for where, folder in places.items()}
+    problems = [Problem(said, where) for where, said in told.items() if said]
     problems += () if problems else disk_problems(plan)
     problems += get_executor(prepared.executor).preflight(plan)
     if problems:
@@ -404,9 +542,10 @@ def _write_run(run: RunDir, prepared: Prepared) -> None:
     if patch:
         write_atomic(run.path / "code.patch", patch.encode("utf-8", "surrogateescape"))
     for stage in prepared.rendered.stages:
-        Path(stage.cwd).mkdir(parents=True, exist_ok=True)
+        near = transport.current().near
+        near(stage.cwd).mkdir(parents=True, exist_ok=True)
         for path, text in stage.files.items():
-            write_atomic(Path(path), text)
+            write_atomic(near(path), text)
 
 
 def _patch(prepared: Prepared) -> str | None:

@@ -122,6 +122,7 @@ def runs_of(output: Path, text: str) -> list[str]:
 
 
 def _plans(request: Request, found: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> list[Plan]:
+    lifecycle.refuse_remote(request, "a sweep")
     plans, wrong = [], []
     for overrides, values in found:
         try:

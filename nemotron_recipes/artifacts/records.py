@@ -89,7 +89,8 @@ def load_runs(folders: Iterable[Path], together: Together | None = None) -> list
     opened = [_open(RunDir(folder)) for folder in folders if RunDir(folder).plan.exists()]
     open_ends = [run.handle for run in opened if run.handle and not _end_is_recorded(run.events)]
     asked = together(open_ends) if together and open_ends else (None, None)
-    views = [_view(run, *asked) for run in opened]
+    # Whoever was asked may have brought news of these.
+    views = [_view(_open(run.run) if run.handle in open_ends else run, *asked) for run in opened]
     return sorted(views, key=lambda view: (view.created, view.id), reverse=True)
 
 

@@ -16,6 +16,9 @@ from nemotron_recipes.spec import Finding
 LITTLE = 1e9  # bytes; a run's own files take some MB, a checkpoint of any model more than this
 SKEW_SECONDS = 2.0  # a later deadline or a record's time would lie by more than a step
 
+# Of these /proc/self/mounts knows that they lie on other machines.
+_NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "cifs", "smb3", "fuse.glusterfs")
+
 
 def nearest_existing(folder: Path) -> Path:
     """The folder, or the first above it that is seen to be there: where it would be made."""
@@ -67,3 +70,24 @@ def _locks(name: str, descriptor: int) -> Finding:
         except OSError as error:
             return Finding(f"{name} locks", "warning", f"{how} does not work there: {error.strerror}")
     return Finding(f"{name} locks", "ok", "flock and fcntl work")
+
+
+def shared(path: str, run_dir: str) -> bool:
+    """Whether all nodes see the folder that would hold `path`."""
+    folder, run = nearest_existing(Path(path)), nearest_existing(Path(run_dir))
+    return os.stat(folder).st_dev == os.stat(run).st_dev or _file_system(str(folder)).startswith(_NETWORK)
+
+
+def _file_system(folder: str) -> str:
+    """The type of the one that holds `folder`; "" where the kernel doesn't say."""
+    real, best = os.path.realpath(folder), ("", "")
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as table:
+            for line in table:
+                _, point, kind, *_ = line.split(" ")
+                point = point.replace("\\040", " ")
+                if Path(real).is_relative_to(point) and len(point) >= len(best[0]):
+                    best = (point, kind)
+    except OSError:  # not Linux
+        return ""
+    return best[1]

@@ -23,16 +23,18 @@ from nemotron_recipes.executors import (
     slurm_doctor,
     slurm_facts,
     slurm_files,
+    slurm_handle,
     slurm_outcome,
     slurm_script,
     slurm_snapshot,
+    slurm_submission,
+    there,
+    transport,
 )
-from nemotron_recipes.executors.left_behind import remove_secrets
 from nemotron_recipes.executors.slurm_files import CODE, SNAPSHOT
 from nemotron_recipes.executors.slurm_preflight import plan_problems
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradictions
 from nemotron_recipes.executors.verdict import is_done
-from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, StageDir, append_event, read_json, write_sealed
 from nemotron_recipes.spec import Examination, JobHandle, Outlook, Plan, Rendered, StagePlan, Tree, Wait, to_json
@@ -94,45 +96,67 @@ class SlurmExecutor:
         What is about to be done is on disk before Slurm hears of it. Whoever gets an error instead of a handle leaves
         no job behind. UserError: sbatch refused, with its own words; or it is not here.
         """
-        run = RunDir(Path(plan.run_dir))
-        _make_ready(plan, run)
-        stages = self._unfinished(plan, run, rendered)
-        values = _secret_values(plan)
-        if values:
-            write_atomic(slurm_files.secrets(run), to_json(values), mode=0o600)
-        environ = slurm_control.submitting_environment(os.environ, values)
-        attempts = {name: StageDir(run.stage(name).path).last_attempt() + 1 for name in stages}
-        slurm_files.write_attempts(run, attempts)
-        append_event(run.events, "submitting", attempts=attempts)
-        names = {name: job for stage in plan.stages if stage.name in stages for name, job in _names(plan, stage)}
-        jobs: dict[str, str] = {}
-        stay = any(slurm_script.waits_for_ever(command) for each in stages.values() for command in each.values())
-        handle = JobHandle(self.name, plan.id, plan.run_dir, {"jobs": jobs, "names": names, "stay": stay})
-        write_sealed(run.handle, asdict(handle))
-        try:
-            before = self._before(plan)
-            for stage, name, command in [(s, n, c) for s, commands in stages.items() for n, c in commands.items()]:
-                _make_folders(run, run.stage(stage))
-                argv = slurm_script.resolved(command, {**jobs, **before})
-                try:
-                    jobs[name] = slurm_control.sbatch(argv, plan.run_dir, environ)
-                except slurm_control.Unreachable as error:
-                    raise slurm_control.missing(error) from None
-                except slurm_control.Refused as error:
-                    raise UserError(_refusal(plan, stage, str(error))) from None
-                write_sealed(run.handle, asdict(handle))
-                _refuse_for_ever(plan, stage, jobs[name])
-        except BaseException:  # Ctrl-C, too
-            self._withdraw(run, handle)
-            raise
-        for name, attempt in attempts.items():
-            array = jobs.get(slurm_script.array_of(name))
-            fields = {"job": jobs[name], **({"array": array} if array else {})}
-            append_event(run.events, "job-accepted", stage=name, attempt=attempt, **fields)
-        scripts = {name: str(slurm_files.script(run.stage(name))) for name in stages}
-        with suppress(OSError):  # the jobs are there; only NeMo-Run's own list would lack them
-            nemo_experiment.note(run.path, plan.id, {name: jobs[name] for name in stages}, scripts)
+        where = transport.current()
+        run = RunDir(where.near(plan.run_dir))
+        with slurm_handle.alone(run, wait=True):
+            _make_ready(plan, run)
+            stages = self._unfinished(plan, run, rendered)
+            attempts = {name: StageDir(run.stage(name).path).last_attempt() + 1 for name in stages}
+            names = {name: job for stage in plan.stages if stage.name in stages for name, job in _names(plan, stage)}
+            tokens = {name: slurm_submission.new_token(job) for name, job in names.items()}
+            stay = any(slurm_script.waits_for_ever(command) for each in stages.values() for command in each.values())
+            native = {"jobs": {}, "names": names, "tokens": tokens, "stay": stay, **where.native}
+            handle = JobHandle(self.name, plan.id, str(run.path), native)
+            write_sealed(run.handle, asdict(handle))
+            self._send(plan, handle, stages, attempts)
+            slurm_handle.tell_accepted(run, handle, attempts)
+        if not where.name:
+            jobs = {name: handle.native["jobs"][name] for name in stages}
+            scripts = {name: str(slurm_files.script(run.stage(name))) for name in stages}
+            with suppress(OSError):  # the jobs are there; only NeMo-Run's own list would lack them
+                nemo_experiment.note(run.path, plan.id, jobs, scripts)
         return handle
+
+    def _send(
+        self,
+        plan: Plan,
+        handle: JobHandle,
+        stages: Mapping[str, Mapping[str, tuple[str, ...]]],
+        attempts: Mapping[str, int],
+    ) -> None:
+        """One sbatch after the other; all of them, or none stays."""
+        run, native = RunDir(Path(handle.run_dir)), handle.native
+        jobs, earlier = native["jobs"], slurm_handle.earlier_jobs(run)
+        begun: list[str] = []
+        try:
+            slurm_handle.keep(handle)
+            before, hidden = self._before(plan), _secret_values(plan)
+            if hidden:
+                transport.call(there.write, slurm_files.secrets(run), to_json(hidden), 0o600)
+            transport.call(there.write, slurm_files.submission(run), slurm_files.attempts_text(attempts), 0o644)
+            slurm_handle.tell(run, "submitting", attempts=dict(attempts))
+            for stage, name, command in [(s, n, c) for s, commands in stages.items() for n, c in commands.items()]:
+                token = native["tokens"][name]
+                transport.call(there.make_stage_folders, run.stage(stage).path, CODE, run.path / SNAPSHOT)
+                argv = slurm_script.resolved(command, {**jobs, **before}, native["tokens"])
+                begun.append(name)
+                jobs[name] = slurm_submission.submit(
+                    *(argv, plan.run_dir, [*hidden], slurm_handle.answer(run, handle, name)),
+                    *(token, native["names"][name], earlier),
+                )
+                slurm_handle.keep(handle)
+                _refuse_for_ever(plan, stage, jobs[name])
+        except BaseException as error:  # Ctrl-C, too
+            self._withdraw(run, handle, begun, error)
+            if isinstance(error, slurm_control.Unreachable):
+                raise slurm_control.missing(error) from None
+            if isinstance(error, slurm_control.Refused):
+                stage = begun[-1].removesuffix(slurm_script.ARRAY_SUFFIX)
+                raise UserError(_refusal(plan, stage, str(error))) from None
+            if isinstance(error, OSError):
+                what = f"{error.filename or plan.run_dir} can't be written: {error.strerror}"
+                raise UserError(Problem(what, fix="nothing was submitted")) from None
+            raise
 
     def liveness(self, handle: JobHandle) -> Liveness:
         """While Slurm can't be asked, a run without a recorded end counts as running: nothing else is known of it."""
@@ -187,7 +211,7 @@ class SlurmExecutor:
             raise UserError(Problem(what, handle.run_dir))
         plan = TypeAdapter(Plan).validate_python(read_json(RunDir(Path(handle.run_dir)).plan))
         planned = next(each for each in plan.stages if each.name == stage)
-        return slurm_script.shell_command(plan, planned, state.job, command)
+        return transport.current().at_terminal(slurm_script.shell_command(plan, planned, state.job, command))
 
     def settle(self, handle: JobHandle) -> list[Tree]:
         """The events that end the run, where the job was stopped before it could write them."""
@@ -200,14 +224,16 @@ class SlurmExecutor:
         missing = self._missing(handle, states)
         run = RunDir(Path(handle.run_dir))
         if not missing:  # Slurm has forgotten it
-            with suppress(OSError):
-                remove_secrets(run, slurm_files.secrets(run))
-        with suppress(OSError), open(run.path / "settle.lock", "ab") as lock:  # somebody else's run: only read
+            with suppress(OSError, slurm_control.Unreachable):
+                transport.call(there.forget_secrets, run.path, slurm_files.secrets(run))
+        # Somebody else's run is only read.
+        with suppress(OSError, slurm_control.Unreachable), open(run.path / "settle.lock", "ab") as lock:
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)  # where locks lie, the events may stand there twice: no harm
             if missing and not slurm_outcome.has_ended(run):
-                slurm_files.secrets(run).unlink(missing_ok=True)  # before anybody hears of the end, and submits again
+                # before anybody hears of the end, and submits again
+                transport.call(there.remove, slurm_files.secrets(run))
                 for event in missing:
-                    append_event(run.events, **event)
+                    slurm_handle.tell(run, **event)
         return missing
 
     def tidy(self, handle: JobHandle) -> list[str]:
@@ -223,15 +249,18 @@ class SlurmExecutor:
         except (slurm_control.Unreachable, slurm_control.Refused) as error:
             return [f"jobs of it may wait for ever for one that has failed, and can't be cancelled: {error}"]
         if stuck or not any(state.active for state in states.values()):
-            with suppress(OSError):  # somebody else's run folder
-                append_event(run.events, "tidied", jobs=[*stuck.values()])
+            with suppress(OSError, slurm_control.Unreachable):  # somebody else's run folder
+                slurm_handle.tell(run, "tidied", jobs=[*stuck.values()])
         words = "waited for a job that has failed, and would have done so for ever: it was cancelled"
         return [f"{stage}: job {job} {words}" for stage, job in stuck.items()]
 
     def cancel(self, handle: JobHandle) -> None:
         """scancel every job, wait until they are gone, then record it; of a run that has ended nothing changes."""
         run = RunDir(Path(handle.run_dir))
-        jobs = slurm_snapshot.jobs_of(handle)
+        try:
+            jobs = slurm_snapshot.jobs_of(slurm_handle.recovered(handle))
+        except slurm_control.Unreachable as error:
+            raise slurm_control.missing(error) from None
         deadline = time.monotonic() + _STOP_SECONDS
         try:
             slurm_control.scancel(job for job, state in self._known(jobs.values()).items() if state.active)
@@ -243,10 +272,10 @@ class SlurmExecutor:
             problem = Problem(f"run {handle.run} can't be stopped: {error}", fix=f"scancel {' '.join(jobs.values())}")
             raise UserError(problem) from None
         if not slurm_outcome.has_ended(run):
-            slurm_files.secrets(run).unlink(missing_ok=True)
+            transport.call(there.remove, slurm_files.secrets(run))
             begun = [e for e in slurm_outcome.since_submission(run) if e["event"] == "stage-started"]
             stage, attempt = (begun[-1]["stage"], begun[-1]["attempt"]) if begun else (None, None)
-            append_event(run.events, "cancelled", stage=stage, attempt=attempt)
+            slurm_handle.tell(run, "cancelled", stage=stage, attempt=attempt)
 
     def _before(self, plan: Plan) -> dict[str, str]:
         """The last job of the run that must be over first, by its symbol's name; {} when it is over, or never was."""
@@ -270,30 +299,42 @@ class SlurmExecutor:
                 if command[-1] in stage.files
             }
             if is_done(read_json(run.stage(stage.name).record), prints[stage.name]):
-                append_event(run.events, "stage-skipped", stage=stage.name, reason="already succeeded")
+                slurm_handle.tell(run, "stage-skipped", stage=stage.name, reason="already succeeded")
             else:
                 left[stage.name] = commands
         return left
 
-    def _withdraw(self, run: RunDir, handle: JobHandle) -> None:
-        """No job of a submission that failed stays, not even one whose acceptance sbatch could not tell any more."""
-        known = [*handle.native["jobs"].values()]
-        slurm_files.write_attempts(run, {})
-        for jobs in slurm_control.jobs_named(*handle.native["names"].values()).values():
-            known += jobs
+    def _withdraw(self, run: RunDir, handle: JobHandle, begun: Sequence[str], why: BaseException) -> None:
+        """No job of a submission that failed stays, not even one whose acceptance sbatch could not tell any more.
+
+        Unknown: it can't be told what stays; whoever looks at the run later finds out, and takes it back.
+        """
+        jobs, lost = handle.native["jobs"], None
+        for name in begun:
+            try:
+                job = jobs.get(name) or slurm_handle.find(handle, name, slurm_submission.PATIENCE)
+            except (slurm_control.Unreachable, slurm_submission.Unknown) as error:
+                lost = f"whether Slurm has accepted {name} of {handle.run} is not known: {error}"
+                continue
+            if job:
+                jobs[name] = job
         try:
-            slurm_control.scancel(dict.fromkeys(known))
-        except (slurm_control.Refused, slurm_control.Unreachable) as error:
-            raise JobFailed(f"jobs {' '.join(known)} are submitted and can't be taken back: {error}") from None
-        finally:
-            slurm_files.secrets(run).unlink(missing_ok=True)
-        append_event(run.events, "cancelled", stage=None, attempt=None)
+            if lost is None:
+                slurm_handle.withdraw(run, handle)
+        except (slurm_control.Refused, slurm_control.Unreachable, OSError) as error:
+            if jobs:
+                lost = f"jobs {' '.join(jobs.values())} are submitted and can't be taken back now: {error}"
+            else:  # nothing was submitted, and the folder there does not matter any more
+                append_event(run.events, "cancelled", stage=None, attempt=None)
+        if lost is not None:
+            fix = f"nemotron runs show {handle.run} asks again; until it knows, nothing is submitted a second time"
+            raise slurm_submission.Unknown(str(Problem(lost, str(why), fix))) from None
 
     def _states(self, handle: JobHandle) -> dict[str, slurm_control.JobState]:
         """Stage -> state of its job, in order, for those that Slurm knows."""
         if self._told is not None:
             return self._told.states(handle)
-        jobs = slurm_snapshot.jobs_of(handle)
+        jobs = slurm_snapshot.jobs_of(slurm_handle.recovered(handle))
         known = self._known(jobs.values())
         return {stage: known[job] for stage, job in jobs.items() if job in known}
 
@@ -317,25 +358,15 @@ def _make_ready(plan: Plan, run: RunDir) -> None:
             continue
         for folder in slurm_container.folders(plan, profile):
             try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
+                transport.call(there.make_folder, folder)
             except OSError as error:
                 what = f"{folder}, which the container mounts, can't be made: {error.strerror}"
                 problems.append(
                     Problem(what, checks.where(stage), "make it, or set another: hf_cache, [artifacts] store")
                 )
     if problems:
-        append_event(run.events, "cancelled", stage=None, attempt=None)
+        slurm_handle.tell(run, "cancelled", stage=None, attempt=None)
         raise UserError(*problems)
-
-
-def _make_folders(run: RunDir, stage: StageDir) -> None:
-    """Where Slurm writes, which it does not make itself; and where NeMo-Run starts tasks: in the run's own sources."""
-    (stage.path / "logs").mkdir(parents=True, exist_ok=True)
-    code = stage.path / CODE
-    if (run.path / SNAPSHOT).is_dir() and not code.is_symlink():
-        code.symlink_to(run.path / SNAPSHOT)
-    elif not code.exists():
-        code.mkdir()
 
 
 def _secret_values(plan: Plan) -> dict[str, str]:
@@ -344,6 +375,8 @@ def _secret_values(plan: Plan) -> dict[str, str]:
     slurmctld keeps a job's environment in its files, and sacct may store it.
     """
     declared = {name for stage in plan.stages for name in stage.placement.secrets}
+    if transport.current().name:  # this machine's own keys are nobody's business there
+        return {name: os.environ[name] for name in declared if name in os.environ}
     return {name: value for name, value in os.environ.items() if name in declared or reads_like_a_secret(name)}
 
 

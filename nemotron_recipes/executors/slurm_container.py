@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemotron_recipes.executors import there, transport
 from nemotron_recipes.executors.enroot import Mount, image_for_pyxis, parse_mount
 from nemotron_recipes.executors.slurm_profile import SlurmProfile
 from nemotron_recipes.spec import Plan, StagePlan
@@ -24,9 +25,6 @@ _SWITCHES = {
     "container_writable": ("container-writable", "container-readonly"),
     "container_entrypoint": ("container-entrypoint", "no-container-entrypoint"),
 }
-
-# Of these /proc/self/mounts knows that they lie on other machines.
-_NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "cifs", "smb3", "fuse.glusterfs")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,10 @@ def container_of(plan: Plan, stage: StagePlan, profile: SlurmProfile) -> Contain
 
 def hf_home(profile: SlurmProfile) -> str | None:
     """HF_HOME of the stages: the profile's, else the submitter's own, who inherits it to his jobs anyway."""
-    named = profile.hf_cache or profile.env.get(HF_HOME) or os.environ.get(HF_HOME)
+    named = profile.hf_cache or profile.env.get(HF_HOME)
+    if profile.tunnel:  # it is a path of another machine
+        return named
+    named = named or os.environ.get(HF_HOME)
     return os.path.abspath(os.path.expanduser(named)) if named else None
 
 
@@ -97,9 +98,9 @@ def missing_here(profile: SlurmProfile, run_dir: str) -> Iterator[tuple[str, str
         return
     image = [("container_image", profile.image)] if profile.image.startswith("/") and not profile.container_name else []
     sources = [("mounts", parse_mount(mount).source) for mount in profile.mounts]
-    for field, path in (*image, *((field, path) for field, path in sources if path != "tmpfs")):
-        if not os.path.exists(path) and _shared(os.path.realpath(path), run_dir):  # a link may lead to a node's own
-            yield field, path
+    needed = [*image, *((field, path) for field, path in sources if path != "tmpfs")]
+    gone = transport.call(there.missing, [path for _, path in needed], run_dir)
+    yield from ((field, path) for field, path in needed if path in gone)
 
 
 def _mounts(plan: Plan, stage: StagePlan, profile: SlurmProfile) -> Iterator[Mount]:
@@ -126,30 +127,3 @@ def _above_wildcards(path: str) -> str:
     while glob.has_magic(str(found)):
         found = found.parent
     return str(found)
-
-
-def _shared(path: str, run_dir: str) -> bool:
-    """Whether all nodes see the folder that would hold `path`."""
-    folder, run = _existing(path), _existing(run_dir)
-    return os.stat(folder).st_dev == os.stat(run).st_dev or _file_system(folder).startswith(_NETWORK)
-
-
-def _existing(path: str) -> str:
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
-
-
-def _file_system(folder: str) -> str:
-    """The type of the one that holds `folder`; "" where the kernel doesn't say."""
-    real, best = os.path.realpath(folder), ("", "")
-    try:
-        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as table:
-            for line in table:
-                _, point, kind, *_ = line.split(" ")
-                point = point.replace("\\040", " ")
-                if Path(real).is_relative_to(point) and len(point) >= len(best[0]):
-                    best = (point, kind)
-    except OSError:  # not Linux
-        return ""
-    return best[1]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
-from nemotron_recipes.executors import slurm_states
+from nemotron_recipes.executors import slurm_states, there, transport
 from nemotron_recipes.executors.slurm_states import JobState
+from nemotron_recipes.executors.transport import Unreachable
 
 __all__ = ["JobState", "Refused", "Unreachable"]
 
@@ -21,8 +20,6 @@ _SLOW_SECONDS, _REST_SECONDS = 1.0, 3.0
 _JOBS_AT_ONCE, _NAMES_AT_ONCE = 5000, 500  # an argument holds 128 KiB
 _silent: dict[str, float] = {}  # command -> until when it is not worth another try (time.monotonic)
 
-# Slurm's commands take options from these; what a job gets is what the script and the command say, nothing unseen.
-_OPTIONS_IN_ENVIRONMENT = ("SBATCH_", "SRUN_", "SALLOC_", "SLURM_")
 
 
 _TIMES = {"SLURM_TIME_FORMAT": "%s"}  # else as the user's own environment and time zone have it
@@ -31,21 +28,8 @@ _TIMES = {"SLURM_TIME_FORMAT": "%s"}  # else as the user's own environment and t
 _NOBODY_ANSWERS = ("Could not establish a configuration source", "Unable to contact slurm controller", "timed out")
 
 
-class Unreachable(NemotronError):
-    """Slurm can't be asked from here, or does not answer now."""
-
-
 class Refused(NemotronError):
     """A command of Slurm's failed; the message is its own words."""
-
-
-def sbatch(argv: Iterable[str], cwd: str, environ: Mapping[str, str]) -> str:
-    """Submit; the job's id. Refused with sbatch's own words."""
-    said = _run([*argv], _SUBMIT_SECONDS, environ, cwd)
-    found = re.search(r"^(?:Submitted batch job )?(\d+)(?:;\S+)?\s*$", said, re.MULTILINE)
-    if not found:
-        raise Refused(f"sbatch named no job: {said.strip()!r}")
-    return found[1]
 
 
 def job_state(job: str) -> JobState | None:
@@ -110,7 +94,7 @@ def jobs_named(*names: str) -> dict[str, list[str]]:
     """Name -> ids of this user's unfinished jobs of that name; {} when Slurm can't be asked."""
     found: dict[str, list[str]] = {}
     for some in slurm_states.chunks(names, _NAMES_AT_ONCE):
-        argv = ["squeue", "--noheader", "--format=%A %j", f"--name={','.join(some)}", f"--user={os.getuid()}"]
+        argv = ["squeue", "--noheader", "--format=%A %j", f"--name={','.join(some)}", "--me"]
         try:
             said = _run(argv, _ASK_SECONDS)
         except (Refused, Unreachable):
@@ -121,6 +105,24 @@ def jobs_named(*names: str) -> dict[str, list[str]]:
     return found
 
 
+def job_with(token: str, name: str, earlier: Collection[str]) -> str | None:
+    """The job of that name with the token in its comment, whatever its state. Unreachable when nobody can be asked.
+
+    A site may drop comments, and the accounting may not keep them: then it is the one of that name that is not one of
+    `earlier`. Names hold a run's id.
+    """
+    said = _question(["squeue", "--me", "--states=all", "--noheader", f"--name={name}", "--format=%F|%k"])
+    argv = ["sacct", "-X", "--noheader", "--parsable2", f"--name={name}", "--starttime=now-7days"]
+    with suppress(Refused, Unreachable):  # there is none, or it is down: slurmctld has answered
+        said += _question([*argv, "--format=JobID,Comment"])
+    rows = [line.partition("|")[::2] for line in said.splitlines() if "|" in line]
+    for name, comment in rows:
+        job = slurm_states.job_of(name)
+        if token in comment or ("nemotron=" not in comment and job not in earlier):
+            return job
+    return None
+
+
 def scancel(jobs: Iterable[str]) -> None:
     """Ask for the end of jobs; of those that are over nothing is said."""
     jobs = [*jobs]
@@ -128,48 +130,32 @@ def scancel(jobs: Iterable[str]) -> None:
         _run(["scancel", "--quiet", *jobs], _ASK_SECONDS)
 
 
-def submitting_environment(environ: Mapping[str, str], secrets: Iterable[str]) -> dict[str, str]:
-    """What sbatch, and so the job, inherits: all but secrets and options of Slurm's commands."""
-    secrets = {*secrets}
-    return {
-        name: value
-        for name, value in environ.items()
-        if name not in secrets and (name == "SLURM_CONF" or not name.startswith(_OPTIONS_IN_ENVIRONMENT))
-    }
+def is_silence(said: str) -> bool:
+    """Whether these words of a command mean that nobody has answered it."""
+    return any(words in said for words in _NOBODY_ANSWERS)
 
 
-def _run(argv: list[str], seconds: float, environ: Mapping[str, str] | None = None, cwd: str | None = None) -> str:
-    try:
-        done = subprocess.run(
-            argv,
-            cwd=cwd,
-            env=dict(environ) if environ is not None else None,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=seconds,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise Unreachable(f"{argv[0]} is not on the PATH of this machine") from None
-    except subprocess.TimeoutExpired:
-        raise Unreachable(f"{argv[0]} did not answer within {seconds:.0f} s") from None
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or f"{argv[0]} ended with {done.returncode}"
-        if any(words in said for words in _NOBODY_ANSWERS):
+def _run(argv: list[str], seconds: float, more: Mapping[str, str] | None = None) -> str:
+    done = transport.call(there.run, argv, seconds, more)
+    if done.get("missing"):
+        raise Unreachable(f"{argv[0]} is not on the PATH of {transport.current().name or 'this machine'}")
+    if done.get("late"):
+        raise Unreachable(f"{argv[0]} did not answer within {seconds:.0f} s")
+    if done["code"]:
+        said = done["err"].strip() or done["out"].strip() or f"{argv[0]} ended with {done['code']}"
+        if is_silence(said):
             raise Unreachable(said.splitlines()[-1])
         raise Refused(said)
-    return done.stdout
+    return str(done["out"])
 
 
 def _question(argv: list[str], seconds: float = _ASK_SECONDS) -> str:
     """Ask. Who has just kept us waiting for nothing is not asked again for a moment: a list of runs asks for many."""
-    command, now = argv[0], time.monotonic()
+    command, now = f"{transport.current().name} {argv[0]}", time.monotonic()
     if now < _silent.get(command, 0.0):
-        raise Unreachable(f"{command} did not get an answer a moment ago")
+        raise Unreachable(f"{argv[0]} did not get an answer a moment ago")
     try:
-        return _run(argv, seconds, {**os.environ, **_TIMES})
+        return _run(argv, seconds, _TIMES)
     except Unreachable:
         if time.monotonic() - now > _SLOW_SECONDS:
             _silent[command] = time.monotonic() + _REST_SECONDS
@@ -187,5 +173,5 @@ def _accounted(jobs: list[str]) -> dict[str, JobState]:
 
 def missing(error: Unreachable) -> UserError:
     """The same for somebody who wanted to submit."""
-    fix = "run this where Slurm's commands work (a login node), or look at the plan with --dry-run"
+    fix = error.fix or "run this where Slurm's commands work (a login node), or look at the plan with --dry-run"
     return UserError(Problem(f"Slurm can't be reached: {error}", fix=fix))

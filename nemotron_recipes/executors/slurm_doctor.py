@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.executors import slurm_control
+from nemotron_recipes.executors import slurm_control, there, transport
 from nemotron_recipes.executors.slurm_profile import SlurmProfile
 from nemotron_recipes.executors.slurm_site import Partition, Site, Unreadable, read_site
 from nemotron_recipes.spec import Examination, Finding, Tree
@@ -109,8 +109,8 @@ def _credentials() -> list[Finding]:
     """Names and whether they are there."""
     findings = [Finding(name, "ok", "set" if os.environ.get(name) else "not set") for name in CREDENTIALS]
     for name, path in _FILES.items():
-        there = Path(path).expanduser().is_file()
-        findings.append(Finding(name, "ok", f"{path} {'is there' if there else 'is not there'}"))
+        found = transport.call(there.is_file, path)
+        findings.append(Finding(name, "ok", f"{path} {'is there' if found else 'is not there'}"))
     return findings
 
 

@@ -113,9 +113,14 @@ def first_failure(reports: list[NodeReport]) -> NodeReport | None:
     return min(failed, key=lambda report: report.time, default=None)
 
 
-def write_attempts(run: RunDir, attempts: Mapping[str, int]) -> None:
+def answer(stage: StageDir, token: str) -> Path:
+    """Below this name lies what sbatch said to the attempt with that token."""
+    return stage.path / "submission" / token.rpartition("=")[2]
+
+
+def attempts_text(attempts: Mapping[str, int]) -> str:
     """What is about to be submitted: the stages in order, each with its attempt."""
-    write_atomic(submission(run), json.dumps({"stages": [*attempts.items()]}) + "\n")
+    return json.dumps({"stages": [*attempts.items()]}) + "\n"
 
 
 def attempts(run: RunDir) -> dict[str, int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.executors import checks, slurm_control
+from nemotron_recipes.executors import checks, slurm_control, there, transport
 from nemotron_recipes.executors.slurm_container import missing_here
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, limit_seconds
 from nemotron_recipes.executors.slurm_script import profile_of
@@ -136,5 +135,5 @@ def _host_problems(stage: StagePlan, profile: SlurmProfile, run_dir: str) -> Ite
         yield Problem(what, checks.where(stage, field), fix)
     if profile.image:
         return
-    if profile.python and profile.python.startswith("/") and not os.access(profile.python, os.X_OK):
+    if profile.python and profile.python.startswith("/") and not transport.call(there.is_program, profile.python):
         yield Problem(f"there is no interpreter {profile.python}", checks.where(stage, "python"), fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -41,7 +42,6 @@ NOT_HERE = {
     "ray_template": _ONE_COMMAND,
     "retries": "set max_requeues",
     "torchrun_nproc_per_node": "set nproc_per_node",
-    "tunnel": "start the run where sbatch works",
     "wait_time_for_group_job": _ONE_COMMAND,
 }
 
@@ -143,6 +143,15 @@ class SlurmProfile(BaseModel):
     secrets: list[str] = []  # names of variables that must be set where the run is started; the job reads them from a
     # file of mode 0600 that goes with the run's end
 
+    # Where sbatch is: unset on this machine, else on a login node that `ssh HOST` reaches (docs/slurm.md, over SSH).
+    tunnel: Literal["ssh"] | None = None
+    host: str | None = None  # as ssh knows it: a name, or a Host of your ssh configuration
+    user: str | None = None
+    identity: str | None = None  # a key file; unset: what your ssh configuration and agent have
+    remote_job_dir: str | None = None  # full path there, on a file system that all nodes see: runs and the store
+    remote_python: str = "python3"  # on the login node: 3.10 or newer, the standard library is enough
+    ssh_config: str | None = None  # instead of ~/.ssh/config
+
     @model_validator(mode="before")
     @classmethod
     def _one_name(cls, given: Any) -> Any:
@@ -174,6 +183,11 @@ class SlurmProfile(BaseModel):
         """Where processes start instead of the stage's folder; None on bare metal."""
         return self.container_workdir if self.image else None
 
+    @property
+    def interpreter(self) -> str:
+        """What is started on the nodes."""
+        return self.python or ("python3" if self.image or self.tunnel else sys.executable)
+
     def partition_for(self, mode: str) -> str | None:
         """The partition of a run that is followed (`run`), or left alone (`batch`)."""
         special = {"run": self.run_partition, "batch": self.batch_partition}.get(mode)
@@ -202,6 +216,7 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
     if profile.watchdog == "requeue" and not profile.max_requeues:
         yield "watchdog", "it is to put the job back, but max_requeues is 0", "set max_requeues"
     yield from _container(profile)
+    yield from _tunnel(profile)
     for field in ("setup", "srun_args"):
         for text in getattr(profile, field):
             if field == "srun_args" and "\n" in text:
@@ -209,6 +224,22 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
     for name, value in _one_liners(profile):
         if any(character in value for character in "\n\r\\"):
             yield name, f"{value!r} holds a character that no #SBATCH line can carry", "take it out"
+
+
+def _tunnel(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
+    given = [name for name in ("host", "user", "identity", "remote_job_dir", "ssh_config") if getattr(profile, name)]
+    if profile.tunnel is None:
+        for name in given:
+            yield name, f"{name} is for a cluster that is reached over SSH", 'set tunnel = "ssh", or take it out'
+        return
+    for name in ("host", "remote_job_dir"):
+        if name not in given:
+            yield name, f'tunnel = "ssh" needs {name}', f"set {name}"
+    if profile.host and (profile.host.startswith("-") or not profile.host.isprintable() or " " in profile.host):
+        yield "host", f"{profile.host!r} is no name of a host", "give it as ssh takes it"
+    if profile.remote_job_dir and not re.fullmatch(r"/[^\0-\x1f:,%\\\\]*", profile.remote_job_dir):
+        what = f"{profile.remote_job_dir!r} is no full path that Slurm and containers can take"
+        yield "remote_job_dir", what, "write it from / on, without : , % and backslashes"
 
 
 def _container(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from nemotron_recipes.spec import Plan, RenderedStage, StagePlan, Tree, to_json
 
 LAUNCHER = "nemotron_recipes.executors.slurm_launch"
 ARRAY_LAUNCHER = "nemotron_recipes.executors.slurm_array"
+ARRAY_SUFFIX = ".array"  # no stage has a dot in its name
 DEPENDENCY = "--dependency="
 _OURS = (HOSTS_ENV, DEADLINE_ENV, slurm_requeue.JOB_END_ENV, slurm_requeue.WISH_ENV, slurm_requeue.ENDED_AS_ENV)
 RESERVED_ENV = (*_OURS, "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
@@ -60,12 +60,14 @@ def submit_commands(plan: Plan, stages: list[StagePlan]) -> tuple[tuple[str, ...
         requeue = "--requeue" if profile.max_requeues else "--no-requeue"
         tasks = tasks_of(stage)
         if tasks:  # a task may go back as often as it likes: it never does anything twice
-            flags = ("--parsable", "--requeue", f"--array=0-{tasks - 1}", *_after(*before))
+            comment = _comment(profile, array_of(stage.name))
+            flags = ("--parsable", "--requeue", f"--array=0-{tasks - 1}", comment, *_after(*before))
             commands.append(_command(profile, flags, slurm_files.array_script(folder)))
             if profile.dependency and not before:  # a flag of the command line takes the place of the script's
                 before = (profile.dependency,)
             before = (*before, f"afterany:{job_symbol(array_of(stage.name))}")
-        commands.append(_command(profile, ("--parsable", requeue, *_after(*before)), slurm_files.script(folder)))
+        words = ("--parsable", requeue, _comment(profile, stage.name), *_after(*before))
+        commands.append(_command(profile, words, slurm_files.script(folder)))
         before = (f"afterok:{job_symbol(stage.name)}",)
     return tuple(commands)
 
@@ -77,13 +79,16 @@ def tasks_of(stage: StagePlan) -> int:
 
 def array_of(stage: str) -> str:
     """What the array of a stage is called where jobs are listed by stage. No stage has a dot in its name."""
-    return f"{stage}.array"
+    return stage + ARRAY_SUFFIX
 
 
-def resolved(command: Sequence[str], jobs: Mapping[str, str]) -> list[str]:
-    """The command with the ids of earlier jobs; without a dependency on a stage that needs no job any more."""
+def resolved(command: Sequence[str], jobs: Mapping[str, str], tokens: Mapping[str, str]) -> list[str]:
+    """The command with its token and the ids of earlier jobs; no dependency on a stage that needs no job any more."""
     argv = []
     for word in command:
+        if word.startswith("--comment="):
+            for name, token in tokens.items():
+                word = word.replace(token_symbol(name), token)
         if word.startswith(DEPENDENCY):
             known = {job_symbol(name): job for name, job in jobs.items()}
             wanted = [part.partition(":") for part in word.removeprefix(DEPENDENCY).split(",")]
@@ -98,6 +103,10 @@ def resolved(command: Sequence[str], jobs: Mapping[str, str]) -> list[str]:
 
 def _after(*jobs: str) -> tuple[str, ...]:
     return (DEPENDENCY + ",".join(jobs), "--kill-on-invalid-dep=yes") if jobs else ()
+
+
+def _comment(profile: SlurmProfile, name: str) -> str:
+    return f"--comment={profile.comment + ' ' if profile.comment else ''}{token_symbol(name)}"
 
 
 def _command(profile: SlurmProfile, flags: Sequence[str], script: Path) -> tuple[str, ...]:
@@ -119,6 +128,11 @@ def job_symbol(stage: str) -> str:
 def last_of(run_dir: str) -> str:
     """What `job_symbol` names of a run that must be over first."""
     return f"{Path(run_dir).name}/last"
+
+
+def token_symbol(stage: str) -> str:
+    """Stands for what tells one attempt of a stage's job from all others; made when it is submitted."""
+    return f"<token of {stage}>"
 
 
 def job_name(plan: Plan, stage: StagePlan) -> str:
@@ -144,17 +158,13 @@ def shell_command(plan: Plan, stage: StagePlan, job: str, command: Sequence[str]
 
 def worker_argv(stage: StagePlan) -> tuple[str, ...]:
     """What the launcher starts on every node."""
-    launch, python = stage.launch, _python(profile_of(stage))
+    launch, python = stage.launch, profile_of(stage).interpreter
     if launch.launcher == "plain":
         return (python, "-m", launch.module, *launch.args)
     log_dir = Path(stage.directory) / "logs" / "torchrun"
     return torchrun.command(
         launch.module, launch.args, stage.placement.nproc_per_node, log_dir, stage.placement.nodes, python
     )
-
-
-def _python(profile: SlurmProfile) -> str:
-    return profile.python or ("python3" if profile.image else sys.executable)
 
 
 def environment(plan: Plan, stage: StagePlan) -> dict[str, str]:
@@ -179,7 +189,7 @@ def _launch(plan: Plan, stage: StagePlan, argv: tuple[str, ...], env: dict[str, 
     tasks = tasks_of(stage)
     part: Tree = {}
     if tasks and stage.launch.part_module:
-        words = (_python(profile_of(stage)), "-m", stage.launch.part_module, *stage.launch.args)
+        words = (profile_of(stage).interpreter, "-m", stage.launch.part_module, *stage.launch.args)
         part = {"part_argv": list(words), "parts": tasks}
     return {
         **part,
@@ -224,7 +234,10 @@ def _script(plan: Plan, stage: StagePlan, container: Container | None, first: bo
         parameters=parameters,
         setup=_setup(profile, RunDir(Path(plan.run_dir)), folder, 0 if array else profile.max_requeues),
         srun_args=_srun_args(profile, container, goes_back),
-        command=(_python(profile), "-m", ARRAY_LAUNCHER if array else LAUNCHER, str(folder.files / slurm_files.LAUNCH)),
+        command=(
+            *(profile.interpreter, "-m", ARRAY_LAUNCHER if array else LAUNCHER),
+            str(folder.files / slurm_files.LAUNCH),
+        ),
         image=container.image if container else None,
         mounts=tuple(map(str, container.mounts)) if container else (),
         container_env=tuple(profile.container_env),

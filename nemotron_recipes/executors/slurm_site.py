@@ -6,13 +6,12 @@ quotes it, never a guess. Keys that they don't need may come and go.
 
 from __future__ import annotations
 
-import getpass
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 from nemotron_recipes.errors import NemotronError
-from nemotron_recipes.executors import slurm_control
+from nemotron_recipes.executors import slurm_control, there, transport
 from nemotron_recipes.executors.slurm_profile import limit_seconds
 
 _NO_LIMIT = ("UNLIMITED", "INFINITE", "NONE", "(null)", "N/A")
@@ -95,7 +94,7 @@ def read_site() -> Site:
     Unreachable: it can't be asked; Unreadable: it answers in words that are not known.
     """
     config = parse_config(slurm_control.answer("scontrol", "show", "config"))
-    user = getpass.getuser()
+    user = transport.call(there.user)
     fields = "format=cluster,account,partition,qos,defaultqos"
     said = slurm_control.ask("sacctmgr", "--noheader", "--parsable2", "show", "assoc", "where", f"user={user}", fields)
     found = parse_associations(said)

@@ -5,37 +5,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nemotron_recipes.executors import slurm_control
+from nemotron_recipes.executors import slurm_control, slurm_handle
 from nemotron_recipes.executors.slurm_states import JobState
 from nemotron_recipes.spec import JobHandle
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """jobs: run folder -> stage -> job. unreachable: why slurmctld could not be asked; then it knows of none."""
+    """jobs: run folder -> stage -> job. unreachable: why slurmctld could not be asked; then it knows of none.
+
+    unclear   run folder -> why it can't be told yet which jobs are the run's
+    """
 
     jobs: Mapping[str, Mapping[str, str]]
+    unclear: Mapping[str, str]
     known: Mapping[str, JobState] = field(default_factory=dict)
     unreachable: str = ""
 
     def states(self, handle: JobHandle) -> dict[str, JobState]:
         """Stage -> state of its job, in order, for those that Slurm knows. Unreachable when it could not be asked."""
-        if self.unreachable:
-            raise slurm_control.Unreachable(self.unreachable)
+        why = self.unreachable or self.unclear.get(handle.run_dir, "")
+        if why:
+            raise slurm_control.Unreachable(why)
         jobs = self.jobs[handle.run_dir]
         return {stage: self.known[job] for stage, job in jobs.items() if job in self.known}
 
 
 def take(handles: Sequence[JobHandle]) -> Snapshot:
     """Ask once for all of them."""
-    names = [name for handle in handles for name in _unnoted(handle).values()]
+    unclear = {}
+    noted = []
+    for handle in handles:
+        try:
+            noted.append(slurm_handle.recovered(handle))
+        except slurm_control.Unreachable as error:
+            unclear[handle.run_dir] = str(error)
+    names = [name for handle in noted for name in _unnoted(handle).values()]
     named = slurm_control.jobs_named(*names) if names else {}
-    jobs = {handle.run_dir: _jobs(handle, named) for handle in handles}
+    jobs = {handle.run_dir: _jobs(handle, named) for handle in noted}
     try:
         known = slurm_control.job_states(job for each in jobs.values() for job in each.values())
     except slurm_control.Unreachable as error:
-        return Snapshot(jobs, unreachable=str(error))
-    return Snapshot(jobs, known)
+        return Snapshot(jobs, unclear, unreachable=str(error))
+    return Snapshot(jobs, unclear, known)
 
 
 def jobs_of(handle: JobHandle) -> dict[str, str]:

@@ -91,7 +91,7 @@ def of_squeue(text: str) -> dict[str, JobState]:
         if len(cells) <= len(SQUEUE_FIELDS):
             continue
         name, state, status, restarts, limit, reason, start, nodes = cells[: len(SQUEUE_FIELDS)]
-        job = _job_of(name)
+        job = job_of(name)
         code, signal = _ended_with(status)
         said = JobState(job, _known(job, state), code, signal, _told(reason), _told(nodes), limit)
         said = replace(said, restarts=int(restarts or 0), details={"StartTime": start})
@@ -106,7 +106,7 @@ def of_sacct(text: str) -> dict[str, JobState]:
         if line.count("|") < SACCT_FIELDS.count(","):
             continue
         name, state, code, nodes, limit, reason = line.split("|")[:6]
-        job = _job_of(name)
+        job = job_of(name)
         word, _, by = state.partition(" by ")
         number, signal = _ended_with(code)
         said = JobState(job, _known(job, word), number, signal, _told(reason), _told(nodes), limit, by, source="sacct")
@@ -161,7 +161,7 @@ def _known(job: str, state: str) -> str:
     return state
 
 
-def _job_of(name: str) -> str:
+def job_of(name: str) -> str:
     """The id that sbatch named: of a task (`12_3`, `12_[4-9%1]`) or a component (`12+1`) that of the whole."""
     return re.split(r"[_+]", name, maxsplit=1)[0]
 

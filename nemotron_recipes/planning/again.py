@@ -9,11 +9,11 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.fsio import path_digest
+from nemotron_recipes.executors import transport
+from nemotron_recipes.planning import there
 from nemotron_recipes.planning.code import describe_code, digest_of, python_path, snapshot_of
-from nemotron_recipes.spec import Plan, StagePlan, Tree
+from nemotron_recipes.spec import Artifact, Plan, StagePlan, Tree
 
 
 def renewed(saved: Plan, saved_tree: Tree) -> Tree:
@@ -39,10 +39,10 @@ def with_own_path(plan: Plan) -> Plan:
     return replace(plan, stages=stages)
 
 
-def check_same(saved: Plan) -> None:
+def check_same(saved: Plan, run_dir: Path) -> None:
     """UserError with everything that makes the same plan impossible: inputs that moved, code that is gone."""
     problems = [problem for stage in saved.stages for problem in _input_problems(saved, stage)]
-    copy = snapshot_of(Path(saved.run_dir))
+    copy = snapshot_of(run_dir)
     if not copy.is_dir() or digest_of(copy) != saved.code.digest:
         what = "the run's copy of the code is missing or has changed"
         fix = f"run it with today's code: {command_of(saved)}"
@@ -59,10 +59,11 @@ def differences_now(saved: Plan) -> list[str]:
         commits = [(code.git_commit or "no commit")[:12] for code in (saved.code, now)]
         where = f" ({commits[0]} -> {commits[1]})" if commits[0] != commits[1] else ""
         found.append(f"the code here has changed since{where}; the rerun takes the run's own copy of its code")
-    store = Store(Path(saved.store))
     for stage in saved.stages:
         for key, artifact in stage.inputs.items():
-            newest = store.versions(artifact.name)[-1:] if artifact.source == "store" else []
+            if artifact.source != "store":
+                continue
+            newest = transport.call(there.versions, saved.store, artifact.name)[-1:]
             if newest and newest[0] != artifact.version:
                 found.append(f"{stage.name}: {key} stays {artifact.label}; the newest is v{newest[0]}")
     return found
@@ -78,12 +79,13 @@ def command_of(plan: Plan) -> str:
 
 
 def _input_problems(plan: Plan, stage: StagePlan) -> Iterator[Problem]:
-    store = Store(Path(plan.store))
     for key, artifact in stage.inputs.items():
         where = f"{stage.name}: {key}"
         if artifact.source == "store":
             try:
-                found = store.resolve(f"{artifact.name}:v{artifact.version}")
+                found = Artifact.from_tree(
+                    transport.call(there.stored, plan.store, f"{artifact.name}:v{artifact.version}")
+                )
             except UserError as error:
                 yield from (Problem(f"{where}: {p.what}", p.where, p.fix) for p in error.problems)
                 continue
@@ -91,7 +93,7 @@ def _input_problems(plan: Plan, stage: StagePlan) -> Iterator[Problem]:
                 yield Problem(f"{where}: {artifact.label} is another one than it was", found.uri, "restore it")
         elif artifact.source == "path" and artifact.digest:
             try:
-                now = path_digest(artifact.uri)
+                now = transport.call(there.digest, artifact.uri)
             except FileNotFoundError:
                 yield Problem(f"{where}: {artifact.uri} is gone", fix="restore it")
                 continue

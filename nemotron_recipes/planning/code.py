@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.executors import transport
 from nemotron_recipes.fsio import fsync_tree
 from nemotron_recipes.spec import Code, sha256_text
 
@@ -81,6 +82,8 @@ def snapshot_of(run_dir: Path) -> Path:
 
 def python_path(run_dir: Path) -> str:
     """PYTHONPATH of the workers: the snapshot before what the user's own holds (made absolute)."""
+    if transport.current().name:  # the paths are of another machine
+        return str(run_dir / SNAPSHOT)
     own = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return os.pathsep.join([str(run_dir / SNAPSHOT), *own])
 

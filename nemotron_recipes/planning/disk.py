@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.executors.folders import nearest_existing
+from nemotron_recipes.executors import there, transport
 from nemotron_recipes.spec import Plan
 
 GB = 1e9
@@ -17,8 +15,7 @@ def disk_problems(plan: Plan) -> Iterator[Problem]:
     """What the stages that run will write, against what is free below the run folder. Quotas are not looked at."""
     needs = {stage.name: stage.estimate.get("disk") for stage in plan.stages if stage.reused is None}
     kept = sum(disk["kept"] for disk in needs.values() if disk)
-    place = nearest_existing(Path(plan.run_dir))
-    free = shutil.disk_usage(place).free
+    place, free = transport.call(there.room, plan.run_dir)
     if kept > free:
         names = ", ".join(name for name, disk in needs.items() if disk)
         largest = max(disk["checkpoint"] for disk in needs.values() if disk)

@@ -22,11 +22,11 @@ from nemotron_recipes.config.profiles import Environment
 from nemotron_recipes.config.schema import KINDS
 from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import SHOWN, Problem, UserError, nearest
-from nemotron_recipes.executors import get_executor
+from nemotron_recipes.executors import get_executor, transport
+from nemotron_recipes.planning import there
 from nemotron_recipes.planning.code import describe_code, python_path
 from nemotron_recipes.planning.estimate import Question, estimate
 from nemotron_recipes.planning.resolve import Resolver
-from nemotron_recipes.planning.resume import find_resumable
 from nemotron_recipes.planning.smoke import length, shortened
 from nemotron_recipes.planning.validate import defaults_of, validate
 from nemotron_recipes.rundir import RunDir
@@ -243,7 +243,7 @@ class _StagePlanner:
         return stage
 
     def _reused(self, print_: str, outputs: tuple[Output, ...]) -> Artifact | None:
-        found = [self.resolver.store.find(print_, output.slot, output.name) for output in outputs]
+        found = [self.resolver.made(print_, output.slot, output.name) for output in outputs]
         return found[0] if all(found) else None
 
     def _base(self, step: Step) -> Tree:
@@ -300,7 +300,7 @@ def _resume_from(config: Tree, inputs: dict[str, Artifact], print_: str, runs: P
         return inputs["checkpoint.load"].uri
     if not config["train"]["resume"]:
         return None
-    found = find_resumable(runs, print_)
+    found = transport.call(there.resumable, str(runs), print_)
     if found is None:
         what = "train.resume=true, but no unfinished run with this fingerprint has a whole checkpoint"
         raise UserError(Problem(what, fix=f"leave it out to start anew; runs are looked for in {runs}"))

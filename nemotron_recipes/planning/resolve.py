@@ -15,8 +15,8 @@ from nemotron_recipes.config.schema import REFERENCES
 from nemotron_recipes.data.files import is_remote, listing_digest
 from nemotron_recipes.data.template import BUILTIN as BUILTIN_TEMPLATES
 from nemotron_recipes.errors import Problem, UserError, nearest
-from nemotron_recipes.fsio import path_digest
-from nemotron_recipes.rundir import latest_checkpoint
+from nemotron_recipes.executors import transport
+from nemotron_recipes.planning import there
 from nemotron_recipes.spec import Artifact, Tree
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -63,60 +63,56 @@ class Resolver:
         if kind == "data" and is_remote(reference):
             return self._remote(reference)
         if kind == "checkpoint":
-            return self._checkpoint(reference)
+            return Artifact.from_tree(transport.call(there.checkpoint, self._path(reference)))
         if kind == "template":
             return self._template(reference)
-        path = self._path(reference)
-        if kind in ("model", "tokenizer") and HUB_NAME.fullmatch(reference) and not path.exists():
+        if kind in ("model", "tokenizer") and HUB_NAME.fullmatch(reference) and not self._lies_here(reference):
             return self._hub(reference, kind)
-        return self._local(path, kind)
+        return Artifact.from_tree(transport.call(there.path_input, self._path(reference), kind))
 
-    def _path(self, reference: str) -> Path:
-        return Path(os.path.abspath(self.cwd / os.path.expanduser(reference)))
+    def _path(self, reference: str) -> str:
+        """Where a path leads: from the current folder; on another machine there is none."""
+        host = transport.current().name
+        if not host:
+            return os.path.abspath(self.cwd / os.path.expanduser(reference))
+        if not reference.startswith("/"):
+            fix = "write its full path there, or copy it there first: inputs do not travel"
+            raise UserError(Problem(f"{reference!r} is looked for on {host}", fix=fix))
+        return os.path.normpath(reference)
+
+    def _lies_here(self, reference: str) -> bool:
+        """Whether ORG/NAME is a path; one of another machine would be a full one."""
+        return not transport.current().name and os.path.exists(self._path(reference))
 
     def _stored(self, reference: str) -> Artifact:
         name, _, version = reference.partition(":")
         if not version and name in self.produced:
             return self.produced[name]
-        made_by = () if self.store.versions(name) else self.makers(name)
+        root = str(self.store.root)
+        made_by = () if transport.call(there.versions, root, name) else self.makers(name)
         if made_by:
             what = f"no artifact '{name}' in the store yet"
-            raise UserError(Problem(what, str(self.store.root), f"make it first: {made_by[0]}"))
-        return self.store.resolve(reference)
+            raise UserError(Problem(what, root, f"make it first: {made_by[0]}"))
+        return Artifact.from_tree(transport.call(there.stored, root, reference))
 
-    def _local(self, path: Path, kind: str) -> Artifact:
-        if kind in ("model", "tokenizer") and path.exists() and not path.is_dir():
-            raise UserError(Problem(f"{path} is not a folder", fix=f"a {kind} is a Hugging Face folder"))
-        if kind == "model" and path.is_dir() and not (path / "config.json").is_file():
-            raise UserError(Problem(f"{path} holds no config.json", fix="a model is a Hugging Face folder"))
-        try:
-            return Artifact("path", kind, uri=str(path), digest=path_digest(str(path)))
-        except FileNotFoundError:
-            raise UserError(Problem(f"nothing at {path}", fix=_near(path))) from None
-        except OSError as error:
-            raise UserError(Problem(f"{error.filename or path} can't be read: {error.strerror}")) from None
+    def made(self, fingerprint: str, slot: str, name: str) -> Artifact | None:
+        """The newest version of a name that a stage of this fingerprint made."""
+        found = transport.call(there.made, str(self.store.root), fingerprint, slot, name)
+        return Artifact.from_tree(found) if found else None
 
     def _remote(self, reference: str) -> Artifact:
         if self.offline:
             raise UserError(Problem(f"{reference} can't be looked at with --offline", fix="leave --offline out"))
         return Artifact("remote", "data", uri=reference, digest=listing_digest(reference))
 
-    def _checkpoint(self, reference: str) -> Artifact:
-        path = self._path(reference)
-        folder = path if path.name.startswith("iter_") else latest_checkpoint(path)
-        if folder is None or not folder.is_dir():
-            fix = "give an iter_NNNNNNN folder, or the folder that holds latest_checkpointed_iteration.txt"
-            raise UserError(Problem(f"no whole checkpoint at {path}", fix=fix))
-        return Artifact("path", "checkpoint", uri=str(folder), digest=path_digest(str(folder)))
-
     def _template(self, reference: str) -> Artifact:
         if reference in BUILTIN_TEMPLATES:
             return Artifact("builtin", "template", reference)
         path = self._path(reference)
-        if not path.is_file():
+        if not transport.call(there.exists, path):
             fix = nearest(reference, BUILTIN_TEMPLATES) + " or give the path of a .jinja file"
             raise UserError(Problem(f"no chat template '{reference}'", fix=fix))
-        return self._local(path, "template")
+        return Artifact.from_tree(transport.call(there.path_input, path, "template"))
 
     def _wandb(self, reference: str, kind: str) -> Artifact:
         if self.offline:
@@ -164,14 +160,6 @@ def _of_kind(artifact: Artifact, kind: str) -> Artifact:
     if artifact.kind in (("model", "tokenizer") if kind == "tokenizer" else (kind,)):
         return artifact
     raise UserError(Problem(f"{artifact.label} is of kind '{artifact.kind}', not '{kind}'", artifact.uri))
-
-
-def _near(path: Path) -> str:
-    """What to do where nothing lies at `path`."""
-    if not path.parent.is_dir():
-        return f"{path.parent} does not exist either"
-    near = nearest(path.name, os.listdir(path.parent))
-    return near if near.startswith("did") else "give a path that exists, hf://ORG/NAME or artifact:NAME"
 
 
 def _sample(reference: str) -> Artifact:

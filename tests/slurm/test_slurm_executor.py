@@ -75,13 +75,21 @@ def test_sbatch_receives_the_bytes_of_the_dry_run(
         next(text for path, text in stage.files.items() if path.endswith("sbatch.sh")) for stage in shown.stages
     ]
     ids = [*handle.native["jobs"].values()]
-    told = [[word.replace("<job of first>", ids[0]) for word in command] for command in shown.submit]
+    known = {f"<token of {stage}>": token for stage, token in handle.native["tokens"].items()}
+    known["<job of first>"] = ids[0]
+    told = [[_filled(word, known) for word in command] for command in shown.submit]
     assert [["sbatch", *entry["argv"]] for entry in received] == told
     assert {entry["stdin"] for entry in received} == {""}
     assert cluster.job(ids[0])["Comment"].startswith("it's")
     kept = cluster.run("scontrol", "write", "batch_script", ids[1], "-").stdout
     assert kept.rstrip("\n") == received[1]["script"].rstrip("\n")
     EXECUTOR.cancel(handle)
+
+
+def _filled(word: str, known: dict[str, str]) -> str:
+    for symbol, value in known.items():
+        word = word.replace(symbol, value)
+    return word
 
 
 @pytest.mark.e2e

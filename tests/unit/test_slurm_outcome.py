@@ -10,10 +10,11 @@ import pytest
 
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.executors import slurm_files
-from nemotron_recipes.executors.slurm_control import JobState, submitting_environment
+from nemotron_recipes.executors.slurm_control import JobState
 from nemotron_recipes.executors.slurm_files import NodeReport
 from nemotron_recipes.executors.slurm_outcome import missing_events
 from nemotron_recipes.executors.slurm_script import profile_of
+from nemotron_recipes.executors.there import inherited
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, append_event, write_record
@@ -35,7 +36,7 @@ def run(tmp_path: Path) -> RunDir:
     handle = {"executor": "slurm", "run": plan.id, "run_dir": plan.run_dir, "native": native}
     write_atomic(run.handle, json.dumps(handle))
     append_event(run.events, "submitting", attempts={"first": 1, "second": 1})
-    slurm_files.write_attempts(run, {"first": 1, "second": 1})
+    write_atomic(slurm_files.submission(run), slurm_files.attempts_text({"first": 1, "second": 1}))
     append_event(run.events, "stage-started", stage="first", attempt=1, pid=1, job="11", hosts=["node1"])
     run.stage("first").logs(1).mkdir(parents=True)
     return run
@@ -116,7 +117,7 @@ def test_a_new_submission_takes_back_the_end_of_the_one_before(run: RunDir) -> N
     append_event(run.events, "finished", state="failed", stage="first", cause="x")
     assert missing_events(run, {"first": JobState("11", "TIMEOUT")}, PRINTS) == []
     append_event(run.events, "submitting", attempts={"first": 2, "second": 1})
-    slurm_files.write_attempts(run, {"first": 2, "second": 1})
+    write_atomic(slurm_files.submission(run), slurm_files.attempts_text({"first": 2, "second": 1}))
     (finished,) = missing_events(run, {"first": JobState("13", "TIMEOUT")}, PRINTS)
     assert finished["scheduler"] == "TIMEOUT"
 
@@ -129,7 +130,7 @@ def test_what_sbatch_inherits() -> None:
         "SBATCH_TIMELIMIT": "1",  # would outdo the script's own lines
         "MY_LICENCE": "secret",
     }
-    assert submitting_environment(environ, ["MY_LICENCE"]) == {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf"}
+    assert inherited(environ, ["MY_LICENCE"]) == {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf"}
 
 
 @pytest.mark.parametrize(

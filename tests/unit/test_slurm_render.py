@@ -121,10 +121,10 @@ def test_ids_take_the_places_of_stages() -> None:
     """A stage that was done before, and its array, leave nothing behind; a dependency on a job of the user's stays."""
     array, prep, training = EXECUTOR.render(pipe_of(ARRAY)).submit
     ids = {"data-prep-sft.array": "10", "data-prep-sft": "11"}
-    assert dependency(resolved(array, ids)) == []
-    assert dependency(resolved(prep, ids)) == ["--dependency=afterok:7,afterany:10"]
-    assert dependency(resolved(training, ids)) == ["--dependency=afterok:11"]
-    assert dependency(resolved(training, {})) == []
+    assert dependency(resolved(array, ids, {})) == []
+    assert dependency(resolved(prep, ids, {})) == ["--dependency=afterok:7,afterany:10"]
+    assert dependency(resolved(training, ids, {})) == ["--dependency=afterok:11"]
+    assert dependency(resolved(training, {}, {})) == []
 
 
 def dependency(argv: list[str]) -> list[str]:

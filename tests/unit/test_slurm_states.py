@@ -22,6 +22,7 @@ from nemotron_recipes.executors.slurm_states import (
     of_scontrol,
     of_squeue,
 )
+from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import RunDir, append_event, read_jsonl
 from nemotron_recipes.spec import JobHandle, to_json
 from tests.helpers.executor_harness import placement
@@ -159,7 +160,7 @@ def submitted_run(root: Path, name: str, *jobs: str) -> Path:
     run.plan.write_text(to_json(plan))
     native = {"jobs": {s.name: job for s, job in zip(stages, jobs, strict=True)}, "names": {}}
     run.handle.write_text(to_json(JobHandle("slurm", plan.id, plan.run_dir, native)))
-    slurm_files.write_attempts(run, {s.name: 1 for s in stages})
+    write_atomic(slurm_files.submission(run), slurm_files.attempts_text({s.name: 1 for s in stages}))
     append_event(run.events, "submitting", attempts={s.name: 1 for s in stages})
     for stage, job in native["jobs"].items():
         append_event(run.events, "job-accepted", stage=stage, attempt=1, job=job)

@@ -121,9 +121,9 @@ def test_on_slurm_a_run_waits_for_the_one_that_many_before_it(tmp_path: Path) ->
         [],
         *([f"--dependency=after:7,afterany:<job of {member.run}/last>"] for member in members[:2]),
     ]
-    assert resolved(tuple(waits[2]), {f"{members[0].run}/last": "12"}) == ["--dependency=after:7,afterany:12"]
-    assert resolved(tuple(waits[2]), {}) == ["--dependency=after:7"], "that run is over"
-    assert resolved(("--dependency=afterany:<job of x/last>",), {}) == []
+    assert resolved(tuple(waits[2]), {f"{members[0].run}/last": "12"}, {}) == ["--dependency=after:7,afterany:12"]
+    assert resolved(tuple(waits[2]), {}, {}) == ["--dependency=after:7"], "that run is over"
+    assert resolved(("--dependency=afterany:<job of x/last>",), {}, {}) == []
 
 
 def _command(member: sweep.Member) -> tuple[str, ...]:

@@ -1,0 +1,75 @@
+"""The copy on this machine of a run's folder on another one: what readers read. The folder there is the truth.
+
+Code, worker files and checkpoints stay there; of checkpoints the folders' names are here. A log that has grown is
+fetched from where the copy ends. What is known of the folder there lies beside the copy: the next command goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nemotron_recipes.errors import NemotronError
+from nemotron_recipes.executors import there
+from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import read_json
+
+_KNOWN = ".copied.json"  # name -> inode, size, time there
+Call = Callable[..., Any]
+
+
+class Untrusted(NemotronError):
+    """The other machine names a file that does not belong into the folder."""
+
+
+def refresh(call: Call, far: str, near: Path) -> None:
+    """Bring here what has changed there. Unreachable, or OSError; what has come until then stays."""
+    near.mkdir(parents=True, exist_ok=True)
+    with open(near / ".copying.lock", "ab") as lock:
+        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+        known: dict[str, Any] = (read_json(near / _KNOWN) or {}).get("files", {})
+        more = True
+        while more:
+            said = call(there.changes, far, known)
+            for name, inode, size, stamp, offset, data in said["files"]:
+                _put(near, name, offset, data, stamp)
+                known[name] = [inode, size, stamp]
+            for name in said["folders"]:
+                _inside(near, name).mkdir(parents=True, exist_ok=True)
+            for name in said["gone"]:
+                _inside(near, name).unlink(missing_ok=True)
+                del known[name]
+            more = said["more"]
+            write_atomic(near / _KNOWN, json.dumps({"files": known, "time": time.time()}))
+
+
+def age(near: Path) -> float | None:
+    """Seconds since the copy was last complete; None: it never was."""
+    told = read_json(near / _KNOWN)
+    return time.time() - told["time"] if told else None
+
+
+def _put(near: Path, name: str, offset: int, data: bytes, stamp: int) -> None:
+    path = _inside(near, name)
+    if offset == 0 and len(data) < there.PIECE:
+        write_atomic(path, data)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "r+b" if offset and path.exists() else "wb") as handle:
+            handle.truncate(offset)
+            handle.seek(offset)
+            handle.write(data)
+    if stamp:
+        os.utime(path, ns=(stamp, stamp))
+
+
+def _inside(near: Path, name: str) -> Path:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or parts[0].startswith("."):
+        raise Untrusted(f"the folder there is said to hold {name!r}")
+    return near.joinpath(*parts)

@@ -1,0 +1,122 @@
+"""The handle of a Slurm run, kept where it was submitted and in the run's folder; and what a cut submission left."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from nemotron_recipes.executors import (
+    sites,
+    slurm_control,
+    slurm_files,
+    slurm_outcome,
+    slurm_script,
+    slurm_submission,
+    there,
+    transport,
+)
+from nemotron_recipes.executors.transport import Unreachable
+from nemotron_recipes.rundir import RunDir, read_json, read_jsonl, write_sealed
+from nemotron_recipes.spec import JobHandle, Tree
+
+
+def keep(handle: JobHandle) -> None:
+    """Durable here; and there, where somebody who looks at the folder on the cluster finds it."""
+    run, where = RunDir(Path(handle.run_dir)), transport.current()
+    write_sealed(run.handle, asdict(handle))
+    if where.name:
+        native = {key: value for key, value in handle.native.items() if key != "remote"}
+        far = replace(handle, run_dir=where.far(run.path), native=native)
+        transport.call(there.write_document, run.handle, asdict(far))
+
+
+def tell(run: RunDir, event: str, **fields: Any) -> None:
+    """Append to the run's events."""
+    transport.call(there.event, run.events, event, fields)
+
+
+@contextmanager
+def alone(run: RunDir, wait: bool = False) -> Iterator[bool]:
+    """Whether nobody else on this machine, or on one that shares its locks, submits this run or repairs its handle."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with open(run.path / "submit.lock", "ab") as lock:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def earlier_jobs(run: RunDir) -> set[str]:
+    """Jobs of earlier submissions of this run."""
+    events: list[Tree] = list(read_jsonl(run.events))
+    accepted = [event for event in events if event["event"] == "job-accepted"]
+    return {event[key] for event in accepted for key in ("job", "array") if key in event}
+
+
+def answer(run: RunDir, handle: JobHandle, name: str) -> Path:
+    """Where sbatch's answer to what is called so in the handle is kept: a stage's job, or its array."""
+    stage = run.stage(name.removesuffix(slurm_script.ARRAY_SUFFIX))
+    return slurm_files.answer(stage, handle.native["tokens"][name])
+
+
+def tell_accepted(run: RunDir, handle: JobHandle, attempts: Mapping[str, int]) -> None:
+    """That the jobs of all stages are in the queue."""
+    jobs = handle.native["jobs"]
+    for name, attempt in attempts.items():
+        array = jobs.get(slurm_script.array_of(name))
+        fields = {"job": jobs[name], **({"array": array} if array else {})}
+        tell(run, "job-accepted", stage=name, attempt=attempt, **fields)
+
+
+def find(handle: JobHandle, stage: str, patience: float = 0.0) -> str | None:
+    """The job of a stage's attempt; None: there is none, and there won't be. Unknown, or Unreachable."""
+    run, native = RunDir(Path(handle.run_dir)), handle.native
+    place, token = answer(run, handle, stage), native["tokens"][stage]
+    return slurm_submission.found(place, token, native["names"][stage], earlier_jobs(run), patience)
+
+
+def recovered(handle: JobHandle) -> JobHandle:
+    """The handle with every job of its submission, whose submitter may have died. Unreachable: it can't be told now.
+
+    A submission that came only half way is taken back: its jobs are cancelled, and that is recorded.
+    """
+    native = handle.native
+    run = RunDir(Path(handle.run_dir))
+    if native.get("tokens", {}).keys() <= native["jobs"].keys() or slurm_outcome.has_ended(run):
+        return handle
+    with transport.through(sites.of_handle(handle)), alone(run) as mine:
+        told = read_json(run.handle)
+        handle = JobHandle(**told) if told else handle  # somebody may have come to its end meanwhile
+        native = handle.native
+        if native["tokens"].keys() <= native["jobs"].keys() or slurm_outcome.has_ended(run):
+            return handle
+        if not mine:
+            raise Unreachable("it is being submitted at this moment")
+        jobs = {}
+        for stage in native["tokens"]:
+            try:
+                jobs[stage] = native["jobs"].get(stage) or find(handle, stage)
+            except slurm_submission.Unknown as error:
+                raise Unreachable(f"it is not known whether Slurm has accepted {stage}: {error}") from None
+        accepted = {stage: job for stage, job in jobs.items() if job}
+        handle = replace(handle, native={**native, "jobs": accepted})
+        keep(handle)
+        if len(accepted) == len(jobs):
+            tell_accepted(run, handle, slurm_files.attempts(run))
+        else:
+            withdraw(run, handle)
+    return handle
+
+
+def withdraw(run: RunDir, handle: JobHandle) -> None:
+    """Cancel the jobs in the handle, and record that. Unreachable, or Refused."""
+    transport.call(there.write, slurm_files.submission(run), slurm_files.attempts_text({}), 0o644)  # none may begin
+    slurm_control.scancel(handle.native["jobs"].values())
+    transport.call(there.remove, slurm_files.secrets(run))
+    tell(run, "cancelled", stage=None, attempt=None)
