@@ -36,12 +36,15 @@ def gib(count: float) -> str:
 
 def time_text(time: Tree) -> str:
     """How long, how many GPU-hours, and who says so."""
-    number = time["processes"]
+    number, limit = time["processes"], time["limit"]
     if time["seconds"] is None:
-        return f"{number} GPU-hours an hour, one GPU a process; how long is not known yet: --smoke 10 measures it"
+        most = f", at most {number * limit / 3600:.4g} within its limit of {duration(limit)}" if limit else ""
+        known = "how long it takes is not known yet: --smoke 10 measures it"
+        return f"{number} GPU-hours an hour, one GPU a process{most}; {known}"
     source = f"smoke run {time['run']}, {time['smoke']} steps" if time["smoke"] else f"run {time['run']}"
     hours = f"{time['gpu_hours']:.4g} GPU-hours with one GPU a process"
-    return f"about {duration(time['seconds'])} on {number} process(es), {hours} (from {source})"
+    late = f"; LONGER than its limit of {duration(limit)}" if limit and time["seconds"] > limit else ""
+    return f"about {duration(time['seconds'])} on {number} process(es), {hours} (from {source}){late}"
 
 
 def _model(model: Tree) -> str:

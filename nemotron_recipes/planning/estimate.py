@@ -40,7 +40,8 @@ def estimate(question: Question, fingerprint: str, placement: Placement, runs: P
     memory   parts, needed and margin in bytes on the fullest GPU; capacity of that GPU and the verdict, or None; notes
     disk     bytes of a checkpoint, and of all that are kept at once
     time     processes; seconds and gpu_hours (of one GPU a process), None where nothing has measured it; run, the run
-             that did, and smoke, its number of steps where that was a smoke run
+             that did, and smoke, its number of steps where that was a smoke run; limit, seconds that all jobs of the
+             run may take together, or None
     """
     config = question.config
     model = question.inputs.get("model.path")
@@ -72,6 +73,7 @@ def estimate(question: Question, fingerprint: str, placement: Placement, runs: P
         "gpu_hours": round(question.processes * known.seconds / 3600, 3) if known else None,
         "run": known.run if known else None,
         "smoke": known.smoke if known else 0,
+        "limit": _limit(question.options),
     }
     return told, problems
 
@@ -84,6 +86,16 @@ def capacity_of(options: Tree) -> tuple[float | None, list[Problem]]:
         return None, [Problem(f"the memory of a GPU '{name}' is not known", "run.gpu", fix)]
     gib = given or (tables.gpus()[name] if name else None)
     return gib * GIB if gib else None, []
+
+
+def _limit(options: Tree) -> int | None:
+    """Seconds that a stage's jobs may take: the first one, and each that goes back into the queue."""
+    if not options.get("time"):
+        return None
+    from nemotron_recipes.executors.slurm_profile import limit_seconds
+
+    limit = limit_seconds(options["time"])
+    return limit * (1 + options.get("max_requeues", 0)) if limit else None
 
 
 def _memory(size: Sized, takes: Memory, capacity: float | None) -> Tree:
