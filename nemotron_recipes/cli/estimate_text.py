@@ -62,7 +62,7 @@ def _memory(memory: Tree) -> list[str]:
     needed, margin, capacity = memory["needed"], memory["margin"], memory["capacity"]
     whole = f"{gib(needed)} on the fullest GPU"
     if capacity:
-        whole += f", which has {gib(capacity)}: {VERDICTS[memory['verdict']]}"
+        whole += f", which has {gib(capacity)}: {VERDICTS.get(memory['verdict'], 'not judged')}"
     else:
         whole += "; how large it is the profile does not say (gpu)"
     parts = ", ".join(f"{name} {gib(value)}" for name, value in memory["parts"].items() if value)

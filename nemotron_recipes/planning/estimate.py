@@ -100,15 +100,17 @@ def _limit(options: Tree) -> int | None:
 
 def _memory(size: Sized, takes: Memory, capacity: float | None) -> Tree:
     notes = []
+    verdict = takes.verdict(capacity) if capacity else None
     if not size.sequence:
         notes.append("without activations: how long sequences are is not known before the data")
+        verdict = verdict if verdict == "impossible" else None
     parts = {name: round(value) for name, value in asdict(takes).items()}
     return {
         "margin": parts.pop("margin"),
         "parts": parts,
         "needed": round(takes.needed),
         "capacity": round(capacity) if capacity else None,
-        "verdict": takes.verdict(capacity) if capacity else None,
+        "verdict": verdict,
         "notes": notes,
     }
 
@@ -129,13 +131,13 @@ def _refusal(question: Question, size: Sized, takes: Memory, capacity: float) ->
     )
     found = search.smallest(question.config, question.backend, size, question.nodes, question.per_node, capacity)
     if found is None:
-        fix = "no number of GPUs would do: train adapters (peft), or with a backend that shares out the model"
+        fix = "no layout that was tried would do: train adapters (peft), or with a backend that shares out the model"
     else:
-        nodes, best = found
-        place = "" if nodes == question.nodes else f"run.nodes={nodes} " if question.nodes > 1 or nodes > 1 else ""
-        changed = [text for text in best.overrides if text not in _now(question)]
-        layout = " ".join(changed)
-        fix = f"the smallest that would: {place}{layout} ({best.memory.needed / GIB:.1f} GiB)"
+        nodes, per_node, best = found
+        place = {"run.nodes": (nodes, question.nodes), "run.nproc_per_node": (per_node, question.per_node)}
+        changed = [f"{key}={then}" for key, (then, now) in place.items() if then != now]
+        changed += [text for text in best.overrides if text not in _now(question)]
+        fix = f"the smallest that would: {' '.join(changed)} ({best.memory.needed / GIB:.1f} GiB)"
     return [Problem(what, "plan", f"{fix}; plan.allow_oom_risk=true runs it as it is")]
 
 

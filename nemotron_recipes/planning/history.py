@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def find_smoke(runs: Path, config: Tree, steps: int, alike: Sequence[str] = ALIK
             continue
         for stage in plan["stages"]:
             same = all(_at(stage["config"], key) == _at(config, key) for key in alike)
-            if same and (read_json(run.stage(stage["name"]).record) or {}).get("state") == "succeeded":
+            if same and _record(run.stage(stage["name"])).get("state") == "succeeded":
                 return str(plan["id"])
     return None
 
@@ -109,11 +110,15 @@ def pace_of(run: RunDir, stage_name: str) -> Pace | None:
 
 def _plans(runs: Path, text: str) -> Iterator[tuple[RunDir, dict[str, Any]]]:
     """Runs whose plan holds the text, newest first; most plans are never parsed."""
-    files = [*runs.glob("*/plan.json")] if runs.is_dir() else []
-    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-        raw = path.read_bytes()
-        if text.encode() in raw:
-            yield RunDir(path.parent), json.loads(raw)
+    found: list[tuple[float, RunDir, bytes]] = []
+    for path in runs.glob("*/plan.json") if runs.is_dir() else ():
+        with suppress(OSError):  # it is being removed
+            raw = path.read_bytes()
+            if text.encode() in raw:
+                found.append((path.stat().st_mtime, RunDir(path.parent), raw))
+    for _, run, raw in sorted(found, key=lambda one: one[0], reverse=True):
+        with suppress(ValueError):  # damaged: `runs list` says so
+            yield run, json.loads(raw)
 
 
 def _as_many(stage: dict[str, Any], placement: Placement) -> bool:
@@ -124,8 +129,15 @@ def _as_many(stage: dict[str, Any], placement: Placement) -> bool:
 
 def _whole_record(folder: StageDir) -> dict[str, Any] | None:
     """The record of a stage that succeeded in one go."""
-    record = read_json(folder.record) or {}
+    record = _record(folder)
     return record if record.get("state") == "succeeded" and record.get("attempt") == 1 else None
+
+
+def _record(folder: StageDir) -> dict[str, Any]:
+    try:
+        return read_json(folder.record) or {}
+    except ValueError:
+        return {}
 
 
 def _at(tree: Any, key: str) -> Any:

@@ -14,7 +14,8 @@ from nemotron_recipes.sizing.stage import Sized
 from nemotron_recipes.spec import Tree
 
 _ORDER: dict[Verdict, int] = {"fits": 0, "tight": 1, "doubtful": 2, "impossible": 3}
-_LARGEST = 64  # times as many GPUs as asked for that are tried to find the smallest number that would do
+_NODE = 8  # GPUs of the usual node
+_MOST = 64
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,22 @@ def search(
 
 def smallest(
     config: Tree, backend: Backend, size: Sized, nodes: int, per_node: int, capacity: float
-) -> tuple[int, Candidate] | None:
-    """(nodes, layout) of the fewest nodes on which it fits, at most `_LARGEST` times as many; None: on none."""
-    number = nodes
-    while number <= nodes * _LARGEST:
-        found, _ = search(config, backend, size, number, per_node, capacity)
+) -> tuple[int, int, Candidate] | None:
+    """(nodes, GPUs of each, layout) of the fewest on which it fits; None: on none of those that are tried.
+
+    Of one node up to `_NODE` GPUs are tried, then `_MOST` times as many nodes; each time twice as many.
+    """
+    places = [(nodes, per_node)]
+    while nodes == 1 and per_node * 2 <= _NODE:
+        per_node *= 2
+        places.append((nodes, per_node))
+    places += [(nodes << power, per_node) for power in range(1, _MOST.bit_length())]
+    for nodes, per_node in places:
+        found, _ = search(config, backend, size, nodes, per_node, capacity)
         if found and found[0].verdict in ("fits", "tight"):
-            return number, found[0]
+            return nodes, per_node, found[0]
         if config["parallel"] is None and not size.footprint.shards_weights:
-            return None  # every process holds all of it, however many there are
-        number *= 2
+            break  # every process holds all of it, however many there are
     return None
 
 

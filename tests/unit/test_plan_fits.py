@@ -77,7 +77,10 @@ def test_what_cannot_fit_is_refused_with_the_smallest_that_would(place: Path) ->
     (said,) = refused(place, "nano3", ("sft",), "default", *NANO, gpu=None, gpu_memory_gib=40.0)
     assert "the smallest that would: run.nodes=2 " in said, "where no layout of one node would do"
     (said,) = refused(place, "nano3", ("sft",), "trl", NANO[0])
-    assert "no number of GPUs would do: train adapters (peft)" in said
+    assert "no layout that was tried would do: train adapters (peft)" in said
+    one = ("parallel.expert_model_parallel_size=1",)
+    (said,) = refused(place, "nano3", ("sft",), "lora", *NANO, *one, nproc_per_node=1, gpu=None, gpu_memory_gib=30.0)
+    assert "the smallest that would: run.nproc_per_node=4 " in said and "expert_model_parallel_size=4 " in said
 
 
 def test_figures_that_nobody_has_checked_refuse_nothing(place: Path) -> None:

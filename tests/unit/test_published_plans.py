@@ -40,7 +40,8 @@ def test_published_layouts_fit(tmp_path: Path, pytestconfig: pytest.Config) -> N
         environment = Environment(tmp_path, profiles={"there": profile})
         request = Request(family, tuple(words), config, "batch", "there", overrides, offline=True, cwd=str(tmp_path))
         estimate = make_plan(request, CATALOG, environment).stages[0].estimate
-        assert estimate["memory"]["verdict"] == "fits", recipe
+        expected = "fits" if estimate["memory"]["parts"]["activations"] else None  # unknown before the data
+        assert estimate["memory"]["verdict"] == expected, recipe
         text += "\n".join([f"{recipe} on {nodes} x {number} {gpu}", *estimate_lines(estimate), "", ""])
     if pytestconfig.getoption("--update-golden"):
         FILE.write_text(text)

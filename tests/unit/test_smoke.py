@@ -141,6 +141,9 @@ def test_a_later_plan_takes_its_time_from_the_newest_run_that_says_it(tmp_path: 
     found = wall_time(*ask)
     assert found is not None and (found.run, found.smoke) == ("whole-1", 0)
     write_record(real.stage("sft"), {"state": "failed", "attempt": 1, "started": 0.0, "ended": 1.0})
+    (runs / "damaged").mkdir()
+    (runs / "damaged" / "plan.json").write_text(whole.fingerprint)
+    real.stage("sft").record.write_text("{")
     found = wall_time(*ask)
     assert found is not None and found.run == "smoke-1"
 
