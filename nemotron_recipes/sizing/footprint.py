@@ -102,6 +102,7 @@ def _trl(config: Tree, processes: int) -> Footprint | None:
         adapter_weight=4,
         recompute=bool(config["backend"]["native"].get("gradient_checkpointing", True)),
         copies=2 if method in ("dpo", "kto") and not config["peft"] else 1,
+        quantized=config["model"]["load_in_4bit"],
     )
 
 
@@ -109,6 +110,7 @@ _OF_BACKEND: dict[str, Callable[[Tree, int], Footprint | None]] = {
     "megatron_bridge": _megatron,
     "automodel": _automodel,
     "trl": _trl,
+    "unsloth": _trl,  # the same trainers
 }
 
 

@@ -14,6 +14,8 @@ from nemotron_recipes.sizing.memory import Batch, Memory, memory, trained_parame
 from nemotron_recipes.sizing.shape import Shape
 from nemotron_recipes.spec import Artifact, Tree
 
+_TRANSFORMERS = ("trl", "unsloth")  # backends that load Transformers' own model classes
+
 
 @dataclass(frozen=True)
 class Sized:
@@ -44,7 +46,7 @@ def sized(config: Tree, shape: Shape, processes: int, data: Artifact | None) -> 
     if print_ is None:
         return None
     train = config["train"]
-    predicts = config["backend"]["name"] != "trl"  # Transformers leaves multi-token prediction out
+    predicts = config["backend"]["name"] not in _TRANSFORMERS  # which leaves multi-token prediction out
     return Sized(
         shape if predicts else replace(shape, mtp_pattern=""),
         print_,
@@ -73,6 +75,6 @@ def _lora(config: Tree) -> Lora | None:
     if peft is None:
         return None
     # PEFT reaches the fused weights of routed experts by `target_parameters` alone.
-    experts = tuple(peft["target_parameters"]) if config["backend"]["name"] == "trl" else None
+    experts = tuple(peft["target_parameters"]) if config["backend"]["name"] in _TRANSFORMERS else None
     excluded = config["backend"]["native"].get("peft", {}).get("exclude_modules", ())
     return Lora(peft["dim"], tuple(peft["target_modules"]), experts, tuple(excluded))
