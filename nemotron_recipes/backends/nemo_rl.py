@@ -14,7 +14,7 @@ from nemotron_recipes.backends import native
 from nemotron_recipes.backends.layout import Layout, layout_problems
 from nemotron_recipes.backends.schemas import NativeSchema, unknown_recipe
 from nemotron_recipes.backends.workerfile import MODULE, file_path, worker_args, worker_file, yaml_text
-from nemotron_recipes.errors import Problem
+from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Launch, StageSpec, Tree
 
@@ -101,6 +101,8 @@ _OWNED = {
     "grpo.max_num_epochs": "train.train_iters says how long",
     "grpo.num_prompts_per_step": "global batch / grpo.num_generations",
 }
+# What NeMo-RL has registered (nemo_rl/environments/utils.py), of those that judge text.
+_ENVIRONMENTS = ("math", "math_multi_reward", "code", "code_jaccard", "reward_model", GYM)
 _OWNED_SECTIONS = {"data.train.": "use data.path", "data.validation.": "use data.path"}
 _EPOCHS = 1_000_000  # train.train_iters ends the training, not the number of passes over the data
 
@@ -260,14 +262,30 @@ def _method_problems(config: Tree) -> Iterator[Problem]:
         for name in ("pipeline_model_parallel_size", "expert_tensor_parallel_size"):
             if parallel.get(name, 1) != 1:
                 yield Problem(f"NeMo-RL's DTensor policy has no parallel.{name}", fix=f"parallel.{name}=1")
-    elif len(config["grpo"]["rewards"]) != 1:
-        what = "NeMo-RL has one environment for the rows of a data set"
-        yield Problem(what, "grpo.rewards", f"grpo.rewards=[math], or [{GYM}] for NeMo-Gym's")
+    else:
+        yield from _reward_problems(config["grpo"])
     if peft and peft["target_parameters"]:
         yield Problem("NeMo-RL adapts modules, not parameters", "peft.target_parameters", "peft.target_parameters=[]")
     if config["checkpoint"]["pretrained_checkpoint"] is not None:
         fix = "checkpoint.pretrained_checkpoint=null; the base model is model.path"
         yield Problem("nemo_rl starts from a Hugging Face folder", "checkpoint.pretrained_checkpoint", fix)
+
+
+def _reward_problems(grpo: Tree) -> Iterator[Problem]:
+    names = grpo["rewards"]
+    if len(names) != 1:
+        what = "NeMo-RL has one environment for the rows of a data set"
+        yield Problem(what, "grpo.rewards", f"grpo.rewards=[math], or [{GYM}] for NeMo-Gym's")
+    for name in names:
+        if name not in _ENVIRONMENTS:
+            yield Problem(f"NeMo-RL has no environment '{name}'", "grpo.rewards", nearest(name, _ENVIRONMENTS))
+    settings = grpo["reward_settings"]
+    unread = {"reward_weights": grpo["reward_weights"]}
+    unread |= {f"reward_settings.{key}": settings[key] for key in ("format_pattern", "judges")}
+    for key, value in unread.items():
+        if value is not None:
+            fix = "backend.native.env, where NeMo-RL sets its environments"
+            yield Problem(f"NeMo-RL does not read grpo.{key}", f"grpo.{key}", fix)
 
 
 def _schema_problems(config: Tree) -> Iterator[Problem]:

@@ -1,5 +1,6 @@
 """The automodel worker, without AutoModel: its checkpoints in our layout, our packs in its terms, its command line."""
 
+import json
 import runpy
 import sys
 import types
@@ -15,6 +16,7 @@ from nemotron_recipes.rundir import TRACKER, StageDir, latest_checkpoint
 from nemotron_recipes.spec import Artifact, Output
 from nemotron_recipes.worker.automodel import stage
 from nemotron_recipes.worker.automodel.checkpoints import adopt, clear_unfinished, to_resume
+from nemotron_recipes.worker.automodel.metrics import Metrics
 from nemotron_recipes.worker.automodel.packs import PackedTensors
 from nemotron_recipes.worker.context import Context
 
@@ -188,6 +190,33 @@ def test_a_model_that_was_not_written_is_a_failure(context, fake_automodel):
     fake_automodel |= {"steps": [3], "files": ("model/other",)}
     with pytest.raises(JobFailed, match=r"holds no config\.json"):
         stage.run({**CONFIG, "resume_from": None}, context)
+
+
+def lines(*rows):
+    return "".join(json.dumps({"epoch": 0, "timestamp": "2026-01-01T00:00:00.500Z", **row}) + "\n" for row in rows)
+
+
+def test_its_metrics_become_ours_and_steps_done_again_are_forgotten(context):
+    root, ours = context.dir.checkpoints, context.dir.metrics
+    ours.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 3, "loss": 2.4}\n')
+    (root / "training.jsonl").write_text(lines({"step": 0, "loss": 3.0}))  # of the attempt before
+    metrics = Metrics(context, start=2, steps=4)
+    with open(root / "training.jsonl", "a") as out:
+        out.write(lines({"step": 2, "loss": 2.2, "lr": 0.1, "tps": 5.0, "mem": 1.0}) + '{"step": 3, "lo')
+    (root / "validation.jsonl").write_text(lines({"step": 2, "val_loss": 2.1}) + "no JSON\n")
+    metrics.look()
+    metrics.look()
+    rows = [json.loads(line) for line in ours.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    assert rows[2] == {
+        "step": 3,
+        "steps": 4,
+        "time": 1767225600.5,
+        "loss": 2.2,
+        "learning_rate": 0.1,
+        "tokens_per_second": 5.0,
+    }
+    assert context.results == {"loss": 2.2, "validation_loss": 2.1}
 
 
 def test_training_that_ends_early_is_a_failure(context, fake_automodel):

@@ -47,6 +47,15 @@ CASES = {
         overrides=("data.path=packs", "checkpoint.pretrained_checkpoint=base"),
         offline=True,
     ),
+    "nano3-rl-nemo-gym-32x8-h100": Request(
+        "nano3",
+        ("rl",),
+        "nemo-gym",
+        mode="batch",
+        profile="h100",
+        overrides=("data.path=packs", "model.path=ORG/NAME", "run.nodes=32"),
+        offline=True,
+    ),
     "ultra3-lora-4x4-gb200": Request("ultra3", ("lora",), "gb200", mode="batch", profile="gb200", offline=True),
 }
 

@@ -11,6 +11,8 @@ from nemotron_recipes.planning.validate import validate
 
 CATALOG = Catalog((package_root(),))
 NANO = "recipe/nano3/sft/default"
+RL = "recipe/nano3/rl/nemo-rl"
+DPO = "recipe/nano3/dpo/nemo-rl"
 ULTRA = "recipe/ultra3/lora/h100"
 
 
@@ -40,6 +42,9 @@ def test_what_was_read_from_the_packages():
             "'backend.native.step_scheduler.ckpt_every_steps'?",
         ),
         (ULTRA, "+backend.native.optimizer.lr=1e-5", "set optimizer.lr instead"),
+        (RL, "+backend.native.grpo.max_num_step=4", "did you mean 'backend.native.grpo.max_num_steps'?"),
+        (RL, "+backend.native.policy.megatron_cfg.optimizer.lr=1", "set optimizer.lr instead"),
+        (RL, "+backend.native.loss_fn.ratio_clip_mx=0.3", "did you mean 'backend.native.loss_fn.ratio_clip_max'?"),
         (ULTRA, "+backend.native.optimzer.lr=1e-5", "unknown key 'backend.native.optimzer.lr' of automodel"),
     ],
 )
@@ -84,6 +89,16 @@ def problems_of(path, *overrides, nproc=16):
         ),
         (ULTRA, ("backend.native.dataset.path_or_dataset=x",), "does not say where data.path goes"),
         (ULTRA, ("+checkpoint.pretrained_checkpoint=x",), "starts from a Hugging Face folder"),
+        (RL, ("grpo.rewards=[exact_match]",), "NeMo-RL has no environment 'exact_match'"),
+        (RL, ("grpo.rewards=[math,code]",), "one environment for the rows of a data set"),
+        (RL, ("+grpo.reward_weights=[1.0]",), "does not read grpo.reward_weights"),
+        (RL, ("grpo.rewards=[nemo_gym]",), "examples/nemo_gym go together"),
+        (RL, ("train.global_batch_size=520",), "counts completions"),
+        (RL, ("backend.native.base=examples/configs/dpo.yaml",), "is not for grpo"),
+        (RL, ("backend.native.base=examples/configs/grpo_math_1B_megatorn.yaml",), "did you mean"),
+        (RL, ("+backend.native.checkpointing.metric_name=x",), "the newest checkpoints are kept"),
+        (RL, ("+backend.native.policy.megatron_cfg.activation_checkpointing=often",), "should be bool"),
+        (DPO, ("+parallel.pipeline_model_parallel_size=2",), "has no parallel.pipeline_model_parallel_size"),
         (ULTRA, ("+backend.native.step_scheduler.num_epochs=1",), "train.train_iters says how long"),
         (ULTRA, ("+backend.native.step_scheduler.gc_every_steps=often",), "should be None | int, not 'often'"),
     ],

@@ -62,6 +62,11 @@ def model_folder(checkpoint: Path, adapters: bool) -> Path:
     return model if adapters else model / "consolidated"
 
 
+def steps_of(folder: Path | None) -> int:
+    """Steps done when AutoModel wrote it; 0 without one."""
+    return _steps(folder) if folder and _FOLDER.fullmatch(folder.name) else 0
+
+
 def _latest(root: Path) -> Path | None:
     link, text = root / LATEST, root / f"{LATEST}.txt"
     if link.is_symlink():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.spec import Tree
-from nemotron_recipes.worker.automodel.checkpoints import adopt, clear_unfinished, model_folder, to_resume
+from nemotron_recipes.worker.automodel.checkpoints import adopt, clear_unfinished, model_folder, steps_of, to_resume
+from nemotron_recipes.worker.automodel.metrics import Metrics
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.guest import CheckpointWatch, Guest, link_tree, step_of
 from nemotron_recipes.worker.hub import folder_of
@@ -31,7 +32,14 @@ def run(config: Tree, context: Context) -> None:
     module = entry()
     context.event("ready", resume_from=str(resume) if resume else None)
     guest = Guest(context)
-    with CheckpointWatch(context, look=lambda: adopt(root, config["keep"])), guest:
+    metrics = Metrics(context, steps_of(resume), config["train_iters"]) if context.is_main else None
+
+    def look() -> None:
+        adopt(root, config["keep"])
+        if metrics:
+            metrics.look()
+
+    with CheckpointWatch(context, look=look), guest:
         _start(module, argv)
     newest = adopt(root, config["keep"]) if context.is_main else None
     if not context.is_main:
