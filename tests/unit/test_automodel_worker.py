@@ -213,7 +213,7 @@ def test_its_metrics_become_ours_and_steps_done_again_are_forgotten(context):
         "steps": 4,
         "time": 1767225600.5,
         "loss": 2.2,
-        "learning_rate": 0.1,
+        "lr": 0.1,
         "tokens_per_second": 5.0,
     }
     assert context.results == {"loss": 2.2, "validation_loss": 2.1}

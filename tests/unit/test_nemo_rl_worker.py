@@ -28,6 +28,13 @@ with open({log!r}, "a") as out:
 while "--block" in sys.argv:
     time.sleep(0.2)
 """
+# As the real count does, it ends when as many nodes have started as were asked for.
+FAKE_COUNT = """\
+import os, sys, time
+wanted, end = int(sys.argv[2]), time.time() + 120
+while not os.path.exists({log!r}) or len(open({log!r}).readlines()) < wanted:
+    time.sleep(0.05) if time.time() < end else sys.exit("too few nodes")
+"""
 # Writes step_N as NeMo-RL does, for the steps in the file beside it, and keeps its config.
 FAKE_PROGRAM = """\
 import json, os, shutil, sys, yaml
@@ -55,7 +62,7 @@ class Fakes:
         ray.write_text(FAKE_RAY.format(python=sys.executable, log=str(self.ray_log)))
         ray.chmod(0o755)
         monkeypatch.setattr(cluster, "_program", lambda: str(ray))
-        monkeypatch.setattr(cluster, "_COUNT", "")
+        monkeypatch.setattr(cluster, "_COUNT", FAKE_COUNT.format(log=str(self.ray_log)))
         monkeypatch.setattr(cluster, "POLL", 0.05)
         monkeypatch.setattr(stage, "source_folder", lambda: folder / "source")
         monkeypatch.setenv("RANK", "0")  # torchrun's word, which neither Ray nor NeMo-RL may hear
