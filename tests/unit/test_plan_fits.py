@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from nemotron_recipes.cli import main as cli
 from nemotron_recipes.config.catalog import Catalog, package_root
 from nemotron_recipes.config.profiles import Environment
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.executors import folders
 from nemotron_recipes.planning import disk
 from nemotron_recipes.planning.layouts import layouts
 from nemotron_recipes.planning.plan import make_plan
@@ -164,12 +164,11 @@ def test_checkpoints_without_room_stop_a_submission(place: Path, monkeypatch: py
     prepared = lifecycle.prepare(request)
     kept = prepared.plan.stages[0].estimate["disk"]["kept"]
     usage = namedtuple("usage", "total used free")
-    for module in (disk, folders):
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(kept, 0, kept - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(kept, 0, kept - 1))
     (problem,) = disk.disk_problems(prepared.plan)
     assert problem.what.startswith("sft: checkpoints take 37.1 GB (12.4 GB each), but 37.1 GB are free below ")
     assert "checkpoint.keep=1" in problem.fix
     with pytest.raises(UserError, match="checkpoints take"):
         lifecycle._refuse_unfit(prepared)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(kept, 0, kept))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(kept, 0, kept))
     assert list(disk.disk_problems(prepared.plan)) == []
