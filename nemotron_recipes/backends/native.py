@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from nemotron_recipes import containers
+from nemotron_recipes import image_list
 from nemotron_recipes.backends import schemas
 from nemotron_recipes.backends.schemas import NativeSchema
 from nemotron_recipes.errors import Problem, nearest
@@ -27,7 +27,7 @@ def schema_for(config: Tree, names: tuple[str, ...]) -> tuple[NativeSchema, str]
     """
     image = config["run"].get("container_image") or config["backend"]["image"]
     package = schemas.load(names[-1]).content["package"]
-    stated, taken_for = containers.versions().get(containers.plain(image or ""), ({}, {}))
+    stated, taken_for = image_list.versions().get(image_list.plain(image or ""), ({}, {}))
     version = stated.get(package) or taken_for.get(package)
     schema = min((schemas.load(name) for name in names), key=lambda s: _distance(s.version, version))
     against = f"{package} {schema.version}"

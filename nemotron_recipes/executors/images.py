@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemotron_recipes import containers
+from nemotron_recipes import image_list
 from nemotron_recipes.errors import JobFailed, Problem, UserError, nearest
 from nemotron_recipes.executors.enroot import Reference, Unusable, parse_reference
 from nemotron_recipes.executors.registry import Found
@@ -42,9 +42,9 @@ class Image:
 
 def known_images(file: Path | None = None) -> tuple[Image, ...]:
     """Every entry. UserError: the file holds something else."""
-    file = file or containers.folder() / "images.toml"
+    file = file or image_list.folder() / "images.toml"
     try:
-        return tuple(_image(entry, file) for entry in containers.entries(file))
+        return tuple(_image(entry, file) for entry in image_list.entries(file))
     except (ValueError, KeyError, TypeError, Unusable) as error:  # TOMLDecodeError is a ValueError
         raise UserError(Problem(f"the list of images can't be read: {error}", str(file))) from None
 

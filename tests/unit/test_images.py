@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes import containers
+from nemotron_recipes import image_list
 from nemotron_recipes.backends import REGISTRY as BACKENDS
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors import images
@@ -74,7 +74,7 @@ def test_the_list_is_sound() -> None:
     for image in known:
         for fact in ("digest", "architectures", "versions"):
             assert not getattr(image, fact) or fact in image.sources, f"{image.reference}: where is {fact} from?"
-        assert not image.recipe or (containers.folder() / image.recipe).is_file()
+        assert not image.recipe or (image_list.folder() / image.recipe).is_file()
 
 
 def test_a_key_that_no_image_has_is_refused(tmp_path: Path) -> None:
