@@ -105,7 +105,7 @@ def test_a_follower_of_a_huge_log_stays_small(tmp_path: Path, size: int) -> None
 
     log.write_text("one line\n")
     small = followed()
-    line = b"step 12/100 [######....] loss 1.2345 and some more words that a trainer says\n"
+    line = b"step 12/100 [######....] loss 1.2345" + 4 * b" and some more words that a trainer says" + b"\n"
     piece = line * (MEGABYTE // len(line)) + b"#" * (MEGABYTE % len(line))
     with open(log, "wb") as handle:
         for _ in range(size // MEGABYTE):
