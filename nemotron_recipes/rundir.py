@@ -214,7 +214,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object written by `write_atomic` or `write_sealed`, or None when the file is not there. Damaged: it is no
     JSON, or its seal does not fit."""
     try:
-        return opened(json.loads(path.read_text(encoding="utf-8")))
+        with open(path, encoding="utf-8") as handle:
+            return opened(json.load(handle))
     except FileNotFoundError:
         return None
     except ValueError as error:

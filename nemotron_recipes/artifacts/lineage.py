@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError, printable
 from nemotron_recipes.spec import Artifact, Producer, Tree
+
+SHOWN_GENERATIONS = 50  # of a tree on a screen
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class Node:
     results: tuple[tuple[str, float | None], ...] = ()
     note: str = ""
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The same artifact met twice has the same id; a path that changed in between hasn't, nor has another kind."""
-        return " ".join(filter(None, (self.artifact.kind, self.artifact.label, self.artifact.digest)))
+        return _id(self.artifact)
 
 
 def lineage(store: Store, artifact: Artifact) -> Node:
@@ -37,7 +40,8 @@ def lineage(store: Store, artifact: Artifact) -> Node:
 
 
 def render_tree(root: Node) -> str:
-    """Unicode text; the final artifact on top, what it was made from below. A part met again is not repeated."""
+    """Unicode text; the final artifact on top, what it was made from below. A part met again is not repeated, and
+    generations that no screen has room for are counted."""
     return "\n".join(_tree_lines(root))
 
 
@@ -60,35 +64,44 @@ def render_json(root: Node) -> str:
     """`nodes` (each once) and `edges` {from, to, input}, from parent to child; `root` is the final artifact's id."""
     nodes = _unique(root)
     edges = [{"from": p.id, "to": node.id, "input": key} for node in nodes for key, p in node.parents]
-    return json.dumps(
-        {"root": root.id, "nodes": [_plain(n) for n in nodes], "edges": edges}, indent=2, ensure_ascii=False
+    found = {"nodes": [_plain(node) for node in nodes], "edges": edges}
+    # A line each, by the fast encoder: there may be 10,000 of them.
+    lists = (
+        f'"{name}": [\n    ' + ",\n    ".join(json.dumps(each, ensure_ascii=False) for each in rows) + "\n  ]"
+        for name, rows in found.items()
     )
+    return "{\n  " + ",\n  ".join((f'"root": {json.dumps(root.id, ensure_ascii=False)}', *lists)) + "\n}"
 
 
 RENDERERS = {"tree": render_tree, "mermaid": render_mermaid, "json": render_json}
 
 
+def _id(artifact: Artifact) -> str:
+    return " ".join(filter(None, (artifact.kind, artifact.label, artifact.digest)))
+
+
 def _node(store: Store, artifact: Artifact) -> Node:
     """Depth first, parents before children, every version read once. A chain may be thousands of versions long."""
     known: dict[str, Node] = {}
-    read: dict[str, tuple[Node, list[tuple[str, Artifact]]]] = {}  # what a manifest says, its parents still to come
-    stack = [artifact]
+    read: dict[str, tuple[Node, list[tuple[str, str, Artifact]]]] = {}  # what a manifest says; parents with their ids
+    first = _id(artifact)
+    stack = [(first, artifact)]
     while stack:
-        top = stack[-1]
-        key = Node(top).id
+        key, top = stack[-1]
         if key in known:
             stack.pop()
         elif key not in read:
-            read[key] = _read(store, top) if top.source == "store" else (Node(top), [])
-            stack += [parent for _, parent in read[key][1] if Node(parent).id not in known]
+            node, found = _read(store, top) if top.source == "store" else (Node(top), [])
+            parents = [(name, _id(parent), parent) for name, parent in found]
+            read[key] = node, parents
+            stack += [(of, parent) for _, of, parent in parents if of not in known]
         else:  # its parents are known by now; one that isn't stands further down in the stack
             stack.pop()
             node, parents = read[key]
             cycle = "a cycle: this manifest was changed by hand"
-            known[key] = replace(
-                node, parents=tuple((name, known.get(Node(p).id) or Node(p, note=cycle)) for name, p in parents)
-            )
-    return known[Node(artifact).id]
+            joined = tuple((name, known.get(of) or Node(p, note=cycle)) for name, of, p in parents)
+            known[key] = replace(node, parents=joined) if joined else node
+    return known[first]
 
 
 def _read(store: Store, artifact: Artifact) -> tuple[Node, list[tuple[str, Artifact]]]:
@@ -108,9 +121,14 @@ def _read(store: Store, artifact: Artifact) -> tuple[Node, list[tuple[str, Artif
 
 def _tree_lines(root: Node) -> Iterator[str]:
     shown: set[str] = set()
-    stack = [(root, "", "", "")]  # node, what stands before its own line, before the lines of its parents, config key
+    # node, what stands before its own line, before the lines of its parents, config key, generation
+    stack = [(root, "", "", "", 0)]
     while stack:
-        node, lead, below, key = stack.pop()
+        node, lead, below, key, generation = stack.pop()
+        if generation > SHOWN_GENERATIONS:
+            more = len(_unique(node))
+            yield f"{lead}... {more} more: nemotron lineage {printable(node.artifact.label)}, or --json for all"
+            continue
         digest = node.artifact.digest.removeprefix("sha256:")[:12]
         facts = [node.artifact.kind, digest and f"sha256 {digest}", _made_by(node), node.note and f"({node.note})"]
         again = bool(node.parents) and node.id in shown
@@ -123,7 +141,8 @@ def _tree_lines(root: Node) -> Iterator[str]:
         shown.add(node.id)
         for index, (name, parent) in reversed(list(enumerate(node.parents))):
             last = index == len(node.parents) - 1
-            stack.append((parent, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "), name))
+            lines = below + ("└─ " if last else "├─ "), below + ("   " if last else "│  ")
+            stack.append((parent, *lines, name, generation + 1))
 
 
 def _made_by(node: Node) -> str:

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,7 +69,15 @@ class Store:
 
     def versions(self, name: str) -> list[int]:
         """Numbers of the whole versions, oldest first."""
-        return [n for n in self._numbers(name) if self._manifest_path(name, n).is_file()]
+        return [n for n in self._numbers(name) if os.path.isfile(self._manifest_path(name, n))]
+
+    def newest(self) -> Iterator[tuple[Artifact, Tree, list[int]]]:
+        """Of every name: (its newest version, that one's manifest, the numbers of all). Each file is read once."""
+        for name in _listdir(self.root):
+            if _NAME.fullmatch(name) and (versions := self.versions(name)):
+                manifest = self._manifest(name, versions[-1])
+                assert manifest is not None, "it was there"
+                yield self._of(name, versions[-1], manifest), manifest, versions
 
     def aliases(self, name: str) -> dict[str, int]:
         """The user's aliases of a name and the versions that they mean."""
@@ -222,13 +230,16 @@ class Store:
     def _artifact(self, name: str, version: int) -> Artifact:
         manifest = self._manifest(name, version)
         assert manifest is not None, "callers have seen the manifest"
+        return self._of(name, version, manifest)
+
+    def _of(self, name: str, version: int, manifest: Tree) -> Artifact:
         made = manifest["producer"]
         return Artifact(
             source="store",
             kind=manifest["kind"],
             name=name,
             version=version,
-            uri=str(self._manifest_path(name, version).parent / "content"),
+            uri=f"{self.root}/{name}/v{version}/content",
             digest=manifest["digest"],
             producer=Producer(made["fingerprint"], made["run"], made["stage"], made["slot"]) if made else None,
         )
@@ -250,7 +261,7 @@ class Store:
         return sorted(int(found[1]) for entry in _listdir(self.root / name) if (found := _VERSION.fullmatch(entry)))
 
     def _manifest_path(self, name: str, version: int) -> Path:
-        return self.root / name / f"v{version}" / "artifact.json"
+        return Path(f"{self.root}/{name}/v{version}/artifact.json")
 
 
 def check_name(name: str, what: str = "artifact name") -> None:

@@ -31,13 +31,13 @@ def artifacts() -> None:
 def list_command(as_json: bool) -> None:
     """List every artifact: newest version, kind, size, and the run that made it."""
     store = _store()
-    rows = []
-    for name in store.names():
-        newest = store.resolve(name)
-        rows.append((newest, store.describe(newest), len(store.versions(name)), store.aliases(name)))
+    rows = list(store.newest())
     if as_json:
-        tree = [{**m, "versions": count, "aliases": aliases, "uri": a.uri} for a, m, count, aliases in rows]
-        click.echo(json.dumps(tree, indent=2))
+        lines = [
+            json.dumps({**manifest, "versions": len(versions), "aliases": store.aliases(a.name), "uri": a.uri})
+            for a, manifest, versions in rows
+        ]
+        click.echo("[\n  " + ",\n  ".join(lines) + "\n]" if lines else "[]")
     elif not rows:
         click.echo(f"no artifacts yet in {store.root}")
     else:
@@ -49,7 +49,7 @@ def list_command(as_json: bool) -> None:
                 age(_iso(m["created"])),
                 (m["producer"] or {}).get("run", ""),
             )
-            for a, m, _, _ in rows
+            for a, m, _ in rows
         ]
         click.echo(table(("ARTIFACT", "KIND", "SIZE", "CREATED", "MADE BY"), cells))
 

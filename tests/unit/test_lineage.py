@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_recipes.artifacts.lineage import RENDERERS, lineage, render_json, render_mermaid, render_tree
+from nemotron_recipes.artifacts.lineage import (
+    RENDERERS,
+    SHOWN_GENERATIONS,
+    lineage,
+    render_json,
+    render_mermaid,
+    render_tree,
+)
 from nemotron_recipes.artifacts.store import SEAL, Store
 from nemotron_recipes.spec import Artifact, Producer
 
@@ -94,7 +101,14 @@ def test_a_chain_may_be_long(tmp_path: Path) -> None:
     root = lineage(store, store.resolve("model"))
     assert len(json.loads(render_json(root))["nodes"]) == 1499
     lines = render_tree(root).splitlines()
-    assert len(lines) == 1499 and first.label in lines[-1]
+    assert len(lines) == SHOWN_GENERATIONS + 2, "a screen has no room for more"
+    assert lines[-1].strip() == "└─ ... 1448 more: nemotron lineage model:v1448, or --json for all"
+    assert (
+        render_tree(lineage(store, store.resolve("model:v40")))
+        .splitlines()[-1]
+        .strip()
+        .startswith(f"└─ model.path: {first.label} ")
+    )
 
 
 def test_a_name_that_stands_for_a_model_and_for_a_tokenizer_stays_two_things(tmp_path: Path) -> None:
