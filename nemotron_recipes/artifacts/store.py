@@ -21,6 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,6 +37,7 @@ LATEST = "latest"
 KEYS = frozenset(
     ("name", "kind", "version", "digest", "size", "files", "created", "producer", "parents", "metadata", "results")
 )
+STALE_SECONDS = 65.0  # a little more than NFS clients keep what they know of a folder (acdirmax)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"v([1-9][0-9]*)")
 
@@ -159,8 +161,9 @@ class Store:
         }
         fsync_tree(staged.version)
         version = self._publish(staged, manifest, producer)
-        (staged.folder / "owner.json").unlink()
-        staged.folder.rmdir()
+        with suppress(OSError):  # the version is there; a network file system may keep a file that somebody reads
+            (staged.folder / "owner.json").unlink()
+            staged.folder.rmdir()
         return self._artifact(staged.name, version)
 
     def discard(self, staged: Staged) -> None:
@@ -200,7 +203,7 @@ class Store:
             try:
                 os.rename(staged.version, home / f"v{version}")
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if not _is_taken(error, home / f"v{version}"):
                     raise
                 continue  # another process took this number, perhaps with the same fingerprint: the entry stays
             fsync_folder(home)
@@ -277,6 +280,19 @@ def name_problems(name: str, what: str = "artifact name") -> list[Problem]:
         return []
     fix = "use letters, digits, '.', '_' and '-', a letter or digit first, at most 128 of them"
     return [Problem(f"'{name}' can't be an {what}", fix=fix)]
+
+
+def _is_taken(error: OSError, version: Path) -> bool:
+    """Whether a rename was refused because that version is there. sshfs says EPERM whatever the reason, and like other
+    network file systems it may deny for a while what another machine has made."""
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        return True
+    until = time.monotonic() + STALE_SECONDS
+    while error.errno == errno.EPERM and time.monotonic() < until:
+        if version.name in _listdir(version.parent):
+            return True
+        time.sleep(STALE_SECONDS / 200)
+    return False
 
 
 def _listdir(folder: Path) -> list[str]:
