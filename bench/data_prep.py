@@ -9,7 +9,8 @@ own and they take turns; figures are medians over R rounds of user and system se
 
 - `encode_batch_fast` alone: the rendered texts in memory, and nothing but that call is counted;
 - ours: the whole process from its start, file to packed columns, with both engines;
-- TRL: what SFTTrainer does to a data set (map, assistant masks, packing), imports not counted.
+- TRL: reading the rows, loading the tokenizer, and what SFTTrainer does to a data set (map, assistant masks, packing);
+  imports not counted.
 
 The first three see the same --slow-rows rows; ours with fastokens also all rows, on one process and on all CPUs, which
 shows the memory of each process. Prints a Markdown table (docs/bench.md).
@@ -168,6 +169,7 @@ def prepare_with_trl(file: Path, tokenizer: Path) -> dict[str, Any]:
 
     from nemotron_recipes.data.template import template_source
 
+    begun = time.process_time()
     rows = [json.loads(line) for line in file.open("rb")]
     processing = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer / "tokenizer.json"),
@@ -184,7 +186,6 @@ def prepare_with_trl(file: Path, tokenizer: Path) -> dict[str, Any]:
         arguments = SFTConfig(
             folder, max_length=4096, packing=True, assistant_only_loss=True, report_to="none", use_cpu=True, bf16=False
         )
-        begun = time.process_time()
         trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=processing)
         cpu = time.process_time() - begun
         assert trainer.train_dataset is not None

@@ -32,8 +32,10 @@ def samples(messages: list[Message]) -> list[Sample]:
     """With reasoning, one sample per user turn that is answered, learning only what follows it: the template cuts
     reasoning out of earlier turns. Without, one sample that learns from every assistant turn. `weight: 0` turns are
     never learned from; a sample without anything to learn is left out."""
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if any(message.get("reasoning_content") for message in messages) and users:
+    users: list[int] = []
+    if any(message.get("reasoning_content") for message in messages):
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if users:
         ends = [*users[1:], len(messages)]
         parts = [(messages[:end], start) for start, end in zip(users, ends, strict=True)]
     else:

@@ -12,6 +12,8 @@ from typing import Any
 
 Message = dict[str, Any]
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_NORMAL_ROLES = ("user", "system", "tool")
+_OPENS_THOUGHT = re.compile(r"\s*<think>")
 _LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
@@ -36,6 +38,18 @@ def read_message(message: Any, where: str, split_thoughts: bool) -> Message:
     if role != "assistant":
         return {"role": role, "content": content}
     return _assistant(message, content, where, split_thoughts)
+
+
+def is_plain(message: Any, split_thoughts: bool) -> bool:
+    """Whether `read_message` would give just this back, as it does for nearly all: a known role and some text."""
+    if type(message) is not dict or len(message) != 2:
+        return False
+    role, content = message.get("role"), message.get("content")
+    if type(content) is not str:
+        return False
+    if role == "assistant":
+        return bool(content) and not content.isspace() and not (split_thoughts and _OPENS_THOUGHT.match(content))
+    return role in _NORMAL_ROLES
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from nemotron_recipes.data.messages import BadRow, Message, read_message, read_tools
+from nemotron_recipes.data.messages import BadRow, Message, is_plain, read_message, read_tools
 from nemotron_recipes.data.settings import Columns
 
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
@@ -159,7 +159,11 @@ class RowReader:
             raise BadRow("wrong_type", f"{name} must be a list of messages, not {type(value).__name__}")
         if not value:
             raise BadRow("empty_conversation", f"{name} is empty")
-        return [read_message(message, f"{name}[{i}]", self.split_thoughts) for i, message in enumerate(value)]
+        thoughts = self.split_thoughts
+        return [
+            message if is_plain(message, thoughts) else read_message(message, f"{name}[{i}]", thoughts)
+            for i, message in enumerate(value)
+        ]
 
     def _find(self, row: dict[str, Any], field_name: str) -> str | None:
         """The key of the row that holds this field."""

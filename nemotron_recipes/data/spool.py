@@ -52,6 +52,8 @@ class SpoolWriter:
         self._row_columns: list[Any] = [self._columns[name] for name in ROW_COLUMNS]
         names = ["ids", "mask", "payload", "bad.jsonl", *(f"signatures-{n}" for n in range(signatures))]
         self._files: dict[str, IO[bytes]] = {name: (self._folder / name).open("wb") for name in names}
+        self._ids, self._mask = self._files["ids"], self._files["mask"]
+        self._lengths, self._firsts = self._columns["seq_length"], self._columns["seq_first"]
         self._reasons: dict[str, int] = {}
         self._payload = 0
         self.bad_rows = 0
@@ -79,11 +81,11 @@ class SpoolWriter:
     ) -> None:
         """A row that goes on. `sequences`: ids and label-aligned masks; `length`, `tokens`: where there are none."""
         for ids, mask in sequences:
-            self._files["ids"].write(np.ascontiguousarray(ids, dtype="<i4").data)
-            self._files["mask"].write(np.ascontiguousarray(mask).data)
-            learned = mask.argmax() if len(mask) else 0
-            self._columns["seq_length"].append(len(ids))
-            self._columns["seq_first"].append(int(learned) if len(mask) and mask[learned] else -1)
+            learned = mask.tobytes()
+            self._ids.write(np.ascontiguousarray(ids, dtype="<i4").data)
+            self._mask.write(learned)
+            self._lengths.append(len(ids))
+            self._firsts.append(learned.find(1))
         if payload:
             self._files["payload"].write(payload)
             self._payload += len(payload)
