@@ -215,7 +215,7 @@ class DataPrepConfig(Section):
     """A stage that prepares data."""
 
     kind: Literal["data_prep"]
-    method: Literal["sft", "dpo", "kto", "rl"]
+    method: Literal["sft", "dpo", "kto", "rl", "pretrain"]
     data: DataPrep  # type: ignore[valid-type]
     outputs: Outputs
     code: CodePolicy = CodePolicy()

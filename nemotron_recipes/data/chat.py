@@ -53,6 +53,10 @@ class ChatEncoder:
         self.thinking = thinking
         self.quick = quick
 
+    def reference(self) -> ChatEncoder:
+        """The same without the quick way."""
+        return ChatEncoder(self.encoder, self.thinking, quick=False)
+
     def conversations(self, rows: Sequence[Row]) -> list[list[Encoded] | BadRow]:
         """The samples of each row, encoded, in order."""
         plans = [samples(row.messages) for row in rows]
@@ -86,7 +90,7 @@ class ChatEncoder:
     def differs(self, row: Row) -> bool:
         """Whether the quick way (fast rendering, another engine) gives anything else than the reference for this row.
         A row of answers is looked at as the conversations that it consists of."""
-        reference = ChatEncoder(self.encoder, self.thinking, quick=False)
+        reference = self.reference()
         answers = [one for one in (row.chosen, row.rejected, row.completion) if one] or [[]]
         talks = [row.messages] if row.messages else [row.prompt + answer for answer in answers]
         jobs = [_Job(messages, row.tools, False, self.thinking) for messages in talks]

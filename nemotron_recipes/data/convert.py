@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_recipes.data.indexed import BLEND, write_indexed
 from nemotron_recipes.data.layouts import write_rows
 from nemotron_recipes.data.packed import PARQUET, PackedSplit
 from nemotron_recipes.data.packing import Packing, packing
@@ -24,7 +25,6 @@ from nemotron_recipes.data.settings import SPLITS
 from nemotron_recipes.data.writers import (
     Packs,
     Written,
-    write_indexed,
     write_megatron,
     write_native,
     write_parquet,
@@ -96,6 +96,9 @@ def convert(source: Path, target: Path, layout: str, pack_size: int | None = Non
 def _check(source: Path, target: Path, metadata: dict[str, Any], layout: str, pack_size: int | None) -> None:
     layouts = PACKED if metadata["method"] == "sft" else ROWS
     problems = []
+    if metadata["method"] == "pretrain":
+        fix = f"point a training at its {BLEND}"
+        raise UserError(Problem("pretraining data are Megatron's indexed data sets already", str(source), fix))
     if layout not in layouts:
         what = f"{metadata['method']} data can't become '{layout}'"
         problems.append(Problem(what, str(source), nearest(layout, layouts) or f"valid: {', '.join(layouts)}"))

@@ -21,10 +21,12 @@ import orjson
 from nemotron_recipes.data.engine import PROBES, Engine, Fastokens, Reference, agree, byte_widths
 from nemotron_recipes.data.fast_render import fast_renderer
 from nemotron_recipes.data.messages import BadRow
-from nemotron_recipes.data.template import ChatTemplate, Rendered, text_constants
+from nemotron_recipes.data.template import NO_TEMPLATE, ChatTemplate, Rendered, text_constants
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import file_digest
 
+LONE_SURROGATE = BadRow("lone_surrogate", "half of a UTF-16 surrogate pair: no valid Unicode")
+CONTROL_TEXT = BadRow("control_text", "the tokenizer makes a control token of plain text")
 _PROBE = [{"role": "user", "content": "Ab c 12\n"}, {"role": "assistant", "content": "d, e."}]
 
 
@@ -70,7 +72,7 @@ class Encoder:
         # Tokens that swallow the whitespace beside them, as in Phi-3.
         self._left = {token["content"] for token in control if token.get("lstrip")}
         self._right = {token["content"] for token in control if token.get("rstrip")}
-        self._probed = self._probe()
+        self._probed = self._probe() if template_source != NO_TEMPLATE else None
 
     def encode(self, rendered: Sequence[Rendered], quick: bool = True) -> list[Encoded | BadRow | None]:
         """One result per text, in order. None: rendered by `fast_render`, and the reference has to have a look.
@@ -79,7 +81,7 @@ class Encoder:
         whole = []
         for index, one in enumerate(rendered):
             if not _encodable(one.text):
-                results[index] = BadRow("lone_surrogate", "half of a UTF-16 surrogate pair: no valid Unicode")
+                results[index] = LONE_SURROGATE
             elif not one.quoted:
                 whole.append(index)
         texts = [rendered[index] for index in whole]
@@ -91,6 +93,24 @@ class Encoder:
             self._in_pieces(one) if result is None and one.frame is not None else result
             for one, result in zip(rendered, results, strict=True)
         ]
+
+    def encode_plain(self, texts: Sequence[str], quick: bool = True) -> list[np.ndarray | BadRow]:
+        """ids (int32) of texts in which no control token acts; one result per text, in order."""
+        good = [index for index, text in enumerate(texts) if _encodable(text)]
+        results: list[np.ndarray | BadRow] = [LONE_SURROGATE] * len(texts)
+        engine = self.engine if quick else self.reference
+        ids, bounds = engine.encode([texts[index] for index in good])
+        for index, start, end in zip(good, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            found = ids[start:end]
+            if self._is_control[found].any():
+                found = np.array(self._encode_plain(texts[index]).ids, dtype=np.int32)
+            results[index] = CONTROL_TEXT if self._is_control[found].any() else found
+        return results
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, or None."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def _by_widths(self, rendered: Sequence[Rendered]) -> list[Encoded | None]:
         """None for a text whose control tokens or length in bytes don't come out."""
@@ -181,7 +201,7 @@ class Encoder:
                 stretch = stretch.rstrip()
             encoding = self._encode_plain(stretch)
             if self._is_control[encoding.ids].any():
-                return BadRow("control_text", "the tokenizer makes a control token of plain text")
+                return CONTROL_TEXT
             ids += encoding.ids
             offsets += [(at + a, at + b) for a, b in encoding.offsets]
             if token:
@@ -211,6 +231,7 @@ class Encoder:
     @cached_property
     def _pieces_are_exact(self) -> bool:
         """Whether encoding in pieces equals encoding at once."""
+        assert self._probed is not None  # without a template nothing is rendered
         pieces = self._pieces(self._probed)
         whole = self._tokenizer.encode(self._probed.text, add_special_tokens=False).ids
         return isinstance(pieces, Encoded) and pieces.ids.tolist() == whole

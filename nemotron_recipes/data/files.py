@@ -131,6 +131,6 @@ def _filesystem(place: str) -> Any:
     except ImportError:
         package = EXTRAS.get(scheme, "fsspec")
         what = f"{place}: reading from {scheme}:// needs the package '{package}'"
-        raise UserError(Problem(what, fix=f"pip install {package}")) from None
+        raise UserError(Problem(what, fix=f"pip install 'nemotron-recipes[{scheme}]'")) from None
     except ValueError as error:
         raise UserError(Problem(f"{place}: {error}", fix=nearest(scheme, EXTRAS))) from None

@@ -189,6 +189,8 @@ def gate_problems(settings: GateSettings | None, method: str) -> list[Problem]:
     if settings.length == Length():
         limits = ", ".join(field.name for field in fields(Length))
         problems.append(Problem("data.gates.length has no limit", fix=f"set one of {limits}"))
+    if method == "pretrain" and settings.structure is not None:
+        problems.append(Problem("data.gates.structure has no meaning for pretrain: documents have no turns"))
     if method == "rl" and settings.repetition is not None:
         problems.append(Problem("data.gates.repetition has no meaning for rl: its rows have no answers"))
     for index, file in enumerate(settings.contamination.files if settings.contamination else ()):

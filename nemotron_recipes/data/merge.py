@@ -17,7 +17,7 @@ import numpy as np
 
 from nemotron_recipes.data.gates import EXAMPLES, Block, CorpusGate
 from nemotron_recipes.data.ledger import Account, BadRows
-from nemotron_recipes.data.settings import SPLITS, Settings
+from nemotron_recipes.data.settings import SAMPLED, SPLITS, Settings
 from nemotron_recipes.data.shards import Shard
 from nemotron_recipes.data.splits import copies
 from nemotron_recipes.data.spool import KEPT, Spool
@@ -104,10 +104,11 @@ class Merger:
         for position, reason in dropped.items():
             alive[kept[position]] = False
             account.dropped[reason] += 1
-        times = np.where(index["split"] == TRAIN, copies(index["point"], self.settings.sources[shard.source].weight), 1)
+        weight = self.settings.sources[shard.source].weight if self.method in SAMPLED else 1.0
+        times = np.where(index["split"] == TRAIN, copies(index["point"], weight), 1)
         written = (
             self._sequences(number, spool, index, alive, times, account)
-            if self.method == "sft"
+            if self.method in ("sft", "pretrain")
             else self._entries(index, alive, times, account)
         )
         account.written += int(written.sum())
@@ -125,7 +126,8 @@ class Merger:
         account: Account,
     ) -> np.ndarray:
         """Length policy; which rows are written."""
-        size = self.settings.pack_size
+        # Documents stand one after another in a file, and a trainer cuts it where it likes.
+        size = self.settings.pack_size if self.method == "sft" else int(index["seq_length"].max(initial=0)) + 1
         row: np.ndarray = np.repeat(np.arange(len(alive)), index["sequences"])
         length, first = index["seq_length"], index["seq_first"]
         start = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])[:-1]

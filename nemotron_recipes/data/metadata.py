@@ -11,6 +11,7 @@ from typing import Any
 
 from nemotron_recipes.data.card import write_card
 from nemotron_recipes.data.prepare import LIBRARIES, Job, Report, code_digest
+from nemotron_recipes.data.template import NO_TEMPLATE
 from nemotron_recipes.fsio import file_digest, files_below, write_atomic
 from nemotron_recipes.spec import sha256_text, to_json
 
@@ -29,7 +30,7 @@ def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "version": 1,
         "method": job.method,
-        "format": settings.format,
+        "format": "megatron_indexed" if job.method == "pretrain" else settings.format,
         "pack_size": settings.pack_size,
         "mask_alignment": "labels",  # position i says whether token i+1 is learned; the last of a sequence is 0
         "thinking": settings.thinking,
@@ -43,7 +44,9 @@ def write_metadata(job: Job, report: Report, output: Path) -> dict[str, Any]:
             for gate, reasons in report.gates.items()
         },
         "tokenizer": {"digest": report.encoder.digest, "vocabulary_size": report.encoder.vocabulary_size},
-        "chat_template": {"file": "chat_template.jinja", "digest": report.encoder.template.digest},
+        "chat_template": {"file": "chat_template.jinja", "digest": report.encoder.template.digest}
+        if job.template_source != NO_TEMPLATE
+        else None,
         "key": _key(job, report),
         "libraries": {name: version(name) for name in LIBRARIES},
     }

@@ -21,16 +21,18 @@ import numpy as np
 from nemotron_recipes.data.encoder import Encoder
 from nemotron_recipes.data.files import Input, find_files
 from nemotron_recipes.data.gates import Gates
+from nemotron_recipes.data.indexed import slug, write_blend, write_indexed
 from nemotron_recipes.data.ledger import Account, BadRows
-from nemotron_recipes.data.merge import Merged, Merger, by_length
+from nemotron_recipes.data.merge import Merged, Merger, Sequences, by_length
 from nemotron_recipes.data.packed import PARQUET
-from nemotron_recipes.data.packing import packing
+from nemotron_recipes.data.packing import Packing, packing
 from nemotron_recipes.data.pool import Task, run_here, run_parallel, usable_cpus
-from nemotron_recipes.data.settings import SPLITS, Settings, Source
+from nemotron_recipes.data.settings import SAMPLED, SPLITS, Settings, Source
 from nemotron_recipes.data.shard_encoder import Done, Recipe, ShardEncoder
 from nemotron_recipes.data.shards import Shard, cut_inputs, target_size
 from nemotron_recipes.data.spool import Spool
 from nemotron_recipes.data.spools import Spools
+from nemotron_recipes.data.template import NO_TEMPLATE
 from nemotron_recipes.data.writers import PackReader, Written, write_megatron, write_native, write_parquet
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import files_below, tree_digest
@@ -41,6 +43,8 @@ LIBRARIES = ("numpy", "tokenizers", "jinja2", "orjson")
 # Settings that what a shard becomes doesn't follow from: they act when shards are merged, or not at all.
 _MERGED_LATER = (
     "sources",
+    "blend",
+    "columns",  # with each source
     "sample",
     "pack_size",
     "overlong",
@@ -158,6 +162,7 @@ class _Preparation:
         self.gate_seconds: dict[str, float] = {}
         self.reused = 0
         self.rows = 0  # so far
+        self.prefixes: dict[str, list[tuple[float, str]]] = {split: [] for split in SPLITS}  # (weight, prefix)
 
     def run(self) -> Report:
         shards = self.shards = self._shards()
@@ -178,7 +183,8 @@ class _Preparation:
         if changed:
             raise UserError(Problem(f"changed while it was read: {', '.join(changed)}", fix="run again"))
         shutil.rmtree(scratch, ignore_errors=True)
-        (self.output / "chat_template.jinja").write_text(self.job.template_source, encoding="utf-8", newline="\n")
+        if self.job.template_source != NO_TEMPLATE:
+            (self.output / "chat_template.jinja").write_text(self.job.template_source, encoding="utf-8", newline="\n")
         return Report(
             tuple(sources),
             _total(merged),
@@ -257,7 +263,7 @@ class _Preparation:
 
     def _merge(self, shards: list[Shard], spools: list[Spool], scratch: Path) -> tuple[Merged, int]:
         names = [source.name or f"source-{index}" for index, source in enumerate(self.settings.sources)]
-        splits = SPLITS[1:] if self.job.method == "sft" else SPLITS
+        splits = {"sft": SPLITS[1:], "pretrain": ()}.get(self.job.method, SPLITS)
         with ExitStack() as stack:
             handle = stack.enter_context((self.output / "bad_rows.jsonl").open("w", encoding="utf-8", newline="\n"))
             bad_rows = BadRows(handle, fail=self.settings.on_bad_row == "fail")
@@ -274,12 +280,39 @@ class _Preparation:
         for split in SPLITS:
             if self.job.method == "sft":
                 facts[split] = self._write_packs(merged, spools, split)
+            elif self.job.method == "pretrain":
+                facts[split] = self._write_documents(merged, spools, split)
             else:
                 one = SplitFacts(sequences=merged.entries[split], tokens=merged.tokens[split])
                 one.longest = merged.longest[split]
                 one.length_counts, one.length_tokens = (part.tolist() for part in merged.lengths[split])
                 facts[split] = one
             facts[split].rows = merged.rows[split]
+        if self.job.method == "pretrain":
+            write_blend(self.output, self.prefixes)
+        return facts
+
+    def _write_documents(self, merged: Merged, spools: list[Spool], split: str) -> SplitFacts:
+        """One indexed data set for each source that has rows in the split: their shares are a matter of training."""
+        facts = SplitFacts()
+        every = merged.sequences(split)
+        of = np.array([shard.source for shard in self.shards], dtype=np.int64)[every.shard]
+        for number, source in enumerate(self.settings.sources):
+            mine = np.flatnonzero(of == number)
+            if not len(mine):
+                continue
+            part = Sequences(every.shard[mine], every.start[mine], every.length[mine])
+            order: np.ndarray = np.arange(len(mine), dtype=np.int64)
+            prefix = f"{split}/{number}-{slug(source.name or f'source-{number}')}_text_document"
+            alone = Packing(order, np.arange(len(mine) + 1, dtype=np.int64), part.length.astype(np.int64))
+            with closing(PackReader(spools, part, alone)) as documents:
+                written = write_indexed(self.output / prefix, documents, order)
+            self.prefixes[split].append((source.weight, prefix))
+            facts.tokens += written.tokens
+            facts.learned_tokens += written.tokens
+        facts.sequences = len(every.length)
+        facts.longest = int(every.length.max(initial=0))
+        facts.length_counts, facts.length_tokens = by_length(every.length, self.settings.pack_size).tolist()
         return facts
 
     def _write_packs(self, merged: Merged, spools: list[Spool], split: str) -> SplitFacts:
@@ -316,7 +349,9 @@ class _Preparation:
         shared.append({name: version(name) for name in (*LIBRARIES, *({self.settings.engine} - {"tokenizers"}))})
         keys = []
         for source in self.settings.sources:
-            text = to_json([*shared, source.split, min(source.weight, 1.0)])
+            weight = min(source.weight, 1.0) if self.job.method in SAMPLED else 1.0
+            columns = asdict(source.columns or self.settings.columns)
+            text = to_json([*shared, source.split, weight, columns])
             keys.append(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
         return keys
 

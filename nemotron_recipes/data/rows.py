@@ -20,13 +20,14 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "rejected": ("rejected",),
     "completion": ("completion",),
     "label": ("label",),
+    "text": ("text",),
 }
 
 
 @dataclass
 class Row:
     """A normalised row. sft: `messages`; dpo: prompt, chosen, rejected; kto: prompt, completion, label;
-    rl: prompt, expected_answer, extra."""
+    rl: prompt, expected_answer, extra; pretrain: text."""
 
     messages: list[Message] = field(default_factory=list)
     prompt: list[Message] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Row:
     rejected: list[Message] = field(default_factory=list)
     completion: list[Message] = field(default_factory=list)
     label: bool | None = None
+    text: str | None = None
     expected_answer: str | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +54,8 @@ class RowReader:
         """The normalised row. BadRow: it is none."""
         if not isinstance(row, dict):
             raise BadRow("not_an_object", f"a JSON object is expected, not {type(row).__name__}")
+        if self.method == "pretrain":
+            return self._document(row)
         read = {"sft": self._sft, "dpo": self._dpo, "kto": self._kto, "rl": self._rl}[self.method]
         result = read(row)
         if self.method != "sft":  # weights are about SFT's loss
@@ -128,6 +132,14 @@ class RowReader:
         used = {self._find(row, name), answer_name, "tools"}
         extra = {key: value for key, value in row.items() if key not in used}
         return Row(prompt=prompt, expected_answer=answer.strip(), extra=extra)
+
+    def _document(self, row: dict[str, Any]) -> Row:
+        text = self._get(row, "text")
+        if not isinstance(text, str):
+            raise BadRow("wrong_type", f"text must be text, not {type(text).__name__}")
+        if not text or text.isspace():
+            raise BadRow("empty_text", "nothing but space")
+        return Row(text=text)
 
     def _shared_prompt(self, chosen: Any, rejected: Any) -> tuple[list[Message], list[Message], list[Message]]:
         """Two whole conversations: what they share up to an assistant turn is the prompt."""

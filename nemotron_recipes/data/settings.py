@@ -16,30 +16,16 @@ from nemotron_recipes.data.rules import Fraction, Positive, Rule
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Tree
 
-METHODS = ("sft", "dpo", "kto", "rl")
+METHODS = ("sft", "dpo", "kto", "rl", "pretrain")
 SPLITS = ("train", "validation", "test")
+SAMPLED = frozenset(METHODS) - {"pretrain"}  # methods for which a weight says how often a row is taken
 USED_COLUMNS = {
     "sft": frozenset({"messages", "prompt", "response", "expected_answer"}),
     "dpo": frozenset({"prompt", "chosen", "rejected"}),
     "kto": frozenset({"prompt", "completion", "label"}),
     "rl": frozenset({"messages", "prompt", "response", "expected_answer"}),
+    "pretrain": frozenset({"text"}),
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """One data source. `path`: a reference (docs/contracts.md); `split` pins all its rows to one split."""
-
-    path: str
-    name: str | None = None
-    split: Literal["train", "validation", "test"] | None = None  # where its rows go; null: by hash
-    weight: Annotated[float, Rule(gt=0)] = 1.0  # share in the blend, relative to its size
-    subset: str | None = None  # hub data sets only: the configuration name
-    hub_split: str = "train"  # hub data sets only: the split that is read; all: one after another
-    origin: str | None = None  # for the data card: who made the rows, and how
-    license: str | None = None  # for the data card
-    rows: Positive | None = None  # sample: how many rows to generate; else: read at most this many
-    seed: int = 0  # sample: only
 
 
 @dataclass(frozen=True)
@@ -54,6 +40,24 @@ class Columns:
     rejected: str | None = None
     completion: str | None = None
     label: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data source. `path`: a reference (docs/contracts.md); `split` pins all its rows to one split."""
+
+    path: str
+    name: str | None = None
+    split: Literal["train", "validation", "test"] | None = None  # where its rows go; null: by hash
+    weight: Annotated[float, Rule(gt=0)] = 1.0  # share in the blend, relative to its size; pretrain: whatever its size
+    columns: Columns | None = None  # instead of data.columns, for this source
+    subset: str | None = None  # hub data sets only: the configuration name
+    hub_split: str = "train"  # hub data sets only: the split that is read; all: one after another
+    origin: str | None = None  # for the data card: who made the rows, and how
+    license: str | None = None  # for the data card
+    rows: Positive | None = None  # sample: how many rows to generate; else: read at most this many
+    seed: int = 0  # sample: only
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Settings:
     """How rows become training data: the `data` section of prep.yaml."""
 
     sources: Annotated[list[Source], Rule(min_length=1)]
+    blend: str | None = None  # a blend file (blend.py) that names the sources instead
     columns: Columns = Columns()
     splits: Splits = Splits()
     sample: Positive | None = None  # at most this many rows of each source
@@ -80,7 +85,8 @@ class Settings:
     tokenizer: str  # a reference
     engine: Literal["tokenizers", "fastokens"] = "tokenizers"  # what encodes; both give the same ids
     workers: Positive | None = None  # processes; null: one per CPU. The result is the same for any number
-    chat_template: str = "nemotron3"  # nemotron3, or a path to a .jinja file
+    chat_template: str | None = "nemotron3"  # nemotron3, or a path to a .jinja file; pretrain: null
+    end_of_document: str | None = None  # pretrain: the token after each document
     thinking: bool = True  # the generation prompt opens a reasoning block
     answer_pattern: str | None = None  # regex with one group that finds the final answer in a reference answer
     gates: GateSettings | None = None  # curation; null: none
@@ -113,22 +119,49 @@ def cross_problems(data: Tree, method: str) -> list[Problem]:
     settings = _section(Settings, data, "data", [])
     problems = _split_problems(settings) + _pattern_problems(settings.answer_pattern, method)
     problems += gate_problems(settings.gates, method)
+    if settings.blend is not None:
+        problems.append(Problem("data.blend is the plan's: a worker file holds the sources themselves"))
     for index, source in enumerate(settings.sources):
         if source.path.startswith("sample:") and source.rows is None and settings.sample is None:
             fix = f"set data.sources.{index}.rows"
             problems.append(Problem(f"data.sources.{index}: how many rows of {source.path}?", fix=fix))
-    named = {field.name for field in fields(Columns) if getattr(settings.columns, field.name) is not None}
-    for name in sorted(named - USED_COLUMNS[method]):
-        fix = f"{method} reads: {', '.join(sorted(USED_COLUMNS[method]))}"
-        problems.append(Problem(f"data.columns.{name} has no meaning for {method}", fix=fix))
-    if "messages" in named and named & {"prompt", "response"}:
-        problems.append(Problem("data.columns: messages and prompt/response exclude each other"))
+    problems += _column_problems(settings.columns, "data.columns", method)
+    for index, source in enumerate(settings.sources):
+        if source.columns is not None:
+            problems += _column_problems(source.columns, f"data.sources.{index}.columns", method)
+    problems += _pretrain_problems(settings, method)
     if method != "sft":
         if settings.format != "native":
             problems.append(Problem(f"data.format: {settings.format} is for sft; {method} rows are written as JSONL"))
         if settings.overlong != "drop":
             fix = "leave data.overlong=drop"
             problems.append(Problem(f"data.overlong: a cut {method} row would mean something else", fix=fix))
+    return problems
+
+
+def _column_problems(columns: Columns, where: str, method: str) -> list[Problem]:
+    named = {field.name for field in fields(Columns) if getattr(columns, field.name) is not None}
+    fix = f"{method} reads: {', '.join(sorted(USED_COLUMNS[method]))}"
+    problems = [Problem(f"{where}.{name} has no meaning for {method}", fix=fix)
+                for name in sorted(named - USED_COLUMNS[method])]  # fmt: skip
+    if "messages" in named and named & {"prompt", "response"}:
+        problems.append(Problem(f"{where}: messages and prompt/response exclude each other"))
+    return problems
+
+
+def _pretrain_problems(settings: Settings, method: str) -> list[Problem]:
+    """What only documents have, and what only conversations have."""
+    problems = []
+    pretrain = method == "pretrain"
+    if pretrain and settings.end_of_document is None:
+        fix = "set data.end_of_document to the token that ends a document for the base model, such as </s>"
+        problems.append(Problem("data.end_of_document is missing", fix=fix))
+    if not pretrain and settings.end_of_document is not None:
+        problems.append(Problem(f"data.end_of_document has no meaning for {method}"))
+    if pretrain and settings.chat_template is not None:
+        problems.append(Problem("data.chat_template has no meaning for pretrain", fix="data.chat_template=null"))
+    if not pretrain and settings.chat_template is None:
+        problems.append(Problem("data.chat_template is missing", fix="nemotron3, or a path to a .jinja file"))
     return problems
 
 

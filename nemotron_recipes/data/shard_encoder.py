@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemotron_recipes.data.chat import ChatEncoder
+from nemotron_recipes.data.documents import DocumentEncoder
 from nemotron_recipes.data.encoder import Encoder, label_mask
 from nemotron_recipes.data.gates import EXAMPLES, Candidate, Change, Drop, Gates, Verdict
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.readers import BLANK, Line, read_shard
 from nemotron_recipes.data.rows import Row, RowReader
-from nemotron_recipes.data.settings import SPLITS, Settings
+from nemotron_recipes.data.settings import SAMPLED, SPLITS, Settings
 from nemotron_recipes.data.shards import Shard, content_digest, file_state
 from nemotron_recipes.data.splits import content_key, split_of, weight_point
 from nemotron_recipes.data.spool import Spool, SpoolWriter, Tally, is_whole
@@ -31,6 +32,7 @@ EVERY = 3  # of each third block (so of every shard) the reference encodes one r
 STRIDE = 97  # and not always the first one
 ANSWERS = {"dpo": ("chosen", "rejected"), "kto": ("completion",), "rl": ()}
 # Reasons that are a choice, not a defect of the row: counted, but not listed as bad.
+Rows = ChatEncoder | DocumentEncoder
 POLICY = frozenset({"overlong", "nothing_to_train", "sampled_out"})
 
 
@@ -70,9 +72,16 @@ class ShardEncoder:
         settings = recipe.settings
         self.recipe = recipe
         self.encoder = Encoder(recipe.tokenizer, recipe.template_source, settings.engine)
-        self.chat = ChatEncoder(self.encoder, settings.thinking)
+        self.rows: ChatEncoder | DocumentEncoder = (
+            DocumentEncoder(self.encoder, settings.end_of_document or "")
+            if recipe.method == "pretrain"
+            else ChatEncoder(self.encoder, settings.thinking)
+        )
         thoughts = self.encoder.template.renders_reasoning
-        self.reader = RowReader(recipe.method, settings.columns, settings.answer_pattern, thoughts)
+        self.readers = [
+            RowReader(recipe.method, source.columns or settings.columns, settings.answer_pattern, thoughts)
+            for source in settings.sources
+        ]
         for gate in recipe.gates.rows:
             gate.open()
 
@@ -89,14 +98,14 @@ class ShardEncoder:
             os.utime(root / key)
             facts = Spool(root / key).facts
             return Done(key, facts["rows"], facts["bad_rows"], reused=True)
-        done = self._attempt(shard, root, key, self.chat, before)
+        done = self._attempt(shard, root, key, self.rows, before)
         if done is None:
-            done = self._attempt(shard, root, key, ChatEncoder(self.encoder, self.chat.thinking, quick=False), before)
+            done = self._attempt(shard, root, key, self.rows.reference(), before)
             assert done is not None
             return replace(done, warning=f"{shard.name}: rows differ from the reference, which has done the shard anew")
         return done
 
-    def _attempt(self, shard: Shard, root: Path, key: str, chat: ChatEncoder, before: Any) -> Done | None:
+    def _attempt(self, shard: Shard, root: Path, key: str, encoder: Rows, before: Any) -> Done | None:
         """None: a sample of the rows shows that the quick way isn't exact."""
         tally = Tally()
         writer = SpoolWriter(root, key, len(self.recipe.gates.corpus))
@@ -104,7 +113,7 @@ class ShardEncoder:
             for number, block in enumerate(_blocks(read_shard(shard))):
                 writer.lines = block[-1].number
                 rows = [line for line in block if line.value is not BLANK]
-                if not self._write(rows, shard, writer, tally, chat, number):
+                if not self._write(rows, shard, writer, tally, encoder, number):
                     return None
             if file_state(shard) != before:  # a spool is what the bytes became that its name speaks of
                 raise UserError(Problem(f"changed while it was read: {shard.place}", fix="run again"))
@@ -114,7 +123,7 @@ class ShardEncoder:
             writer.discard()
 
     def _write(
-        self, lines: Sequence[Line], shard: Shard, writer: SpoolWriter, tally: Tally, chat: ChatEncoder, number: int
+        self, lines: Sequence[Line], shard: Shard, writer: SpoolWriter, tally: Tally, encoder: Rows, number: int
     ) -> bool:
         """Add the rows of block `number` in order. False: one of them shows that the quick way isn't exact."""
         results: dict[int, BadRow | Drop] = {}
@@ -126,9 +135,13 @@ class ShardEncoder:
             else:
                 results[line.number] = one
         rows = [one.candidate.row for one in placed]
-        if chat.quick and rows and number % EVERY == 0 and chat.differs(rows[number * STRIDE % len(rows)]):
+        if encoder.quick and rows and number % EVERY == 0 and encoder.differs(rows[number * STRIDE % len(rows)]):
             return False
-        encoded = _sft(chat, placed) if self.recipe.method == "sft" else _answers(chat, self.recipe.method, rows)
+        if isinstance(encoder, DocumentEncoder):
+            encoded = _documents(encoder, rows)
+        else:
+            method = self.recipe.method
+            encoded = _sft(encoder, placed) if method == "sft" else _answers(encoder, method, rows)
         ready = iter(zip(placed, encoded, strict=True))
         for line in lines:
             if line.number in results:
@@ -153,14 +166,14 @@ class ShardEncoder:
         if line.bad is not None:
             return line.bad
         try:
-            row = self.reader.read(line.value)
+            row = self.readers[shard.source].read(line.value)
         except BadRow as bad:
             return bad
         source = self.recipe.settings.sources[shard.source]
         key = content_key(row)
         split = source.split or split_of(key, self.recipe.settings.splits)
         point = weight_point(key)
-        if split == "train" and point >= source.weight:
+        if split == "train" and self.recipe.method in SAMPLED and point >= source.weight:
             return BadRow("sampled_out", "")
         candidate = Candidate(row, line.value, split)
         for gate in self.recipe.gates.rows:
@@ -221,6 +234,13 @@ def _answers(chat: ChatEncoder, method: str, rows: Sequence[Row]) -> list[Any]:
     return [
         ids if isinstance(ids, BadRow) else ([], _entry(method, row, dict(zip(names, ids, strict=True))), ids)
         for row, ids in zip(rows, encoded, strict=True)
+    ]
+
+
+def _documents(encoder: DocumentEncoder, rows: Sequence[Row]) -> list[Any]:
+    return [
+        one if isinstance(one, BadRow) else ([(one.ids, label_mask(one.mask))], b"", [one.ids])
+        for one in encoder.documents(rows)
     ]
 
 

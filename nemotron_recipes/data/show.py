@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_recipes.data.indexed import read_document
 from nemotron_recipes.data.packed import PARQUET, PackedSplit
 from nemotron_recipes.data.settings import SPLITS
 from nemotron_recipes.errors import Problem, UserError, nearest
@@ -76,6 +77,8 @@ def show_row(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str,
         raise UserError(Problem(f"there is no split '{split}'", fix=nearest(split, SPLITS)))
     if metadata["method"] == "sft":
         return _sequence(folder, metadata, tokenizer, split, number)
+    if metadata["method"] == "pretrain":
+        return _document(folder, metadata, tokenizer, split, number)
     return _answers(folder, metadata, tokenizer, split, number)
 
 
@@ -92,6 +95,14 @@ def _sequence(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str
     learned: np.ndarray = np.append(np.uint8(0), mask[:-1])  # the mask says what comes next
     facts = {"pack": f"{pack}, from token {at}", "tokens": str(len(ids)), "learned": str(int(learned.sum()))}
     return Shown(split, number, rows, (Part("sequence", _pieces(tokenizer, ids, learned)),), facts)
+
+
+def _document(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str, number: int) -> Shown:
+    rows = metadata["splits"][split]["sequences"]
+    _check(number, rows, split)
+    prefix, ids = read_document(folder, split, number)
+    pieces = _pieces(tokenizer, ids, np.ones(len(ids), dtype=np.uint8))
+    return Shown(split, number, rows, (Part("document", pieces),), {"set": prefix, "tokens": str(len(ids))})
 
 
 def _native(folder: Path, number: int) -> tuple[int, int, np.ndarray, np.ndarray]:

@@ -16,8 +16,9 @@ _SPAN = 2**64
 
 
 def content_key(row: Row) -> bytes:
-    """A digest of the messages for SFT, of the prompt else: rows that share a prompt stay in one split."""
-    return digest([row.tools, row.messages or row.prompt])
+    """A digest of the messages for SFT, of the text in pretraining, of the prompt else: rows that share a prompt stay
+    in one split."""
+    return digest([row.tools, row.messages or row.prompt or row.text])
 
 
 def digest(value: Any) -> bytes:

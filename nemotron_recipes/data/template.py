@@ -19,6 +19,7 @@ from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.spec import sha256_text
 
+NO_TEMPLATE = ""  # the source where nothing is rendered: pretraining
 BUILTIN = {"nemotron3": Path(__file__).parent / "templates" / "nemotron3.jinja"}
 
 # Noncharacters: valid in strings, never assigned. A row that contains them has them replaced like control tokens.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import struct
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,31 +178,6 @@ def write_megatron(path: Path, packs: Packs, order: np.ndarray) -> Written:
         pickler = pickle.Pickler(handle, protocol=4)
         pickler.fast = True  # no memo: it would keep every pack
         pickler.dump(_ObjectArray(len(order), dicts()))
-    return written
-
-
-def write_indexed(prefix: Path, packs: Packs, order: np.ndarray) -> Written:
-    """One split as Megatron's indexed dataset PREFIX.bin and PREFIX.idx, every sequence a document of its own.
-
-    The .idx, little-endian: magic, version 1, code 4 (int32), sequences, documents; then lengths (int32), byte offsets
-    (int64) and document bounds (int64) - megatron/core/datasets/indexed_dataset.py. Masks have no place in it."""
-    written = Written()
-    lengths = array("i")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    with prefix.with_name(f"{prefix.name}.bin").open("wb") as handle:
-        for number in order.tolist():
-            ids, mask, starts = packs.pack(number)
-            handle.write(ids.astype("<i4", copy=False).tobytes())
-            lengths.extend(np.diff(np.append(starts, len(ids))).tolist())
-            written.tokens += len(ids)
-            written.learned_tokens += int(mask.sum())
-    sizes = np.array(lengths, dtype="<i4")
-    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1] * 4
-    with prefix.with_name(f"{prefix.name}.idx").open("wb") as handle:
-        handle.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, len(sizes), len(sizes) + 1))
-        handle.write(sizes.tobytes())
-        handle.write(offsets.astype("<i8").tobytes())
-        handle.write(np.arange(len(sizes) + 1).astype("<i8").tobytes())
     return written
 
 

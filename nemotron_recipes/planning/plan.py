@@ -181,6 +181,7 @@ class _StagePlanner:
         config, problems = validate(composed, config_path, tuple(kind for kind in KINDS if kind != "pipe"))
         if problems:
             raise UserError(*problems)
+        config, blend = _with_blend(config, composed, self.resolver.cwd)
         inputs, problems = self.resolver.resolve_all(config, composed.origin)
         whole = config
         smoke: Tree = {}
@@ -224,6 +225,7 @@ class _StagePlanner:
             config=config,
             changed={
                 **_changed(config, composed, self._base(step)),
+                **blend,
                 **dict.fromkeys(smoke, Origin("command line", f"--smoke {self.request.smoke}")),
             },
             inputs=inputs,
@@ -250,6 +252,20 @@ class _StagePlanner:
         if "default" not in self.catalog.configs(step.family, *step.words):
             return {}
         return base_tree(self.catalog, "/".join(("recipe", step.family, *step.words, "default")))
+
+
+def _with_blend(config: Tree, composed: Composed, cwd: Path) -> tuple[Tree, dict[str, Origin]]:
+    """The config with the sources that its blend file names, and who said so. UserError: what is wrong with it."""
+    if config["kind"] != "data_prep" or config["data"]["blend"] is None:
+        return config, {}
+    from nemotron_recipes.data.blend import read_blend
+
+    said = composed.origin("data.blend") or Origin("default", "schema")
+    other = composed.origin("data.sources")
+    if other is not None and other.kind == "command line":
+        raise UserError(Problem("data.blend and data.sources exclude each other", str(other)))
+    sources = read_blend(cwd / Path(config["data"]["blend"]).expanduser(), config["method"])
+    return {**config, "data": {**config["data"], "sources": sources, "blend": None}}, {"data.sources": said}
 
 
 def _outputs(config: Tree, composed: Composed, made: str) -> tuple[tuple[Output, ...], list[Problem]]:

@@ -15,7 +15,7 @@ from nemotron_recipes.data.gates.build import build_gates
 from nemotron_recipes.data.metadata import write_metadata
 from nemotron_recipes.data.prepare import Hub, Job, Progress, Report, prepare, prepare_part
 from nemotron_recipes.data.settings import Settings, read_settings
-from nemotron_recipes.data.template import template_source
+from nemotron_recipes.data.template import NO_TEMPLATE, template_source
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
@@ -70,7 +70,7 @@ def _job(config: Tree, ctx: Context) -> Iterator[Job]:
             settings=settings,
             locations=tuple(_location(index, settings, ctx) for index in range(len(settings.sources))),
             tokenizer=_tokenizer(settings.tokenizer, ctx, Path(scratch)),
-            template_source=template_source(str(ctx.inputs.get("data.chat_template", settings.chat_template))),
+            template_source=_template(settings, ctx),
             gates=build_gates(settings.gates, _evaluations(settings, ctx)),
             spools=ctx.store.root / ".spools",
         )
@@ -119,6 +119,12 @@ def _tokenizer(reference: str, ctx: Context, scratch: Path) -> Path:
         write_tokenizer(scratch)
         return scratch
     raise UserError(Problem(f"the worker file has no input {key} for {reference}"))
+
+
+def _template(settings: Settings, ctx: Context) -> str:
+    if settings.chat_template is None:
+        return NO_TEMPLATE
+    return template_source(str(ctx.inputs.get("data.chat_template", settings.chat_template)))
 
 
 def _summary(metadata: dict[str, Any], report: Report) -> str:

@@ -16,7 +16,7 @@ from nemotron_recipes.data.metadata import write_metadata
 from nemotron_recipes.data.prepare import Job, Report, prepare
 from nemotron_recipes.data.rows import RowReader
 from nemotron_recipes.data.settings import Columns, read_settings
-from nemotron_recipes.data.template import template_source
+from nemotron_recipes.data.template import NO_TEMPLATE, template_source
 from nemotron_recipes.tiny.tokenizer import MARKER_TOKENS, SPECIAL_TOKENS, write_tokenizer
 
 TEMPLATE = template_source("nemotron3")
@@ -85,7 +85,8 @@ def run_prepare(
     settings = read_settings(tree, method)
     contamination = settings.gates and settings.gates.contamination
     evaluations = tuple(Path(file) for file in contamination.files) if contamination else ()
-    job = Job(method, settings, tuple(files), tiny_folder(), TEMPLATE, build_gates(settings.gates, evaluations))
+    template = NO_TEMPLATE if settings.chat_template is None else TEMPLATE
+    job = Job(method, settings, tuple(files), tiny_folder(), template, build_gates(settings.gates, evaluations))
     report = prepare(job, output)
     return report, write_metadata(job, report, output)
 

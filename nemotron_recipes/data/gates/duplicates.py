@@ -18,7 +18,7 @@ import numpy as np
 from nemotron_recipes.data.gate_settings import ExactDuplicates, NearDuplicates
 from nemotron_recipes.data.gates import Candidate, Corpus, Swept
 from nemotron_recipes.data.gates.spill import Marks, Spill
-from nemotron_recipes.data.gates.text import messages, mixed, ngram_hashes, word_hashes, words
+from nemotron_recipes.data.gates.text import mixed, ngram_hashes, said, word_hashes, words
 from nemotron_recipes.data.rows import Row
 from nemotron_recipes.data.settings import SPLITS
 from nemotron_recipes.data.splits import digest
@@ -93,9 +93,7 @@ class NearGate:
         if self.settings.of == "tokens":
             units: list[np.ndarray] = [one.astype(np.uint64) for one in sequences]
         else:
-            units = [
-                word_hashes(words(turn["content"])) for _, turn in messages(candidate.row) if turn["role"] != "system"
-            ]
+            units = [word_hashes(words(text)) for text in said(candidate.row, ("user", "assistant", "tool"))]
         length = sum(map(len, units))
         grams = [ngram_hashes(one, min(self.settings.ngram, len(one))) for one in units if len(one)]
         minima = self._minima(np.concatenate(grams)) if grams else np.zeros(self.settings.permutations, np.uint32)
@@ -208,7 +206,9 @@ def _decide(edges: Spill, held_out: np.ndarray, marks: Marks) -> None:
 
 
 def _asked(row: Row) -> list[dict[str, Any]]:
-    """The prompt; of a conversation what stands before its last answer."""
+    """The prompt; of a conversation what stands before its last answer; a document."""
+    if row.text is not None:
+        return [{"text": row.text}]
     if row.prompt:
         return row.prompt
     answered = max(index for index, message in enumerate(row.messages) if message["role"] == "assistant")

@@ -9,7 +9,7 @@ from typing import Any
 from nemotron_recipes.data.gate_settings import Language
 from nemotron_recipes.data.gates import Candidate, Drop, Verdict
 from nemotron_recipes.data.gates.simple import Gate
-from nemotron_recipes.data.gates.text import messages, short
+from nemotron_recipes.data.gates.text import said, short
 from nemotron_recipes.errors import Problem, UserError
 
 _MOST = 4000  # characters looked at: more don't make the guess better
@@ -30,8 +30,7 @@ class LanguageGate(Gate):
         _identifier()
 
     def check(self, candidate: Candidate) -> Verdict:
-        said = [turn["content"] for _, turn in messages(candidate.row) if turn["role"] in ("user", "assistant")]
-        text = "\n".join(said)[:_MOST]
+        text = "\n".join(said(candidate.row, ("user", "assistant")))[:_MOST]
         if len(text) < self.settings.min_chars:
             return None
         language, probability = _identifier().classify(text.encode("utf-8", "replace").decode("utf-8"))

@@ -46,6 +46,11 @@ class PiiGate(Gate):
     settings: Pii
     name = "pii"
 
+    @property
+    def key(self) -> Any:
+        """With the version of the numbering plans, where they are asked."""
+        return [super().key, _phonenumbers().__version__ if "phone" in self._kinds else ""]
+
     def open(self) -> None:
         if "phone" in self._kinds:
             _phonenumbers()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -15,6 +15,7 @@ from nemotron_recipes.data.messages import Message
 from nemotron_recipes.data.rows import Row
 
 TALKS = ("messages", "prompt", "chosen", "rejected", "completion")
+_OTHERS = ("text", "expected_answer", "tools", "extra")
 _SHOWN = 60  # characters of a text in an example
 # A word, or one character of a script that writes without spaces.
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
@@ -34,7 +35,7 @@ def texts(row: Row) -> Iterator[tuple[str, str]]:
         for key, value in message.items():
             if key != "role":
                 yield from _strings(value, f"{where}.{key}")
-    for name in ("expected_answer", "tools", "extra"):
+    for name in _OTHERS:
         yield from _strings(getattr(row, name), name)
 
 
@@ -45,13 +46,23 @@ def replaced(row: Row, change: Callable[[str], str]) -> Row:
         value = getattr(row, field.name)
         if field.name in TALKS:
             new[field.name] = [{k: v if k == "role" else _mapped(v, change) for k, v in m.items()} for m in value]
-        elif field.name in ("expected_answer", "tools", "extra"):
+        elif field.name in _OTHERS:
             new[field.name] = _mapped(value, change)
     return replace(row, **new)
 
 
+def said(row: Row, roles: Collection[str]) -> list[str]:
+    """The contents of turns of these roles; a document."""
+    if row.text is not None:
+        return [row.text]
+    return [message["content"] for _, message in messages(row) if message["role"] in roles]
+
+
 def answers(row: Row) -> list[str]:
-    """What a model is to write: reasoning and content of assistant turns, of pairs the chosen one. rl: nothing."""
+    """What a model is to write: reasoning and content of assistant turns, of pairs the chosen one; a document. rl:
+    nothing."""
+    if row.text is not None:
+        return [row.text]
     turns = [m for m in row.messages if m["role"] == "assistant"] + row.chosen + row.completion
     return ["\n".join(filter(None, (turn.get("reasoning_content"), turn["content"]))) for turn in turns]
 

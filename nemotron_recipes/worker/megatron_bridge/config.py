@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,29 @@ def _packed_dataset(config: Any, data: Path, pack_size: int) -> Any:
 
 
 def _use_pretraining_data(config: Any, data: Path, pack_size: int) -> None:
-    """A JSON file {"train": [weight, prefix, ...], "valid": [...], "test": [...]} of Megatron's indexed data."""
+    """A JSON file {"train": [weight, prefix, ...], "valid": [...], "test": [...]} of Megatron's indexed data; or a
+    folder that data prep made, with such a file whose prefixes lie in that folder."""
     utils = importlib.import_module("megatron.bridge.recipes.utils.dataset_utils")
-    blend, per_split, split = utils.get_blend_fields_from_data_paths(per_split_data_args_path=str(data))
+    if data.is_dir():
+        blend, per_split, split = utils.get_blend_fields_from_data_paths(**_prepared_paths(data))
+    else:
+        blend, per_split, split = utils.get_blend_fields_from_data_paths(per_split_data_args_path=str(data))
     config.dataset.blend, config.dataset.blend_per_split, config.dataset.split = blend, per_split, split
     config.dataset.seq_length = pack_size
+
+
+def _prepared_paths(folder: Path) -> dict[str, list[str]]:
+    file = folder / "blend.json"
+    if not file.is_file():
+        fix = "prepare it with `nemotron FAMILY data prep pretrain`, or give the JSON file of a blend"
+        raise UserError(Problem(f"{folder} holds no {file.name}: this is no pretraining data", "data.path", fix))
+    lists = json.loads(file.read_text(encoding="utf-8"))
+    named = {"train": "train_data_path", "valid": "valid_data_path", "test": "test_data_path"}
+    return {
+        key: [word if number % 2 == 0 else str(folder / word) for number, word in enumerate(lists[part])]
+        for part, key in named.items()
+        if lists.get(part)
+    }
 
 
 def _multiple(context: int, tensor: int, sequence_parallel: bool) -> int:
