@@ -7,6 +7,7 @@ data-card.json, data-card.md, data-card.png. Like all of the output they depend 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,7 @@ _REMOTE = ("hf://", "s3://", "gs://", "artifact:", "sample:")
 def write_card(output: Path, metadata: dict[str, Any], settings: Settings) -> None:
     """`metadata`: what metadata.json will say."""
     card = describe(metadata, settings, _bad_rows(output))
-    text = json.dumps(card, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (output / "data-card.json").write_bytes(text.encode("utf-8", "backslashreplace"))
-    (output / "data-card.md").write_bytes(markdown(card).encode("utf-8", "backslashreplace"))
+    _write(output, card)
     panels = {
         title: {name: split[key] for name, split in card["splits"].items() if split["rows"]}
         for title, key in (
@@ -34,6 +33,24 @@ def write_card(output: Path, metadata: dict[str, Any], settings: Settings) -> No
         )
     }
     (output / "data-card.png").write_bytes(draw(panels, card["length_bin"]))
+
+
+def convert_card(source: Path, target: Path, metadata: dict[str, Any]) -> None:
+    """The card of data that were converted: what it says of the layout follows `metadata`, all else stays. Data from
+    before there were cards get none."""
+    if not (source / "data-card.json").is_file():
+        return
+    card = json.loads((source / "data-card.json").read_text(encoding="utf-8"))
+    card |= {key: metadata[key] for key in ("format", "pack_size")}
+    card["splits"] = {name: card["splits"][name] | metadata["splits"][name] for name in SPLITS}
+    _write(target, card)
+    shutil.copyfile(source / "data-card.png", target / "data-card.png")
+
+
+def _write(output: Path, card: dict[str, Any]) -> None:
+    text = json.dumps(card, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (output / "data-card.json").write_bytes(text.encode("utf-8", "backslashreplace"))
+    (output / "data-card.md").write_bytes(markdown(card).encode("utf-8", "backslashreplace"))
 
 
 def describe(metadata: dict[str, Any], settings: Settings, bad: dict[str, list[str]]) -> dict[str, Any]:

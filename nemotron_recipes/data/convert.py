@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_recipes.data.card import convert_card
 from nemotron_recipes.data.indexed import BLEND, write_indexed
 from nemotron_recipes.data.layouts import write_rows
 from nemotron_recipes.data.packed import PARQUET, PackedSplit
@@ -80,6 +81,7 @@ def convert(source: Path, target: Path, layout: str, pack_size: int | None = Non
             for split in SPLITS:
                 write_rows(source / split / "rows.jsonl", temporary / f"{split}.jsonl", metadata["method"], layout)
         metadata |= {"format": layout, "converted_from": file_digest(source / "metadata.json")}
+        convert_card(source, temporary, metadata)
         metadata["files"] = {
             path.relative_to(temporary).as_posix(): {"digest": file_digest(path), "bytes": path.stat().st_size}
             for path in files_below(temporary)

@@ -16,8 +16,8 @@ from typing import IO, Any
 from nemotron_recipes.data.gates.simple import number
 from nemotron_recipes.data.gates.text import lookup
 from nemotron_recipes.data.messages import BadRow, read_message, read_tools
+from nemotron_recipes.data.readers import open_lines
 from nemotron_recipes.data.splits import digest
-from nemotron_recipes.errors import Problem, UserError
 
 TARGETS = ("sft", "kto", "dpo")
 _PARTS = ("messages", "tools", "request", "response", "choices")
@@ -64,16 +64,13 @@ class Counts:
 
 
 def read_exchanges(paths: Iterable[Path], score_field: str | None, counts: Counts) -> Iterator[Exchange]:
-    """The exchanges of JSON Lines files, in order. UserError: a file can't be read."""
+    """The exchanges of JSON Lines files (.gz, .zst too), in order. UserError: a file can't be read."""
     for path in paths:
-        try:
-            with path.open("rb") as handle:
-                for line in handle:
-                    if line.strip():
-                        counts.lines += 1
-                        yield from _line(line, score_field, counts)
-        except OSError as error:
-            raise UserError(Problem(f"{path} can't be read: {error.strerror}")) from None
+        with open_lines(str(path)) as handle:
+            for line in handle:
+                if line.strip():
+                    counts.lines += 1
+                    yield from _line(line, score_field, counts)
 
 
 def write_rows(

@@ -7,13 +7,13 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import IO, Any, NamedTuple, NoReturn
 
 import orjson
 
-from nemotron_recipes.data.files import open_input
+from nemotron_recipes.data.files import kind_of, open_input
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.shards import Shard
 from nemotron_recipes.errors import Problem, UserError
@@ -91,6 +91,22 @@ def _text_lines(handle: IO[bytes], first: bool, size: int | None, limit: int | N
             continue
         found += 1
         yield Line(number, bad=bad) if bad else parse_line(line, number)
+
+
+@contextmanager
+def open_lines(place: str) -> Iterator[IO[bytes]]:
+    """The text of a file of JSON Lines, .gz and .zst unpacked. UserError: it can't be read, now or while it is used."""
+    kind = kind_of(place)
+    try:
+        with open_input(place).open() as raw:
+            if kind not in ("gzip", "zstd"):
+                yield raw
+                return
+            with _decompressor(kind, raw) as handle:
+                yield handle
+    except (OSError, EOFError, zlib.error) as error:
+        words = "damaged or cut off: " if kind in ("gzip", "zstd") else ""
+        raise UserError(Problem(f"{place} can't be read: {words}{error}")) from None
 
 
 def _compressed(shard: Shard) -> Iterator[Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import socket
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from nemotron_recipes.data import agreement
 from nemotron_recipes.data.exchanges import Limits
@@ -50,6 +52,18 @@ def test_sft_rows_are_those_above_the_threshold(tmp_path: Path) -> None:
     assert found == [log("a", "good", score=7.0, license="MIT")]  # other fields stay: gates ask for them
     assert report["left_out"] == {"low_score": 1, "missing_field": 1, "no_score": 1, "not_an_object": 1}
     assert report["lines"] == 5
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)])
+def test_packed_logs(tmp_path: Path, name: str, pack: Any) -> None:
+    plain = write_rows(tmp_path / "plain.jsonl", [log(str(n), "good", score=8) for n in range(50)]).read_bytes()
+    (tmp_path / name).write_bytes(pack(plain))
+    report = from_logs(Request((tmp_path / name,), "sft", tmp_path / "out.jsonl", Limits(7), "score"))
+    assert (report["lines"], report["rows"]) == (50, 50)
+    (tmp_path / name).write_bytes(pack(plain)[:-9])
+    with pytest.raises(UserError, match="damaged or cut off"):
+        from_logs(Request((tmp_path / name,), "sft", tmp_path / "cut.jsonl", Limits(7), "score"))
+    assert not (tmp_path / "cut.jsonl").exists()
 
 
 def test_kto_rows_are_good_or_bad(tmp_path: Path) -> None:
