@@ -84,9 +84,9 @@ def from_logs_command(
 ) -> None:  # fmt: skip
     """Make rows of conversation logs by their scores: SFT rows, KTO rows, preference pairs.
 
-    Files may be packed (.gz, .zst). A line is {"messages": [...]} ending with the answer, or {"request": {"messages"}, "response": {"choices"}}. Scores
-    stand in a field, or judges give them; docs/data.md has the judges' file. What judges said is kept in
-    FILE.judged.jsonl, so that a second run asks only what is new. The report goes to FILE.report.json.
+    A line is {"messages": [...]} ending with the answer, or {"request": {"messages"}, "response": {"choices"}}; files
+    may end in .gz or .zst. Scores stand in a field, or judges give them; docs/data.md has the judges' file. What judges
+    said is kept in FILE.judged.jsonl, so that a second run asks only what is new. The report goes to FILE.report.json.
     """
     from nemotron_recipes.data.exchanges import Limits
     from nemotron_recipes.data.from_logs import Request, from_logs
