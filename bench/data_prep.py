@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Tokens per CPU-second of SFT data preparation, beside its tokenizer alone and beside TRL's preparation.
 
-usage: python bench/data_prep.py [--rows N] [--slow-rows M] [--runs R] [--tokenizer FOLDER] [--folder FOLDER]
+usage: python bench/data_prep.py [--rows N] [--slow-rows M] [--many-rows K] [--runs R]
+                                 [--tokenizer FOLDER] [--folder FOLDER]
 
 Makes N multi-turn chats from the documentation and Python source on this machine, and, without --tokenizer, a
 byte-level BPE of 100,000 tokens from them; both stay in --folder for the next time. Every contender is a process of its
@@ -11,6 +12,9 @@ own and they take turns; figures are medians over R rounds of user and system se
 - ours: the whole process from its start, file to packed columns, with both engines;
 - TRL: reading the rows, loading the tokenizer, and what SFTTrainer does to a data set (map, assistant masks, packing);
   imports not counted.
+
+With --many-rows ours also runs once over that many, to show that memory does not grow. A second table has what each
+gate costs, over --slow-rows rows.
 
 The first three see the same --slow-rows rows; ours with fastokens also all rows, on one process and on all CPUs, which
 shows the memory of each process. Prints a Markdown table (docs/bench.md).
@@ -43,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tokens per CPU-second of SFT data preparation.")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--slow-rows", type=int, default=10_000)
+    parser.add_argument("--many-rows", type=int, default=0)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "nemotron-bench-data")
@@ -68,8 +73,24 @@ def main() -> int:
         for workers in (1, os.cpu_count() or 1):
             label = f"ours-fastokens, {options.rows} rows, {workers} process(es)"
             found.setdefault(label, []).append(measure("ours-fastokens", whole, tokenizer, workers))
+    if options.many_rows:
+        many = options.folder / f"rows-{options.many_rows}.jsonl"
+        if not many.exists():
+            write_rows(many, options.many_rows)
+        label = f"ours-fastokens, {options.many_rows} rows, 1 process(es)"
+        found[label] = [measure("ours-fastokens", many, tokenizer, 1)]
+    gates = measure("gates", part, tokenizer, 1)
     show(found, options)
+    show_gates(gates)
     return 0
+
+
+def show_gates(found: dict[str, Any]) -> None:
+    print(
+        f"\n| gate | CPU µs per row, of {found['rows']} rows of {found['tokens'] // found['rows']} tokens |\n|---|---|"
+    )
+    for name, seconds in found["gates"].items():
+        print(f"| `{name}` | {seconds / found['rows'] * 1e6:.0f} |")
 
 
 def show(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
@@ -110,6 +131,8 @@ def contend(name: str, file: Path, tokenizer: Path, workers: int) -> dict[str, A
     """Run one contender in this process: tokens, MB, and CPU seconds where not the whole process counts."""
     if name == "alone":
         result = encode_alone(file, tokenizer)
+    elif name == "gates":
+        result = prepare_with_gates(file, tokenizer)
     elif name == "trl":
         result = prepare_with_trl(file, tokenizer)
     else:
@@ -134,6 +157,40 @@ def prepare_with_ours(file: Path, tokenizer: Path, engine: str, workers: int) ->
     train = report.splits["train"]
     tokens = sum(split.tokens for split in report.splits.values())
     return {"tokens": tokens, "full": train.tokens / (train.packs * job.settings.pack_size)}
+
+
+def prepare_with_gates(file: Path, tokenizer: Path) -> dict[str, Any]:
+    """All gates at once, none of which leaves out much: what one drops the next does not see. What duplicates cost when
+    they are looked for among all rows, when shards are merged, is no part of it."""
+    from nemotron_recipes.data.gate_settings import LANGUAGES
+    from nemotron_recipes.data.gates.build import build_gates
+    from nemotron_recipes.data.prepare import Job, prepare
+    from nemotron_recipes.data.settings import read_settings
+    from nemotron_recipes.data.template import template_source
+
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        evaluation = Path(folder, "evaluation.jsonl")
+        evaluation.write_text("".join(f'{{"question": "{"nothing like this " * n}"}}\n' for n in range(1, 500)))
+        gates = {
+            "provenance": {"license_field": None, "source_field": None, "customer_data_field": None},
+            "structure": {"min_turns": 1},
+            "quality": {"where": ["score >= 0"], "missing": "keep"},
+            "length": {"min_tokens": 1},
+            "repetition": {"max_share": 1.0},
+            "language": {"allow": sorted(LANGUAGES), "min_probability": 0.0},
+            "contamination": {"files": [str(evaluation)], "fields": ["question"]},
+            "pii": {"action": "report"},
+            "exact_duplicates": {},
+            "near_duplicates": {},
+        }
+        tree = {"sources": [{"path": str(file)}], "tokenizer": str(tokenizer), "workers": 1, "gates": gates}
+        settings = read_settings({**tree, "engine": "fastokens"}, "sft")
+        built = build_gates(settings.gates, (evaluation,))
+        job = Job("sft", settings, (file,), tokenizer, template_source("nemotron3"), built)
+        Path(folder, "out").mkdir()
+        report = prepare(job, Path(folder, "out"))
+    tokens = sum(split.tokens for split in report.splits.values())
+    return {"tokens": tokens, "rows": report.total.read, "gates": report.gate_seconds}
 
 
 def encode_alone(file: Path, tokenizer: Path) -> dict[str, Any]:
