@@ -87,6 +87,8 @@ def config_for(name, method):
     tree = copy.deepcopy(KIND_OF[kind]) | {"method": method}
     if kind == "convert":
         tree["checkpoint"] = CHECKPOINTS[method]
+    if (kind, method) == ("data_prep", "pretrain"):
+        tree["data"] |= {"chat_template": None, "end_of_document": "</s>"}
     if kind == "train":
         tree |= copy.deepcopy(NEEDS.get(name, {}))
         tree["backend"] = {**tree.get("backend", {}), "name": name}
