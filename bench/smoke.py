@@ -3,7 +3,7 @@
 
 usage: python bench/smoke.py [--runs N]
 
-Prints a Markdown table (docs/bench.md). Beside ours stands the projection that leaves saves out, from the same smoke
+Prints a Markdown table. Beside ours stands the projection that leaves saves out, from the same smoke
 run: what the middle steps take, times all steps, and what is done once. Run it with the Python of an environment that
 trains.
 """
