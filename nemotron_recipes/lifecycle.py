@@ -122,7 +122,14 @@ def _submit(prepared: Prepared, run: RunDir) -> JobHandle:
         problem = Problem(f"the run folder {run.path} can't be written: {error.strerror}", fix="see [artifacts] output")
         raise UserError(problem) from None
     if where.name:
-        _send(run)
+        try:
+            _send(run)
+        except (transport.Unreachable, OSError) as error:
+            append_event(run.events, "cancelled", stage=None, attempt=None)
+            if isinstance(error, transport.Unreachable):
+                raise
+            what = f"the run folder can't be written: {error.strerror}"
+            raise UserError(Problem(what, error.filename or "", fix="see remote_job_dir")) from None
     else:
         open_journal(plan, run.path.parents[1])
     fields = {"executor": prepared.executor, "mode": plan.request.mode}
@@ -317,8 +324,8 @@ def _at(handle: JobHandle) -> Iterator[Executor]:
 
 
 def _refresh(handle: JobHandle) -> None:
-    """What can't be brought here now is said by whoever asks the scheduler."""
-    with suppress(transport.Unreachable):
+    """What can't be brought here now is said by whoever asks the scheduler; what is here stays."""
+    with suppress(transport.Unreachable, OSError):
         sites.of_handle(handle).refresh()
 
 
@@ -514,9 +521,23 @@ def _refuse_unfit(prepared: Prepared) -> None:
     told = {where: transport.call(there.refusal, folder) for where, folder in places.items()}
     problems = [Problem(said, where) for where, said in told.items() if said]
     problems += () if problems else disk_problems(plan)
+    problems += _unreadable(plan)
     problems += get_executor(prepared.executor).preflight(plan)
     if problems:
         raise UserError(*problems)
+
+
+def _unreadable(plan: Plan) -> Iterator[Problem]:
+    """Inputs that lie somewhere by now, and can't be read there."""
+    stages = [stage for stage in plan.stages if stage.reused is None]
+    inputs = {
+        artifact.uri: f"stage {stage.name}, {key}"
+        for stage in stages
+        for key, artifact in stage.inputs.items()
+        if artifact.source in ("path", "store")
+    }
+    for path, why in transport.call(there.unreadable, [*inputs]) if inputs else ():
+        yield Problem(f"{path} can't be read: {why}", inputs.get(path, ""), "restore it, or make the plan again")
 
 
 def _refuse_rerun(run: RunDir) -> None:

@@ -15,8 +15,9 @@ from nemotron_recipes.errors import printable
 @click.command("rerun")
 @click.argument("run")
 @click.option("-d", "--dry-run", is_flag=True, help="Show exactly what would run; write and start nothing.")
+@click.option("--skip-preflight", is_flag=True, help="Submit without asking first whether it can run.")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
-def rerun(run: str, dry_run: bool, as_json: bool) -> int:
+def rerun(run: str, dry_run: bool, skip_preflight: bool, as_json: bool) -> int:
     """Make the plan of RUN once more, as a new run: the same config, inputs and code. Says what is different today."""
     from nemotron_recipes import lifecycle
     from nemotron_recipes.cli import plan_text
@@ -31,4 +32,4 @@ def rerun(run: str, dry_run: bool, as_json: bool) -> int:
     if dry_run:
         click.echo(plan_text.describe(prepared))
         return 0
-    return carry_out(prepared, as_json)
+    return carry_out(prepared, as_json, preflight=not skip_preflight)

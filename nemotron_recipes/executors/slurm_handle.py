@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,6 +24,10 @@ from nemotron_recipes.executors.transport import Unreachable
 from nemotron_recipes.rundir import RunDir, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import JobHandle, Tree
 
+# A submission from another machine, whose lock is not seen here, is at work or was cut off: after its last sign of life
+# nobody waits longer for sbatch than this.
+ELSEWHERE_SECONDS = 300.0
+
 
 def keep(handle: JobHandle) -> None:
     """Durable here; and there, where somebody who looks at the folder on the cluster finds it."""
@@ -30,6 +35,7 @@ def keep(handle: JobHandle) -> None:
     write_sealed(run.handle, asdict(handle))
     if where.name:
         native = {key: value for key, value in handle.native.items() if key != "remote"}
+        native["submitted_from"] = "elsewhere"
         far = replace(handle, run_dir=where.far(run.path), native=native)
         transport.call(there.write_document, run.handle, asdict(far))
 
@@ -43,7 +49,12 @@ def tell(run: RunDir, event: str, **fields: Any) -> None:
 def alone(run: RunDir, wait: bool = False) -> Iterator[bool]:
     """Whether nobody else on this machine, or on one that shares its locks, submits this run or repairs its handle."""
     run.path.mkdir(parents=True, exist_ok=True)
-    with open(run.path / "submit.lock", "ab") as lock:
+    try:
+        lock = open(run.path / "submit.lock", "ab")  # noqa: SIM115  closed below
+    except PermissionError:  # somebody else's run
+        yield False
+        return
+    with lock:
         try:
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -96,7 +107,7 @@ def recovered(handle: JobHandle) -> JobHandle:
         native = handle.native
         if native["tokens"].keys() <= native["jobs"].keys() or slurm_outcome.has_ended(run):
             return handle
-        if not mine:
+        if not mine or (native.get("submitted_from") and time.time() - run.handle.stat().st_mtime < ELSEWHERE_SECONDS):
             raise Unreachable("it is being submitted at this moment")
         jobs = {}
         for stage in native["tokens"]:

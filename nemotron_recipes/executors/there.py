@@ -6,7 +6,9 @@ agent.py. Standard library only.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
 import os
 import pwd
 import shutil
@@ -192,6 +194,7 @@ def changes(root: str, known: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     gone     names that are no more
     more     whether it was too much for one answer
     """
+    os.stat(root)  # a folder that is gone, or not mounted now, must not empty the copy
     found: dict[str, os.stat_result] = {}
     folders: list[str] = []
     _look(root, "", found, folders)
@@ -259,6 +262,18 @@ def room(path: str) -> tuple[str, int]:
 def missing(paths: Sequence[str], run_dir: str) -> list[str]:
     """Those that are not there, as far as this machine can know: where nodes would see the same as it."""
     return [path for path in paths if not os.path.exists(path) and folders.shared(os.path.realpath(path), run_dir)]
+
+
+def unreadable(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """(path, why) of files, folders and globs that are gone, or that this user may not read."""
+    found = []
+    for path in paths:
+        for name in [path] if os.path.exists(path) else glob.glob(path, recursive=True) or [path]:
+            if not os.path.exists(name):
+                found.append((path, os.strerror(errno.ENOENT)))
+            elif not os.access(name, os.R_OK | (os.X_OK if os.path.isdir(name) else 0)):
+                found.append((name, os.strerror(errno.EACCES)))
+    return found
 
 
 def is_program(path: str) -> bool:

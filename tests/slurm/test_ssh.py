@@ -9,12 +9,16 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemotron_recipes.rundir import RunDir, read_json, read_jsonl
+from nemotron_recipes.executors import replica, slurm_handle
+from nemotron_recipes.executors.transport import Here, Unreachable
+from nemotron_recipes.rundir import RunDir, read_json, read_jsonl, write_sealed
+from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm, sshd
 from tests.helpers.plans import ROOT
 
@@ -185,3 +189,36 @@ def test_a_relative_path_is_of_no_machine(laptop: Laptop) -> None:
     done = laptop.nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "run.host=else", "--run", "far", code=2)
     assert "run.host" in done.stderr
     assert os.listdir(laptop.folder) == ["env.toml"]
+
+
+def test_a_reader_over_there_takes_no_submission_back(tmp_path: Path) -> None:
+    """What is half submitted from another machine may just be going on: its lock is not seen on the cluster."""
+    run = RunDir(tmp_path / "run")
+    native = {"jobs": {"first": "1"}, "names": {}, "tokens": {"first": "a", "second": "b"}}
+    handle = JobHandle("slurm", "run", str(run.path), {**native, "submitted_from": "elsewhere"})
+    write_sealed(run.handle, asdict(handle))
+    with pytest.raises(Unreachable, match="being submitted"):
+        slurm_handle.recovered(handle)
+    assert not (run.path / "second").exists(), "its submission may still begin"
+
+
+def test_a_folder_that_is_gone_there_empties_no_copy(tmp_path: Path) -> None:
+    far, near = tmp_path / "far", tmp_path / "near"
+    (far / "first").mkdir(parents=True)
+    (far / "first" / "log").write_text("begun\n")
+    call = Here().call
+    replica.refresh(call, str(far), near)
+    with open(far / "first" / "log", "a") as log:
+        log.write("more\n")
+    (far / "first" / "other").write_text("x")
+    replica.refresh(call, str(far), near)
+    assert (near / "first" / "log").read_text() == "begun\nmore\n"
+    (far / "first" / "other").unlink()
+    replica.refresh(call, str(far), near)
+    assert [path.name for path in (near / "first").iterdir()] == ["log"]
+    shutil.rmtree(far)
+    with pytest.raises(FileNotFoundError):
+        replica.refresh(call, str(far), near)
+    assert (near / "first" / "log").read_text() == "begun\nmore\n"
+    with pytest.raises(replica.Untrusted):
+        replica.refresh(lambda *_: {"files": [["../out", 1, 1, 1, 0, b"x"]], "folders": [], "gone": []}, "", near)

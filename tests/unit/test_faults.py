@@ -17,6 +17,7 @@ from nemotron_recipes.artifacts import gc, staging
 from nemotron_recipes.artifacts import store as store_module
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
+from nemotron_recipes.executors import there
 from nemotron_recipes.fsio import files_below, tree_digest
 from nemotron_recipes.mirror.journal import Journal
 from nemotron_recipes.rundir import StageDir, read_json, write_record
@@ -221,3 +222,11 @@ def test_files_count_by_content_and_name(tmp_path: Path) -> None:
     before = tree_digest(tmp_path)
     os.rename(tmp_path / "a", tmp_path / "b")
     assert tree_digest(tmp_path) != before
+
+
+def test_inputs_that_can_not_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows-1.jsonl").write_text("{}")
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o700)
+    wanted = [str(tmp_path / "rows-*.jsonl"), str(folder), str(tmp_path / "gone"), str(tmp_path / "none-*")]
+    assert there.unreadable(wanted) == [(name, "No such file or directory") for name in wanted[2:]]
