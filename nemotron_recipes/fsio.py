@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -24,6 +25,8 @@ def write_atomic(path: Path, text: str | bytes, mode: int = 0o644) -> None:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
+            if os.fstat(handle.fileno()).st_size != len(data):
+                raise OSError(errno.EIO, "a write was not carried out as the system said", str(path))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -23,6 +23,9 @@ from nemotron_recipes.mirror.journal import Journal
 from nemotron_recipes.rundir import StageDir, read_json, write_record
 from nemotron_recipes.spec import Producer
 from tests.helpers.faults import FAULTS, in_child
+from tests.unit.test_store_crashes import (
+    test_everything_is_durable_before_it_is_acknowledged as everything_is_durable,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -215,6 +218,27 @@ def test_mutants_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mut
         monkeypatch.setattr(store_module, "tree_digest", lambda *_: "sha256:always the same")
         with pytest.raises(pytest.fail.Exception):
             test_every_byte_counts(tmp_path)
+
+
+@pytest.mark.parametrize("removed", ["fsync_tree", "fsync_folder"])
+def test_a_version_that_is_not_on_the_disk_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: str
+) -> None:
+    monkeypatch.setattr(store_module, removed, lambda path: None)
+    with pytest.raises(AssertionError, match="durable"):
+        everything_is_durable(tmp_path, monkeypatch, None)
+
+
+def test_a_version_that_is_copied_instead_of_renamed_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(source: Path, target: Path) -> None:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.rmtree(source)
+
+    monkeypatch.setattr(os, "rename", copy)
+    with pytest.raises((AssertionError, UserError)):
+        test_a_version_is_whole_or_absent(tmp_path, "kill")
 
 
 def test_files_count_by_content_and_name(tmp_path: Path) -> None:

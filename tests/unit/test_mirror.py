@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from nemotron_recipes.backends import megatron_bridge, schemas
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror import pull, sync
 from nemotron_recipes.mirror.journal import Journal, mark, pending
-from nemotron_recipes.rundir import RunDir
+from nemotron_recipes.rundir import RunDir, append_event
 from nemotron_recipes.spec import Artifact, Producer
 from nemotron_recipes.worker.trainer_wandb import TrainerRun, find_trainer_run
+from tests.helpers.cli import nemotron
 from tests.helpers.fake_wandb import KEY, FakeWandb
 
 pytest.importorskip("wandb")
@@ -47,8 +49,15 @@ def a_run(output: Path, run: str = "run-1", **target: str) -> Journal:
     store = Store(output / "store")
     journal = Journal(output / "runs" / run)
     config = {"optimizer": {"lr": 0.1}}
-    stages = [{"name": n, "fingerprint": f"f-{n}", "config": config} for n in ("data-prep-sft", "sft")]
-    plan = {"id": run, "store": str(store.root), "stages": stages, "code": {"digest": "sha256:c"}}
+    stages = [{"name": n, "fingerprint": f"f-{n}", "config": config, "reused": None} for n in ("data-prep-sft", "sft")]
+    plan = {
+        "id": run,
+        "title": "",
+        "created": "2026-01-01",
+        "store": str(store.root),
+        "stages": stages,
+        "code": {"digest": "sha256:c"},
+    }
     journal.folder.mkdir(parents=True)
     RunDir(journal.run_dir).plan.write_text(json.dumps(plan))
     runs = {stage["name"]: f"{run}.{stage['name']}" for stage in stages}
@@ -198,6 +207,17 @@ def test_where_nobody_is_answered_the_rest_is_not_tried(wandb: FakeWandb, tmp_pa
     wandb.refuse_key = True
     first, second = sync.replay_all(tmp_path)
     assert "credentials" in first.why and (second.told, second.left, second.why) == (0, 6, "not tried")
+
+
+def test_the_next_command_tells_wandb_what_is_left(wandb: FakeWandb, tmp_path: Path) -> None:
+    output = tmp_path / "nemotron-output"
+    append_event(RunDir(a_run(output).run_dir).events, "finished", state="failed", stage=None, cause="x")
+    nemotron(tmp_path, "artifacts", "list")
+    until = time.monotonic() + 180
+    while pending(output) and time.monotonic() < until:  # the process that nobody waits for says so at its end
+        time.sleep(0.1)
+    assert pending(output) == []
+    whole(wandb)
 
 
 def test_without_a_key_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

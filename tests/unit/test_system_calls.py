@@ -1,0 +1,64 @@
+"""A failure at every write-class system call of a commit, by strace: the acknowledged is whole, the rest or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.mirror.journal import Journal
+from nemotron_recipes.rundir import StageDir, read_json
+
+ROOT = Path(__file__).parents[2]
+CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "chmod")
+FAULTS = {"kill": "signal=KILL", "EIO": "error=EIO", "ENOSPC": "error=ENOSPC", "short": "retval=1"}
+pytestmark = [pytest.mark.long, pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")]
+
+
+@pytest.mark.parametrize(
+    ("call", "fault"), [(call, fault) for call in CALLS for fault in FAULTS if call == "write" or fault != "short"]
+)
+def test_every_call_of_a_commit(tmp_path: Path, call: str, fault: str) -> None:
+    acknowledged: list[str] = []
+    for turn in range(1, 100):
+        trace = tmp_path / "trace"
+        inject = f"inject={call}:{FAULTS[fault]}:when={turn}"
+        command = ["strace", "-o", str(trace), "-e", f"trace={call}", "-e", inject]
+        done = subprocess.run(
+            [*command, sys.executable, "-B", "-m", "tests.helpers.commit_once", str(tmp_path), str(turn)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        said = done.stdout.splitlines() if done.returncode == 0 else []
+        check(tmp_path, said, acknowledged)
+        hit = "INJECTED" in trace.read_text() or "killed by SIGKILL" in trace.read_text()
+        if not hit:
+            assert said and turn > 1, (call, done.stderr)
+            return
+    raise AssertionError("it never came to its end")
+
+
+def check(folder: Path, said: list[str], acknowledged: list[str]) -> None:
+    store = Store(folder / "store")
+    versions = store.versions("rows")
+    assert versions == list(range(1, len(versions) + 1))
+    for version in versions:
+        store.verify(store.resolve(f"rows:v{version}"))
+    record = read_json(StageDir(folder / "stage").record)
+    acknowledged += [line.removeprefix("journal ") for line in said if line.startswith("journal ")]
+    for line in said:
+        what, _, rest = line.partition(" ")
+        if what == "version":
+            assert int(rest) in versions
+        if what == "record":
+            assert record == {"attempt": int(rest)}
+    keys = [entry["key"] for entry in Journal(folder).entries()]
+    assert set(acknowledged) <= set(keys)
