@@ -28,7 +28,7 @@ def a_lost_run(folder: Path, native: dict[str, object]) -> tuple[RunDir, JobHand
 
 def test_slurm_has_forgotten_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, handle = a_lost_run(tmp_path / "r", {"jobs": {"sft": "7"}, "names": {"sft": "n"}})
-    slurm_files.write_attempts(run, {"sft": 1})
+    slurm_files.submission(run).write_text(slurm_files.attempts_text({"sft": 1}))
     monkeypatch.setattr(slurm_control, "job_state", lambda job: None)
     os.utime(run.path / "secrets.json", (4e9, 4e9))  # newer than all events: somebody is just submitting it again
     assert SlurmExecutor().settle(handle) == [] and slurm_files.secrets(run).exists()
