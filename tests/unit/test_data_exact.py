@@ -469,10 +469,27 @@ def with_engine(name: str) -> Encoder:
     return Encoder(merging_folder(), TEMPLATE, name)
 
 
+TALKS = st.lists(conversations(st.one_of(hostile_text, text)), min_size=1, max_size=3)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-@settings(max_examples=150, deadline=None)
-@given(talks=st.lists(conversations(st.one_of(hostile_text, text)), min_size=1, max_size=3), prompt=st.booleans())
+@settings(max_examples=50, deadline=None)
+@given(talks=TALKS, prompt=st.booleans())
 def test_the_quick_way_is_the_references(engine: str, talks: list[list[dict[str, Any]]], prompt: bool) -> None:
+    quick_and_reference(engine, talks, prompt)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=2000, deadline=None)
+@given(talks=TALKS, prompt=st.booleans())
+def test_the_quick_way_is_the_references_thousands_of_times(
+    engine: str, talks: list[list[dict[str, Any]]], prompt: bool
+) -> None:
+    quick_and_reference(engine, talks, prompt)
+
+
+def quick_and_reference(engine: str, talks: list[list[dict[str, Any]]], prompt: bool) -> None:
     one = with_engine(engine)
     assert one.engine.name == engine
     assert one.fast_render is not None
