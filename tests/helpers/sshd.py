@@ -122,7 +122,7 @@ def server(env: dict[str, str]) -> Iterator[Server]:
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{made.port} {' '.join(words)}\n")
     made.config.write_text(
         f"Host cluster\n  HostName 127.0.0.1\n  Port {made.port}\n  IdentityFile {user}\n  IdentitiesOnly yes\n"
-        f"  User {os.environ.get('USER') or psutil.Process().username()}\n  IdentityAgent none\n"
+        f"  User {psutil.Process().username()}\n  IdentityAgent none\n"
         f"  UserKnownHostsFile {folder}/known_hosts\n  GlobalKnownHostsFile /dev/null\n"
     )
     thread = threading.Thread(target=made.serve, daemon=True)

@@ -102,7 +102,15 @@ def test_the_same_commands_from_a_laptop(laptop: Laptop) -> None:
     assert "nothing to run" in again
 
     begun = laptop.nemotron(
-        *("nano3", "sft", "-c", "tiny", "data.path=artifact:nano3-tiny-sft-data", "train.train_iters=100000"),
+        *(
+            "nano3",
+            "sft",
+            "-c",
+            "tiny",
+            "data.path=artifact:nano3-tiny-sft-data",
+            "train.train_iters=100000",
+            "evaluation.rows=4",
+        ),
         *("--batch", "far", "--json"),
     )
     run = json.loads(begun.stdout)["run"]
