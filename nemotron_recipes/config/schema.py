@@ -194,6 +194,7 @@ class Planning(Section):
     """What a plan is refused for."""
 
     allow_oom_risk: bool = False  # run it although it can't fit into the GPUs' memory
+    requires_smoke: Positive | None = None  # steps of a smoke run, under the memory watchdog, that must come before
 
 
 class CodePolicy(Section):

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.errors import Problem
 from nemotron_recipes.planning.smoke import length
 from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
 from nemotron_recipes.spec import Placement, Tree
 
 # Config keys that two runs must agree in for one to say how the other will behave: model, adapter, sequence, batch.
 ALIKE = ("method", "model", "peft", "data.pack_size", "train.micro_batch_size", "backend.name")
+
+WATCHDOG = "memory_stop_gib"  # what turns the memory watchdog on, in a profile
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,32 @@ def wall_time(runs: Path, fingerprint: str, config: Tree, placement: Placement) 
     return projected
 
 
-def find_smoke(runs: Path, config: Tree, steps: int, alike: Sequence[str] = ALIKE) -> str | None:
+def smoke_problems(config: Tree, placement: Placement, smoke: int, runs: Path) -> Iterator[Problem]:
+    """What is missing where the recipe wants to be seen to fit first. `smoke`: the steps that are asked for now."""
+    steps = config["plan"]["requires_smoke"]
+    if steps is None:
+        return
+    if placement.options.get(WATCHDOG) is None:
+        what = "this recipe may take more memory than there is: it runs under the memory watchdog alone"
+        yield Problem(what, "plan.requires_smoke", f"set {WATCHDOG} in the profile (docs/docker.md)")
+    elif not smoke and find_smoke(runs, config, steps, watched=True) is None:
+        what = f"no run has shown yet that {steps} steps of this model, adapter and sequence length fit into the memory"
+        yield Problem(what, "plan.requires_smoke", f"run the same command with --smoke {steps} first")
+
+
+def find_smoke(runs: Path, config: Tree, steps: int, alike: Sequence[str] = ALIKE, watched: bool = False) -> str | None:
     """The newest smoke run of at least `steps` steps that succeeded and agrees with `config` in the keys `alike`.
 
     A bounded run in which this model, adapter and sequence length have been seen to fit, whatever the code was then.
+    watched: only those count that ran under the memory watchdog
     """
     for run, plan in _plans(runs, '"smoke"'):
         if (plan.get("request") or {}).get("smoke", 0) < steps:
             continue
         for stage in plan["stages"]:
             same = all(_at(stage["config"], key) == _at(config, key) for key in alike)
+            if watched and _at(stage, f"placement.options.{WATCHDOG}") is None:
+                continue
             if same and _record(run.stage(stage["name"])).get("state") == "succeeded":
                 return str(plan["id"])
     return None

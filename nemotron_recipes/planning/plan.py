@@ -26,6 +26,7 @@ from nemotron_recipes.executors import get_executor, transport
 from nemotron_recipes.planning import there
 from nemotron_recipes.planning.code import describe_code, python_path
 from nemotron_recipes.planning.estimate import Question, estimate
+from nemotron_recipes.planning.history import smoke_problems
 from nemotron_recipes.planning.resolve import Resolver
 from nemotron_recipes.planning.smoke import length, shortened
 from nemotron_recipes.planning.validate import defaults_of, validate
@@ -202,6 +203,7 @@ class _StagePlanner:
             asked = Question(config, inputs, backend, placement.nodes, placement.nproc_per_node, placement.options)
             sizes, found = estimate(asked, print_, placement, self.runs)
             problems += found
+            problems += smoke_problems(config, placement, self.request.smoke, self.runs)
         if problems:
             raise UserError(*problems)
 

@@ -166,3 +166,25 @@ def test_a_smoke_run_of_the_same_model_adapter_and_sequence_is_found(tmp_path: P
     other = copy.deepcopy(whole.config)
     other["optimizer"]["lr"] = 1.0
     assert find_smoke(runs, other, 10) == "good"
+
+
+def test_a_recipe_that_may_not_fit_wants_a_smoke_run_under_the_watchdog_first(tmp_path: Path) -> None:
+    """Refused without the watchdog, and without a run of that length; the smoke run itself may go."""
+    qlora = ("super3", ("sft",), "spark-qlora")
+    with pytest.raises(UserError, match="runs under the memory watchdog alone") as refused:
+        planned(tmp_path, *qlora, smoke=50)
+    assert "memory_stop_gib" in str(refused.value)
+    watched = "run.memory_stop_gib=6.0"
+    with pytest.raises(UserError, match="run the same command with --smoke 50 first"):
+        planned(tmp_path, *qlora, watched)
+    smoke = planned(tmp_path, *qlora, watched, smoke=50)
+    runs = tmp_path / "nemotron-output" / "runs"
+    blind = made_run(runs, "unwatched", smoke, 50)
+    with pytest.raises(UserError, match="--smoke 50 first"):
+        planned(tmp_path, *qlora, watched)
+    plan = json.loads(blind.plan.read_text())
+    plan["stages"][0]["placement"]["options"] = {"memory_stop_gib": 6.0}
+    blind.plan.write_text(json.dumps(plan))
+    assert planned(tmp_path, *qlora, watched).config["train"]["train_iters"] == 500
+    with pytest.raises(UserError, match="--smoke 50 first"):
+        planned(tmp_path, *qlora, watched, "peft.dim=64")
