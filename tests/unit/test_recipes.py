@@ -39,6 +39,7 @@ REQUIRED = {  # what a recipe leaves to its user
 }
 # GPUs of the published layouts: (nodes, processes on each). An executor of one machine gets them all there.
 LAYOUTS = {
+    ("super3", "sft", "spark-qlora"): (1, 1),
     ("nano3", "pretrain"): (4, 8),
     ("nano3", "sft", "default"): (2, 8),
     ("nano3", "sft", "bridge-recipe"): (2, 8),
