@@ -117,11 +117,6 @@ def not_measured(config: Tree, name: str, but: str = "") -> Iterator[Problem]:
         yield Problem(
             f"{name} does not train on a base in 4 bits", "model.load_in_4bit", "backend=unsloth or backend=trl"
         )
-    grpo = config["grpo"] or {}
-    asked = {"reward_weights": grpo.get("reward_weights"), **grpo.get("reward_settings", {})}
-    for key in ("reward_weights", "format_pattern", "judges"):  # the others have defaults, and no effect alone
-        if asked.get(key) is not None:
-            yield Problem(f"{name} has rewards of its own: {key} means nothing", "grpo", "leave it out, or backend=trl")
     if config["model"]["arch"]:
         yield Problem(f"{name} makes no tiny model", "model.arch", "~model.arch, or backend=trl")
     for section in ("dpo", "kto", "grpo"):
