@@ -544,6 +544,9 @@ def _refuse_rerun(run: RunDir) -> None:
     if not run.plan.exists():
         return
     view = load(run.path)
+    if not view.plan:
+        what = f"whether this plan is running is unknown: {view.explanation}"
+        raise UserError(Problem(what, view.path, "mend it, or plan anew"))
     queued = view.state == "pending" and view.handle is not None and liveness(view.handle) == "queued"
     if queued or view.state in ("running", "stalled", "succeeded"):
         what = "is in the queue" if queued else "has run" if view.state == "succeeded" else "is running"

@@ -80,6 +80,8 @@ def test_a_run_with_a_damaged_file_is_listed_as_that(tmp_path: Path) -> None:
         assert view.state == "lost" and f"{path.name} is damaged" in view.explanation and str(path) in view.explanation
         with pytest.raises(UserError, match="what run r reads is unknown"):
             gc.find(Store(tmp_path / "store"), [view], gc.Policy(), 1.0)
+        with pytest.raises(UserError, match="whether this plan is running is unknown"):
+            lifecycle._refuse_rerun(run)
         path.write_bytes(whole)
 
 
