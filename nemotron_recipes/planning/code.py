@@ -101,7 +101,7 @@ def git_diff() -> str | None:
         return _git("diff", "HEAD", "--binary")
     with tempfile.TemporaryDirectory() as folder:
         second = Path(folder, "index")
-        shutil.copyfile(index.rstrip("\n"), second)
+        shutil.copy2(index.rstrip("\n"), second)  # with its time: git tells by it which files may have changed since
         environment = {**os.environ, "GIT_INDEX_FILE": str(second)}
         add = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
         _git(*add, env=environment, stdin="\0".join(kept))

@@ -418,11 +418,16 @@ def test_the_patch_holds_untracked_files_but_no_credentials(tmp_path: Path, monk
     package.mkdir()
     (package / "a.py").write_text("A = 1\n")
     git("init", "-q")
+    git("config", "core.trustctime", "false")
+    long_ago = (1e9, 1e9)  # everything within one second, as when an editor is quick
+    os.utime(package / "a.py", long_ago)
     git("add", ".")
     git("commit", "-qm", "a")
     monkeypatch.setattr(code, "PACKAGE", package)
     assert not code.git_diff()
     (package / "a.py").write_text("A = 2\n")
+    for path in (package / "a.py", tmp_path / ".git/index"):
+        os.utime(path, long_ago)
     (package / ":(top)new.py").write_text("NEW = 1\n")
     (tmp_path / "data.bin").write_bytes(bytes(code.LARGEST + 1))
     for name in (".env", "id_rsa", "server.pem"):
