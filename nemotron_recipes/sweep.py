@@ -50,6 +50,7 @@ class Sweep:
     members: tuple[Member, ...]
     at_once: int | None
     noted: Mapping[Values, Path]  # the runs of an earlier submission of it
+    anew: bool = False  # no command finds it again, to continue it
 
     @property
     def left(self) -> list[Member]:
@@ -82,7 +83,7 @@ def prepare(request: Request, at_once: int | None, anew: bool = False) -> Sweep:
         noted = known.get(frozenset(values))
         view = views.get(noted.name) if noted else None
         members.append(_member(replace(plan, sweep=sweep_id), values, view))
-    return Sweep(sweep_id, plans[0].title, environment.output, _ordered(members, at_once), at_once, known)
+    return Sweep(sweep_id, plans[0].title, environment.output, _ordered(members, at_once), at_once, known, anew)
 
 
 def submit(sweep: Sweep, preflight: bool = True) -> list[JobHandle]:
@@ -193,6 +194,8 @@ def _broken_off(
         f"{' '.join(member.values)}: {why}\n{len(handles)} of {len(sweep.left)} runs of the sweep are submitted: {done}"
     )
     fix = "run the same command again: it submits the others"
+    if sweep.anew:
+        fix = f"nemotron runs cancel {sweep.id} stops these; the same command again makes a whole sweep of its own"
     if isinstance(error, UserError):
         return UserError(Problem(said, fix=fix))
     kind = Cancelled if isinstance(error, KeyboardInterrupt) else JobFailed

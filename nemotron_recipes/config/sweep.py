@@ -41,6 +41,8 @@ def expand(overrides: Iterable[str], catalog: Catalog) -> list[tuple[tuple[str, 
         swept.append(key)
         try:
             places[place] = [f"{key}={value}" for value in _values(override, catalog)]
+            if len(set(places[place])) < len(places[place]):
+                problems.append(Problem(f"{text!r} names a value twice", "command line", "name each value once"))
         except ValueError as error:
             problems.append(Problem(f"{text!r} can't be swept over: {error}", "command line", "name the values: a,b,c"))
         sweeps.append(place)

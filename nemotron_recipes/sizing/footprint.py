@@ -57,7 +57,8 @@ def _megatron(config: Tree, processes: int) -> Footprint:
     optimizer, ddp = native.get("optimizer", {}), native.get("ddp", {})
     moments = sum(_type_bytes(optimizer, f"{name}_dtype") for name in ("exp_avg", "exp_avg_sq"))
     copy = _type_bytes(optimizer, "main_params_dtype") if weight == 2 else 0
-    kept = (moments + copy) * (1 - float(optimizer.get("optimizer_offload_fraction", 1.0)))
+    offloaded = optimizer.get("optimizer_offload_fraction", 1.0)
+    kept = (moments + copy) * (1 - (offloaded if isinstance(offloaded, (int, float)) else 1.0))  # the schema refuses it
     return Footprint(
         weight=weight,
         gradient=4 if ddp.get("grad_reduce_in_fp32", True) else weight,
@@ -93,6 +94,8 @@ def _trl(config: Tree, processes: int) -> Footprint | None:
     method = config["method"]
     if method == "grpo":
         return None  # what generation keeps depends on its length and batch
+    if any(config["backend"]["native"].get(name) for name in ("fsdp", "deepspeed")):
+        return None  # what is shared out stands in a file or a wrapping policy of theirs
     weight = _BYTES[config["model"]["dtype"]]
     trained = 4 if config["peft"] else weight
     return Footprint(

@@ -7,7 +7,7 @@ Each is one norm and one mixer. A block of a usual transformer is therefore `*-`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 LETTERS = {
@@ -68,9 +68,17 @@ def from_hf_config(config: Mapping[str, Any], name: str) -> Shape | None:
     """The shape that a Hugging Face config.json states; None for an architecture that is not known here."""
     known = _READERS.get(str(config.get("model_type")))
     try:
-        return known(config, name) if known else None
-    except KeyError:
-        return None  # a config that leaves its own fields out
+        shape = known(config, name) if known else None
+        return shape if shape and _counts(shape) else None
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None  # a config that leaves its own fields out, or has something else in them
+
+
+def _counts(shape: Shape) -> bool:
+    """Whether its figures are such that one can count with them."""
+    figures = [getattr(shape, each.name) for each in fields(shape) if each.type == "int"]
+    whole = all(isinstance(figure, int) and figure >= 0 for figure in figures)
+    return whole and min(shape.hidden, shape.vocab, shape.heads, shape.kv_heads, shape.head_dim) > 0
 
 
 def _dense(config: Mapping[str, Any], name: str) -> Shape:

@@ -11,7 +11,7 @@ import pytest
 
 from nemotron_recipes.backends.layout import Layout
 from nemotron_recipes.sizing import parameters, tables
-from nemotron_recipes.sizing.footprint import NF4_BYTES, Footprint
+from nemotron_recipes.sizing.footprint import NF4_BYTES, Footprint, footprint
 from nemotron_recipes.sizing.lora import Lora
 from nemotron_recipes.sizing.memory import GIB, Batch, memory
 from nemotron_recipes.sizing.rules import model_problems, tensor_sizes
@@ -129,7 +129,8 @@ def test_where_a_shape_comes_from(tmp_path: Path) -> None:
     assert tables.shape_of(Artifact("hub", "model", "ORG/OTHER", revision="abc"), {}, here) is None
     (folder / "config.json").write_text("{")
     assert tables.shape_of(Artifact("path", "model", uri=str(folder)), {}) is None
-    for broken in ({"model_type": "qwen3"}, {"model_type": "unheard_of", **SMALL}):
+    heads = ({**config, "num_attention_heads": number} for number in (None, 0, "many"))
+    for broken in ({"model_type": "qwen3"}, {"model_type": "unheard_of", **SMALL}, *heads):
         assert from_hf_config(broken, "x") is None
 
 
@@ -211,3 +212,17 @@ def test_verdicts(gib: float, verdict: str) -> None:
     takes = memory(tables.shapes()["nano3"], Layout(16, expert=8), BATCH, replace(BRIDGE, recompute=True), None)
     assert takes.needed / GIB == pytest.approx(59.85, abs=0.05)
     assert takes.verdict(gib * GIB) == verdict
+
+
+def test_what_a_backend_shares_out_by_itself_is_not_guessed() -> None:
+    model = {"dtype": "bfloat16", "load_in_4bit": False}
+    config = {"method": "sft", "model": model, "peft": None, "backend": {"name": "trl", "native": {}}}
+    assert footprint(config, 8) is not None
+    for name in ("fsdp", "deepspeed"):
+        config["backend"] = {"name": "trl", "native": {name: "full_shard"}}
+        assert footprint(config, 8) is None
+    native = {"optimizer": {"optimizer_cpu_offload": True}}
+    config["backend"] = {"name": "megatron_bridge", "native": native}
+    whole = footprint(config, 8)
+    native["optimizer"] = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": "abc"}
+    assert footprint(config, 8) == whole, "the schema refuses it, not the estimate"

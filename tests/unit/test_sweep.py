@@ -73,6 +73,7 @@ def test_every_combination_the_first_varies_slowest(catalog: Catalog) -> None:
         (["a=interval(0,1)"], "has no end"),
         (["a=1,2", "a=3,4"], "'a' sweeps twice"),
         (["a=range(0,2000)"], "2000 runs"),
+        (["a=1,2,1"], "names a value twice"),
         (["colour=glob(nothing-like-it*)"], "no choice of colour"),
     ],
 )
@@ -175,7 +176,12 @@ def test_what_was_broken_off_is_said_and_continued(tmp_path: Path, fake_submit: 
     assert sorted(fake_submit) == [f"data.pack_size={n}" for n in (1024, 128, 256, 512)]
     assert sorted(sweep.runs_of(tmp_path / "nemotron-output", first.id)) == sorted(m.run for m in again.members)
     assert sweep.prepare(asked, 1).left == []
-    assert sweep.prepare(asked, 1, anew=True).id != first.id
+    forced = sweep.prepare(asked, 1, anew=True)
+    assert forced.id != first.id
+    (tmp_path / "nemotron-output" / "runs" / "mended").unlink()
+    fake_submit.clear()
+    with pytest.raises(JobFailed, match=f"runs cancel {forced.id}"):
+        sweep.submit(forced)  # no command would find it again
 
 
 def test_a_run_that_failed_gets_its_next_attempt(tmp_path: Path, fake_submit: list[str]) -> None:
