@@ -81,9 +81,9 @@ def require() -> None:
 
 
 @contextlib.contextmanager
-def cluster(*flags: str) -> Iterator[Cluster]:
+def cluster(*flags: str, below: Path | None = None) -> Iterator[Cluster]:
     """A cluster of its own, which ends with the block, or else with this process."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir=below))
     try:
         manage("up", *flags, f"--while={os.getpid()}", folder=folder)
         yield Cluster(folder)

@@ -46,7 +46,7 @@ def test_a_run_of_somebody_who_is_no_administrator() -> None:
         own.mkdir()
         os.chown(own, user.pw_uid, user.pw_gid)
         (own / "env.toml").write_text(PROFILE)
-        cluster = stack.enter_context(slurm.cluster("--nodes=2", "--no-accounting"))  # sees what is mounted by now
+        cluster = stack.enter_context(slurm.cluster("--nodes=2", "--no-accounting", below=home))  # sees what is mounted
         os.chmod(cluster.folder, 0o755)
         env = {**cluster.env, **surroundings, "HOME": str(own), "MY_LICENCE": "s3cr3t-of-theirs"}
 
