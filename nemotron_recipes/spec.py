@@ -302,11 +302,15 @@ class JobFacts:
 
 @dataclass(frozen=True)
 class Outlook:
-    """A submitted run as its executor sees it: what it comes to, the jobs, and why nobody could be asked, if so."""
+    """A submitted run as its executor sees it: what it comes to, the jobs, and why nobody could be asked, if so.
+
+    accepted   False: it can't be told whether the scheduler has accepted all of it, and `unreachable` says why
+    """
 
     alive: Liveness
     jobs: tuple[JobFacts, ...] = ()
     unreachable: str = ""
+    accepted: bool = True
 
 
 @dataclass(frozen=True)

@@ -45,19 +45,24 @@ def list_command(as_json: bool, number: int) -> None:
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
 @click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page.")
-def show(run: str, as_json: bool, page: Path | None) -> None:
-    """Show a run: states, inputs, outputs, results, and why it failed."""
+def show(run: str, as_json: bool, page: Path | None) -> int:
+    """Show a run: states, inputs, outputs, results, and why it failed.
+
+    Exit code 1 while it can't be told whether the scheduler has accepted it.
+    """
     view = lifecycle.load(_find(run))
+    decided = view.handle is None or view.state != "pending" or lifecycle.look(view.handle).accepted
     if page is not None:
         from nemotron_recipes.report.html import run_page
 
         write_page(page, run_page(view))
-        return
+        return 0 if decided else 1
     differences = [*(lifecycle.differences(view.handle) if view.handle else []), *view.differences]
     if as_json:
         click.echo(json.dumps({**summary.as_tree(view), "differences": differences}, indent=2))
     else:
         click.echo(summary.describe(view, differences))
+    return 0 if decided else 1
 
 
 @runs.command()

@@ -1,11 +1,13 @@
-"""What a folder that runs write to can do: room, rights, locks, and whether its server's clock agrees with ours."""
+"""What a folder that runs write to can do: room, quota, rights, locks, and whether its server's clock is ours."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import re
 import shutil
+import subprocess
 import time
 import uuid
 from contextlib import suppress
@@ -14,6 +16,7 @@ from pathlib import Path
 from nemotron_recipes.spec import Finding
 
 LITTLE = 1e9  # bytes; a run's own files take some MB, a checkpoint of any model more than this
+QUOTA_SECONDS = 20.0  # an NFS server that is gone does not answer quota
 SKEW_SECONDS = 2.0  # a later deadline or a record's time would lie by more than a step
 
 # Of these /proc/self/mounts knows that they lie on other machines.
@@ -32,8 +35,8 @@ def look_at(name: str, folder: Path) -> list[Finding]:
     place = nearest_existing(folder)
     usage = shutil.disk_usage(place)
     room = "problem" if usage.free == 0 else "warning" if usage.free < LITTLE else "ok"
-    said = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free below {place}; quotas are not looked at"
-    findings = [Finding(f"{name} room", room, said)]
+    said = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free below {place}"
+    findings = [Finding(f"{name} room", room, said), quota(name, place)]
     probe = place / f".doctor-{uuid.uuid4().hex}"
     try:
         with open(probe, "xb") as handle:
@@ -52,6 +55,58 @@ def look_at(name: str, folder: Path) -> list[Finding]:
         with suppress(OSError):
             probe.unlink()
     return findings
+
+
+def quota(name: str, place: Path) -> Finding:
+    """This user's quota there, as `lfs quota` (Lustre) or `quota` tells it; that it is not known where neither can."""
+    me = str(os.getuid())
+    lustre = _file_system(str(place)) == "lustre"
+    argv = ["lfs", "quota", "-q", "-u", me, str(place)] if lustre else ["quota", "-w", "-p", "-f", str(place)]
+    topic = f"{name} quota"
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", timeout=QUOTA_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        return Finding(topic, "ok", f"not known: there is no command {argv[0]} here")
+    except OSError as error:
+        return Finding(topic, "ok", f"not known: {argv[0]} can't be run: {error.strerror}")
+    except subprocess.TimeoutExpired:
+        return Finding(topic, "ok", f"not known: {argv[0]} did not answer within {QUOTA_SECONDS:.0f} s")
+    try:
+        return _of_quota(topic, parse_quota(done.stdout))  # quota ends with 1 where one is exceeded, too
+    except ValueError as error:
+        words = (done.stderr.strip() or str(error)).splitlines()[0]
+        return Finding(topic, "ok" if done.returncode else "warning", f"not known: {argv[0]} says {words}")
+
+
+def parse_quota(text: str) -> tuple[int, ...] | None:
+    """(bytes, soft, hard, files, soft, hard) of `quota -w -p` or `lfs quota -q`; 0: no limit. None: no quota.
+
+    ValueError: it is something else. Both print nine columns, sizes in KiB: file system, size, soft, hard, grace,
+    files, soft, hard, grace. An asterisk marks what is exceeded, brackets (lfs) what is not exact.
+    """
+    if re.search(r"^Disk quotas for user .*: none\s*$", text, re.MULTILINE):
+        return None
+    words = re.sub(r"^(Disk quotas for user .*|\s*Filesystem\s.*)$", "", text, flags=re.MULTILINE).split()
+    numbers = [word.strip("[]*") for word in (*words[1:4], *words[5:8])]
+    if len(words) != 9 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"{text.strip()[:200]!r}")
+    size, soft, hard, *files = (int(number) for number in numbers)
+    return (size * 1024, soft * 1024, hard * 1024, *files)
+
+
+def _of_quota(topic: str, told: tuple[int, ...] | None) -> Finding:
+    if told is None:
+        return Finding(topic, "ok", "none is set")
+    size, soft, hard, files, soft_files, hard_files = told
+    most, most_files = hard or soft, hard_files or soft_files
+    said = f"{size / 1e9:.1f} GB of {f'{most / 1e9:.1f} GB' if most else 'no limit'}"
+    said += f", {files} files of {most_files or 'no limit'}"
+    if (hard and size >= hard) or (hard_files and files >= hard_files):
+        return Finding(topic, "problem", f"{said}: it is used up")
+    near = (most and most - size < LITTLE) or (soft and size > soft) or (soft_files and files > soft_files)
+    return Finding(topic, "warning" if near else "ok", said)
 
 
 def refusal(folder: Path) -> str:

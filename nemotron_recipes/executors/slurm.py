@@ -172,7 +172,8 @@ class SlurmExecutor:
         try:
             states = self._states(handle)
         except slurm_control.Unreachable as error:
-            return Outlook("running" if begun else "queued", unreachable=str(error))
+            undecided = isinstance(error, slurm_handle.Undecided)
+            return Outlook("running" if begun else "queued", unreachable=str(error), accepted=not undecided)
         jobs = tuple(slurm_facts.job_facts(stage, state) for stage, state in states.items())
         alive = [state for state in states.values() if state.active]
         if alive:

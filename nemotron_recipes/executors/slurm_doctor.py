@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.executors import slurm_control, there, transport
+from nemotron_recipes.executors import slurm_control, slurm_limits, there, transport
 from nemotron_recipes.executors.slurm_profile import SlurmProfile
 from nemotron_recipes.executors.slurm_site import Partition, Site, Unreadable, read_site
 from nemotron_recipes.spec import Examination, Finding, Tree
@@ -24,6 +24,7 @@ def examine(profile: SlurmProfile) -> Examination:
     """All findings, and a profile that would fit this user here."""
     try:
         site = read_site()
+        policy = slurm_limits.read_policy(site)
     except slurm_control.Unreachable as error:
         fix = "run this where Slurm's commands work (a login node)"
         return Examination((Finding("Slurm", "problem", f"it can't be asked: {error}; {fix}"), *_credentials()))
@@ -35,6 +36,7 @@ def examine(profile: SlurmProfile) -> Examination:
         *_of_slurm(site),
         *(_of_partition(site, partition) for partition in site.partitions),
         *_of_accounts(site),
+        *_of_limits(site, policy),
         _of_containers(profile, has_pyxis),
         _of_mpi(site),
         *_credentials(),
@@ -90,6 +92,20 @@ def _of_accounts(site: Site) -> list[Finding]:
     for association in site.associations:
         found.setdefault(association.account, set()).update(association.qos)
     return [Finding(f"account {name}", "ok", f"QOS {', '.join(sorted(qos)) or 'none'}") for name, qos in found.items()]
+
+
+def _of_limits(site: Site, policy: slurm_limits.Policy | None) -> list[Finding]:
+    """Of each account and QOS of this user's what limits it, if anything does."""
+    if policy is None:
+        return [Finding("limits", "ok", "sacctmgr tells none")]
+    names = {name for member in policy.mine for name in member.qos} | {p.own_qos for p in site.partitions}
+    accounts = {member.account for member in policy.mine}
+    holders = [member.holder for member in policy.mine]
+    holders += [member.holder for name, member in policy.accounts.items() if name in accounts]
+    holders += [policy.qos[name].holder for name in sorted(names) if name in policy.qos]
+    not_held = "" if slurm_limits.enforced(site) else "; not enforced (AccountingStorageEnforce)"
+    found = [Finding(f"limits of {h.name}", "ok", f"{h}{not_held}") for h in holders if h.limits]
+    return found or [Finding("limits", "ok", f"none of account or QOS{not_held}")]
 
 
 def _of_containers(profile: SlurmProfile, has_pyxis: bool) -> Finding:

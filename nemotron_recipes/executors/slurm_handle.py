@@ -92,8 +92,12 @@ def find(handle: JobHandle, stage: str, patience: float = 0.0) -> str | None:
     return slurm_submission.found(place, token, native["names"][stage], earlier_jobs(run), patience)
 
 
+class Undecided(Unreachable):
+    """Whether Slurm has accepted all jobs of a submission can't be told now."""
+
+
 def recovered(handle: JobHandle) -> JobHandle:
-    """The handle with every job of its submission, whose submitter may have died. Unreachable: it can't be told now.
+    """The handle with every job of its submission, whose submitter may have died. Unreachable; Undecided.
 
     A submission that came only half way is taken back: its jobs are cancelled, and that is recorded.
     """
@@ -113,8 +117,8 @@ def recovered(handle: JobHandle) -> JobHandle:
         for stage in native["tokens"]:
             try:
                 jobs[stage] = native["jobs"].get(stage) or find(handle, stage)
-            except slurm_submission.Unknown as error:
-                raise Unreachable(f"it is not known whether Slurm has accepted {stage}: {error}") from None
+            except (slurm_submission.Unknown, Unreachable) as error:
+                raise Undecided(f"it is not known whether Slurm has accepted {stage}: {error}") from None
         accepted = {stage: job for stage, job in jobs.items() if job}
         handle = replace(handle, native={**native, "jobs": accepted})
         keep(handle)

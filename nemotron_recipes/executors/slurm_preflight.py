@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.executors import checks, slurm_control, there, transport
+from nemotron_recipes.executors import checks, slurm_control, slurm_limits, there, transport
 from nemotron_recipes.executors.slurm_container import missing_here
 from nemotron_recipes.executors.slurm_profile import SlurmProfile, limit_seconds
-from nemotron_recipes.executors.slurm_script import profile_of
+from nemotron_recipes.executors.slurm_script import profile_of, tasks_of
 from nemotron_recipes.executors.slurm_site import Association, Partition, Site, Unreadable, read_site
 from nemotron_recipes.spec import Plan, StagePlan
+
+# What a limit speaks of -> (field that decides it, its unit).
+_LIMITED = {
+    "MaxWall": ("time", ""),
+    "node": ("nodes", " node(s)"),
+    "cpu": ("cpus_per_task", " CPU(s)"),
+    "mem": ("mem", " MB of memory"),
+    "gres/gpu": ("gpus_per_node", " GPU(s)"),
+}
 
 
 def plan_problems(plan: Plan) -> list[Problem]:
     """What the cluster would refuse, or leave waiting for ever; everything at once. UserError: it can't be asked."""
     try:
         site = read_site()
+        policy = slurm_limits.read_policy(site) if slurm_limits.enforced(site) else None
     except slurm_control.Unreachable as error:
         raise slurm_control.missing(error) from None
     except Unreadable as error:
@@ -26,7 +37,8 @@ def plan_problems(plan: Plan) -> list[Problem]:
     run = [stage for stage in plan.stages if stage.reused is None]
     order = [*_order_problems(plan, run[0])] if run and plan.after else []
     found = (stage_problems(stage, profile_of(stage), site, plan.request.mode, plan.run_dir) for stage in run)
-    return [*order, *(problem for problems in found for problem in problems)]
+    problems = [*order, *(problem for problems in found for problem in problems)]
+    return problems + ([*policy_problems(run, site, policy, plan.request.mode)] if policy else [])
 
 
 def _order_problems(plan: Plan, first: StagePlan) -> Iterator[Problem]:
@@ -125,6 +137,69 @@ def _account_problems(
     if profile.qos and allowed and profile.qos not in allowed:
         what = f"QOS {profile.qos} does not go with account {profile.account or ', '.join(mine)}"
         yield Problem(what, checks.where(stage, "qos"), f"one of: {', '.join(sorted(allowed))}")
+
+
+def policy_problems(stages: list[StagePlan], site: Site, policy: slurm_limits.Policy, mode: str) -> Iterator[Problem]:
+    """Limits of QOS, account and user because of which a job would be refused, or wait for ever."""
+    queued = slurm_control.ask("squeue", "--me", "--array", "--noheader", "--format=%a|%q").splitlines()
+    before: Counter[str] = Counter()  # holder of limits -> jobs of this plan
+    for stage in stages:
+        profile = profile_of(stage)
+        jobs = 1 + tasks_of(stage)
+        choices = []  # the account where none is set, and which of several partitions, are for Slurm to choose
+        for name in (profile.partition_for(mode) or "").split(","):
+            partition = site.partition(name)
+            for member in policy.mine:
+                if profile.account and member.account != profile.account.lower():
+                    continue
+                if partition is None or member.partition not in ("", partition.name):
+                    continue
+                rules = [*slurm_limits.rules(policy, member, profile.qos, partition.own_qos)]
+                choices.append((rules, [*_over(stage, profile, rules, jobs, queued, before)]))
+        if choices:
+            rules, problems = next((each for each in choices if not each[1]), choices[0])
+            yield from problems
+            before.update(dict.fromkeys((rule.holder for rule in rules), jobs))
+
+
+def _over(
+    stage: StagePlan,
+    profile: SlurmProfile,
+    rules: list[slurm_limits.Rule],
+    jobs: int,
+    queued: list[str],
+    before: Mapping[str, int],
+) -> Iterator[Problem]:
+    """Those of the limits that a stage's job asks for more than."""
+    nodes, gpus = stage.placement.nodes, profile.gpus_per_node or profile.gpus_per_task or 0
+    asked = {
+        "MaxWall": limit_seconds(profile.time) or 0,
+        "node": nodes,
+        "cpu": nodes * (profile.cpus_per_task or 0),
+        "mem": nodes * (memory_mb(profile.mem) or 0),
+        "gres/gpu": nodes * gpus,
+    }
+    for rule in rules:
+        what = f"{rule.holder}: {rule.limit} is {rule.text}"
+        kind = rule.limit.partition(" ")[2] or rule.limit
+        if kind in ("MaxSubmit", "GrpSubmit"):
+            scope, _, name = rule.holder.partition(",")[0].partition(" ")
+            column = 1 if scope == "QOS" else 0
+            ours = sum(line.split("|")[column] == name for line in queued if "|" in line)
+            number = ours + before.get(rule.holder, 0) + jobs
+            if number > rule.value:
+                fix = "wait until some are over, or submit fewer stages"
+                where = checks.where(stage, "qos" if scope == "QOS" else "account")
+                yield Problem(f"{what}, and this would be job {number} of this user", where, fix)
+        elif kind in ("MaxJobs", "GrpJobs"):
+            if rule.value < 1:
+                yield Problem(f"{what}: it would never start", checks.where(stage, "account"), "choose another, or QOS")
+        elif kind in _LIMITED and asked[kind] > rule.value:
+            field, unit = _LIMITED[kind]
+            said = profile.time if kind == "MaxWall" else f"{asked[kind]}{unit}"
+            yield Problem(
+                f"{what}, and {said} is asked for", checks.where(stage, field), "ask for less, or another QOS"
+            )
 
 
 def _host_problems(stage: StagePlan, profile: SlurmProfile, run_dir: str) -> Iterator[Problem]:

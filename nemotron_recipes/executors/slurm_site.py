@@ -38,6 +38,7 @@ class Partition:
     denied_accounts: frozenset[str]
     qos: frozenset[str] | None
     denied_qos: frozenset[str]
+    own_qos: str = ""  # whose limits hold for all jobs in it
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def _partition(line: str) -> Partition:
         denied_accounts=_names(said.get("DenyAccounts", "")) or frozenset(),
         qos=_names(said.get("AllowQos", "ALL")),
         denied_qos=_names(said.get("DenyQos", "")) or frozenset(),
+        own_qos="" if said.get("QoS", "N/A") in _NO_LIMIT else said["QoS"],
     )
 
 

@@ -29,7 +29,8 @@ def test_the_doctor_and_the_preflight(slurm_cluster: slurm.Cluster, tmp_path: Pa
         return slurm_cluster.run(*command, code=code, cwd=tmp_path, env=env)
 
     said = nemotron("doctor", "lab").stdout
-    for words in ("partition batch (default)", "4 node(s) of 32 CPUs", "account lab", "enforces associations", "pmi2"):
+    rows = ("partition batch (default)", "4 node(s) of 32 CPUs", "account lab", "enforces associations", "pmi2")
+    for words in (*rows, "none of account or QOS; not enforced", "output folder quota"):
         assert words in said
     assert secret not in said
     told = json.loads(nemotron("doctor", "lab", "--json").stdout)

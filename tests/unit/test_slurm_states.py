@@ -25,6 +25,7 @@ from nemotron_recipes.executors.slurm_states import (
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import RunDir, append_event, read_jsonl
 from nemotron_recipes.spec import JobHandle, to_json
+from tests.helpers.cli import nemotron
 from tests.helpers.executor_harness import placement
 from tests.helpers.plans import plan_of, probe_stage
 
@@ -225,3 +226,24 @@ def test_where_slurm_is_not_there_the_run_folder_tells(tmp_path: Path, monkeypat
     (view,) = lifecycle.newest_runs(tmp_path / "runs", None)
     assert view.state == "running"
     assert "this is what the run folder says" in view.differences[0]
+
+
+def test_a_submission_that_nobody_can_tell_of_is_shown_with_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = submitted_run(tmp_path / "nemotron-output" / "runs", "run")
+    run = RunDir(folder)
+    stage = probe_stage("stage0", placement=placement(SlurmExecutor()))
+    plan = plan_of(folder, stage)
+    run.plan.write_text(to_json(plan))
+    native = {"jobs": {}, "names": {"stage0": "a-job"}, "tokens": {"stage0": "nemotron=a-token"}}
+    run.handle.write_text(to_json(JobHandle("slurm", plan.id, plan.run_dir, native)))
+    answer = slurm_files.answer(run.stage("stage0"), "nemotron=a-token")
+    answer.parent.mkdir(parents=True)
+    answer.with_name(f"{answer.name}.out").touch()  # sbatch began, and has said nothing
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue that could be asked
+    shown = json.loads(nemotron(tmp_path, "runs", "show", folder.name, "--json", code=1))
+    assert "not known whether Slurm has accepted stage0" in shown["differences"][0]
+    assert "not known whether" in nemotron(tmp_path, "runs", "show", folder.name, code=1)
+    run.handle.write_text(to_json(JobHandle("slurm", plan.id, plan.run_dir, {**native, "jobs": {"stage0": "1"}})))
+    nemotron(tmp_path, "runs", "show", folder.name)
