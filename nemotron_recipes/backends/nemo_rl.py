@@ -97,14 +97,12 @@ _OWNED = {
     "policy.scheduler": "use the section scheduler",
     "cluster.num_nodes": "use run.nodes",
     "cluster.gpus_per_node": "use run.nproc_per_node",
-    "dpo.max_num_epochs": "train.train_iters says how long",
-    "grpo.max_num_epochs": "train.train_iters says how long",
     "grpo.num_prompts_per_step": "global batch / grpo.num_generations",
 }
 # What NeMo-RL has registered (nemo_rl/environments/utils.py), of those that judge text.
 _ENVIRONMENTS = ("math", "math_multi_reward", "code", "code_jaccard", "reward_model", GYM)
 _OWNED_SECTIONS = {"data.train.": "use data.path", "data.validation.": "use data.path"}
-_EPOCHS = 1_000_000  # train.train_iters ends the training, not the number of passes over the data
+_EPOCHS = 1_000_000  # train.train_iters ends the training, unless backend.native gives a number of passes, too
 
 
 class NemoRlBackend:
@@ -147,6 +145,7 @@ class NemoRlBackend:
             train_iters=config["train"]["train_iters"],
             keep=config["checkpoint"]["keep"],
             nodes=config["run"].get("nodes", 1),
+            passes=passes_of(config),
             resume_from=stage.resume_from,
         )
         return Launch(
@@ -184,8 +183,8 @@ def native_tree(stage: StageSpec) -> Tree:
     values = {
         **_method_values(config),
         **native_values(config),
-        **given,
         f"{method}.max_num_epochs": _EPOCHS,
+        **given,
         "policy.dtensor_cfg.enabled": method == "dpo",
         "policy.megatron_cfg.enabled": method == "grpo",
         "checkpointing.enabled": True,
@@ -196,6 +195,13 @@ def native_tree(stage: StageSpec) -> Tree:
         "cluster.gpus_per_node": stage.nproc // nodes,
     }
     return native.nested(values)
+
+
+def passes_of(config: Tree) -> float | None:
+    """Passes over the data that backend.native limits the training to; None: train.train_iters alone does."""
+    given = native.flat(config["backend"]["native"], native.keys(SCHEMAS))
+    passes: float | None = given.get(f"{config['method']}.max_num_epochs")
+    return passes
 
 
 def native_values(config: Tree) -> Tree:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from nemotron_recipes.errors import JobFailed, UserError
 from nemotron_recipes.rundir import TRACKER, StageDir, latest_checkpoint, read_jsonl
 from nemotron_recipes.spec import Artifact, Output
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.guest import LEAST_RESERVE
 from nemotron_recipes.worker.nemo_rl import cluster, stage
 from nemotron_recipes.worker.nemo_rl.checkpoints import adopt, continue_from
 
@@ -37,14 +39,33 @@ while not os.path.exists({log!r}) or len(open({log!r}).readlines()) < wanted:
 """
 # Writes step_N as NeMo-RL does, for the steps in the file beside it, and keeps its config.
 FAKE_PROGRAM = """\
-import json, os, shutil, sys, yaml
+import json, os, shutil, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[2]))
 root = config["checkpointing"]["checkpoint_dir"]
 shutil.copy(sys.argv[2], {told!r})
+from nemo_rl.utils.timer import TimeoutChecker
+open({told!r} + ".sys", "w").write(json.dumps([__name__, sys.path[0], sys.argv, time.time()]))
+timeout = TimeoutChecker(timeout=config["checkpointing"]["checkpoint_must_save_by"], fit_last_save_time=True)
+open({told!r} + ".clock", "w").write(json.dumps(timeout.start_time))
 for step in json.load(open({steps!r})):
     os.makedirs(f"{{root}}/tmp_step_{{step}}/policy")
     open(f"{{root}}/tmp_step_{{step}}/training_info.json", "w").write("{{}}")
     os.rename(f"{{root}}/tmp_step_{{step}}", f"{{root}}/step_{{step}}")
+    if timeout.check_save():
+        break
+"""
+# The clock of NeMo-RL's loops, as nemo_rl/utils/timer.py of v0.7.0 has it: it begins when it is made.
+FAKE_TIMER = """\
+import time
+class TimeoutChecker:
+    def __init__(self, timeout="00:03:45:00", fit_last_save_time=False):
+        self.last_save_time = float("inf")
+        if timeout is not None:
+            days, hours, minutes, seconds = map(int, timeout.split(":"))
+            self.last_save_time = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        self.start_time = time.time()
+    def check_save(self):
+        return time.time() - self.start_time >= self.last_save_time
 """
 
 
@@ -52,7 +73,9 @@ class Fakes:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder = folder
         self.ray_log, self.told, self.steps = folder / "ray.txt", folder / "told.yaml", folder / "steps.json"
-        (folder / "source" / "nemo_rl").mkdir(parents=True)
+        (folder / "source" / "nemo_rl" / "utils").mkdir(parents=True)
+        (folder / "source" / "nemo_rl" / "utils" / "timer.py").write_text(FAKE_TIMER)
+        monkeypatch.setenv("PYTHONPATH", str(folder / "source"))
         for name in ("run_dpo.py", "configs/dpo.yaml"):
             (folder / "source" / "examples" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "source" / "examples" / name).write_text("")
@@ -103,7 +126,15 @@ def context_of(folder: Path, rank: int = 0, local_rank: int = 0, attempt: int = 
 
 def config_of(folder: Path, **more: object) -> dict[str, object]:
     told = {"method": "dpo", "script": "examples/run_dpo.py", "base": "examples/configs/dpo.yaml", "gym": False}
-    return {**told, "config": str(folder / "plan.yaml"), "train_iters": 4, "nodes": 1, "resume_from": None, **more}
+    return {
+        **told,
+        "config": str(folder / "plan.yaml"),
+        "train_iters": 4,
+        "nodes": 1,
+        "passes": None,
+        "resume_from": None,
+        **more,
+    }
 
 
 def test_two_nodes_from_the_head_to_the_output(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +188,86 @@ def test_the_deadline_becomes_the_time_of_the_last_save(fakes: Fakes, monkeypatc
     events = [event["event"] for event in read_jsonl(context.dir.events(1, 0))]
     assert "checkpoint-saved" in events and "stopped" in events
     assert stage.duration(90061) == "01:01:01:01"
+
+
+def test_the_clock_begins_before_nemo_rl_does_and_the_script_does_not_notice(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline is hours away, the second save comes in time: what counts is from when NeMo-RL counts."""
+    fakes.steps.write_text("[2, 4]")
+    deadline = time.time() + 7200
+    monkeypatch.setenv("NEMOTRON_DEADLINE", repr(deadline))
+    context = context_of(fakes.folder)
+    stage.run(config_of(fakes.folder), context)
+    assert context.results["step"] == 4 and not context.time_is_up
+    name, path, argv, program_began = json.loads((fakes.folder / "told.yaml.sys").read_text())
+    script = str(fakes.folder / "source" / "examples" / "run_dpo.py")
+    assert (name, path) == ("__main__", str(fakes.folder / "source" / "examples"))
+    assert argv == [script, "--config", str(context.dir.path / stage.FILE)]
+    began = json.loads((fakes.folder / "told.yaml.clock").read_text())
+    assert began < program_began, "Ray and the program had started when the clock began"
+    left = yaml.safe_load(fakes.told.read_text())["checkpointing"]["checkpoint_must_save_by"]
+    days, hours, minutes, seconds = map(int, left.split(":"))
+    by = began + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    assert deadline - LEAST_RESERVE - 1.0 <= by <= deadline - LEAST_RESERVE
+
+
+def test_nemo_rl_may_stop_before_its_limit(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops when one more step might not fit, which may be long before: that, too, is the time limit."""
+    timer = fakes.folder / "source" / "nemo_rl" / "utils" / "timer.py"
+    timer.write_text(FAKE_TIMER.replace("return time.time() - self.start_time >= self.last_save_time", "return True"))
+    fakes.steps.write_text("[2, 4]")
+    monkeypatch.setenv("NEMOTRON_DEADLINE", repr(time.time() + 7200))
+    context = context_of(fakes.folder)
+    stage.run(config_of(fakes.folder), context)
+    assert context.time_is_up and context.stop_seen and not context.staged
+
+
+def test_another_clock_is_no_reason_to_miss_the_deadline(fakes: Fakes) -> None:
+    timer = fakes.folder / "source" / "nemo_rl" / "utils" / "timer.py"
+    timer.write_text(FAKE_TIMER.replace("self.start_time", "self.began"))
+    fakes.steps.write_text("[2, 4]")
+    with pytest.raises(JobFailed, match="NeMo-RL ended with 1 after step 0 of 4"):
+        stage.run(config_of(fakes.folder), context_of(fakes.folder))
+
+
+def test_without_a_deadline_the_examples_own_limit_is_none(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NEMOTRON_DEADLINE", raising=False)
+    fakes.steps.write_text("[4]")
+    stage.run(config_of(fakes.folder), context_of(fakes.folder))
+    told = yaml.safe_load(fakes.told.read_text())["checkpointing"]
+    assert "checkpoint_must_save_by" in told and told["checkpoint_must_save_by"] is None
+
+
+def test_the_end_of_the_passes_is_an_end(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit of passes the last checkpoint is the output; when the time was up first, it is none yet."""
+    fakes.steps.write_text("[2]")
+    config = config_of(fakes.folder, passes=1, train_iters=1_000_000)
+    context = context_of(fakes.folder)
+    monkeypatch.setenv("NEMOTRON_DEADLINE", "1000.0")
+    stage.run(config, context)
+    assert context.time_is_up and not context.staged
+
+    fakes.steps.write_text("[3]")
+    monkeypatch.delenv("NEMOTRON_DEADLINE")
+    context = context_of(fakes.folder)
+    stage.run(config, context)
+    assert not context.stop_seen and context.results["step"] == 3
+    assert (context.output("checkpoint") / "iter_0000003" / "training_info.json").is_file()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_an_empty_split_is_found_before_ray_starts(fakes: Fakes, split: str) -> None:
+    context = context_of(fakes.folder)
+    (fakes.folder / "rows" / split / "rows.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=f"the {split} split is empty"):
+        stage.run(config_of(fakes.folder), context)
+    (fakes.folder / "rows" / "metadata.json").unlink()  # in NeMo-RL's own layout
+    for name in stage.SPLITS:
+        (fakes.folder / "rows" / f"{name}.jsonl").write_text("" if name == split else "{}\n")
+    with pytest.raises(UserError, match=f"the {split} split is empty"):
+        stage.run(config_of(fakes.folder), context)
+    assert not fakes.ray_log.exists()
 
 
 def test_a_wish_to_stop_ends_the_program(fakes: Fakes) -> None:

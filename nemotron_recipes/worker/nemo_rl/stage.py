@@ -1,7 +1,7 @@
 """One NeMo-RL stage from its inputs to its output: rank 0 starts NeMo-RL's own program on a Ray cluster of all nodes.
 
-NeMo-RL saves on its own time alone: `checkpoint_must_save_by` follows from the job's deadline, and a signal ends it at
-once, so that what came after the newest checkpoint is done again by the next attempt.
+NeMo-RL saves on its own time alone: `checkpoint_must_save_by` follows from the job's deadline (launch.py), and a signal
+ends it at once, so that what came after the newest checkpoint is done again by the next attempt.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from nemotron_recipes.worker.nemo_rl import cluster
 from nemotron_recipes.worker.nemo_rl.checkpoints import adopt, continue_from
 
 FILE = "nemo_rl.yaml"  # in the stage's folder: the Plan's values, with what is known only here
+TIME_IS_UP = "nemo_rl-time-is-up"  # beside it: launch.py's word that the time limit ended the program
+LAUNCHER = Path(__file__).with_name("launch.py")
 SPLITS = ("train", "validation")
 GRACE = 30.0  # seconds from a wish to stop to the end by force
 
@@ -46,19 +48,24 @@ def run(config: Tree, context: Context) -> None:
     deadline = deadline_from(os.environ)
     save = last_save_seconds(context.dir, context.attempt)
     stop_at = None if deadline is None else deadline - max(LEAST_RESERVE, SAVES * save)
-    values = complete(config, context, source, stop_at)
-    file = context.dir.path / FILE
+    values = complete(config, context, source)
+    written = time.time()
+    left = None if stop_at is None else duration(max(0.0, stop_at - written))
+    values.setdefault("checkpointing", {})["checkpoint_must_save_by"] = left  # null: the example may have its own
+    file, mark = context.dir.path / FILE, context.dir.path / TIME_IS_UP
+    mark.unlink(missing_ok=True)
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     context.event("ready", resume_from=str(began) if began else None)
     with CheckpointWatch(context, look=lambda: adopt(root)), cluster.head(context, config["nodes"]) as address:
-        code = _train([sys.executable, config["script"], "--config", str(file)], source, address, context)
+        program = [config["script"], "--config", str(file)]
+        code = _train([sys.executable, str(LAUNCHER), repr(written), str(mark), *program], source, address, context)
     newest = adopt(root)
     reached = step_of(newest) if newest else 0
     if reached < config["train_iters"] and not context.stop_seen:
-        if code == 0 and stop_at is not None and time.time() >= stop_at:
+        if code == 0 and mark.exists():
             context.stop_seen = context.time_is_up = True
             context.event("stopped", step=reached, reason="time-limit")
-        else:
+        elif code != 0 or newest is None or config["passes"] is None:
             raise JobFailed(
                 f"NeMo-RL ended with {code} after step {reached} of {config['train_iters']}; its log says more"
             )
@@ -69,8 +76,8 @@ def run(config: Tree, context: Context) -> None:
         context.metadata["format"] = "nemo_rl"
 
 
-def complete(config: Tree, context: Context, source: Path, stop_at: float | None) -> Tree:
-    """The Plan's values, begun from NeMo-RL's example, with the folders of this machine and the time that is left."""
+def complete(config: Tree, context: Context, source: Path) -> Tree:
+    """The Plan's values, begun from NeMo-RL's example, with the folders of this machine."""
     values: Tree = yaml.safe_load(Path(config["config"]).read_text(encoding="utf-8"))
     base = source / config["base"]
     if not base.is_file():
@@ -87,8 +94,6 @@ def complete(config: Tree, context: Context, source: Path, stop_at: float | None
         values.setdefault("data", {})[split] = own
     if config["method"] == "grpo" and not config["gym"]:
         values["data"]["train"]["split_validation_size"] = 0  # the example takes its validation rows from these
-    if stop_at is not None:
-        values["checkpointing"]["checkpoint_must_save_by"] = duration(max(0.0, stop_at - time.time()))
     return {"defaults": str(base), **values}
 
 
@@ -100,6 +105,7 @@ def data_folder(config: Tree, context: Context) -> Path:
         if missing:
             fix = "data prep's output, or a folder with train.jsonl and validation.jsonl in NeMo-RL's layout"
             raise UserError(Problem(f"{given} holds no {' and no '.join(missing)}", "data.path", fix))
+        _require_rows({split: given / f"{split}.jsonl" for split in SPLITS})
         return given
     if config["gym"]:
         fix = "a folder with train.jsonl and validation.jsonl in NeMo-Gym's layout"
@@ -110,11 +116,26 @@ def data_folder(config: Tree, context: Context) -> Path:
     wanted = {"dpo": "dpo", "grpo": "rl"}[config["method"]]
     if method != wanted:
         raise UserError(Problem(f"{given} was prepared for {method}, not for {wanted}", "data.path", "prepare it anew"))
+    _require_rows({split: given / split / "rows.jsonl" for split in SPLITS})
     converted = context.dir.path / "data"
     converted.mkdir(exist_ok=True)
     for split in SPLITS:
         write_rows(given / split / "rows.jsonl", converted / f"{split}.jsonl", wanted, "nemo_rl")
     return converted
+
+
+def _require_rows(files: dict[str, Path]) -> None:
+    """UserError: a split is empty, on which NeMo-RL would end with a traceback when Ray has started."""
+    empty = [f"the {split} split is empty: {file}" for split, file in files.items() if not _has_rows(file)]
+    if empty:
+        raise UserError(
+            *(Problem(what, "data.path", "prepare data with rows for training and validation") for what in empty)
+        )
+
+
+def _has_rows(file: Path) -> bool:
+    with file.open(encoding="utf-8") as lines:
+        return any(line.strip() for line in lines)
 
 
 def source_folder() -> Path:
