@@ -1,7 +1,8 @@
 """The copy on this machine of a run's folder on another one: what readers read. The folder there is the truth.
 
 Code, worker files and checkpoints stay there; of checkpoints the folders' names are here. A log that has grown is
-fetched from where the copy ends. What is known of the folder there lies beside the copy: the next command goes on.
+fetched from where the copy ends; any other file that has changed comes anew, for its inode tells nothing: a file system
+gives it to the next file at once. What is known of the folder there lies beside the copy: the next command goes on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +21,8 @@ from nemotron_recipes.executors import there
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import read_json
 
-_KNOWN = ".copied.json"  # name -> inode, size, time there
+_KNOWN = ".copied.json"  # name -> inode, size, time, digest of the end: there.changes
+_NOTHING = [0, 0, 0, ""]
 Call = Callable[..., Any]
 
 
@@ -33,18 +36,22 @@ def refresh(call: Call, far: str, near: Path) -> None:
     with open(near / ".copying.lock", "ab") as lock:
         fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
         known: dict[str, Any] = (read_json(near / _KNOWN) or {}).get("files", {})
+        known = {name: was if _is_here(near, name, was) else _NOTHING for name, was in known.items()}
+        begun: set[str] = set()
         more = True
         while more:
             said = call(there.changes, far, known)
-            for name, inode, size, stamp, offset, data in said["files"]:
-                _put(near, name, offset, data, stamp)
-                known[name] = [inode, size, stamp]
+            for name, now, offset, data in said["files"]:
+                _put(near, name, offset, data, now[2])
+                known[name] = now
             for name in said["folders"]:
                 _inside(near, name).mkdir(parents=True, exist_ok=True)
             for name in said["gone"]:
                 _inside(near, name).unlink(missing_ok=True)
                 del known[name]
-            more = said["more"]
+            new = {name for name, _, offset, _ in said["files"] if offset == 0}
+            more = said["more"] and not new & begun  # one that changes faster than it comes waits for the next time
+            begun |= new
             write_atomic(near / _KNOWN, json.dumps({"files": known, "time": time.time()}))
 
 
@@ -54,18 +61,24 @@ def age(near: Path) -> float | None:
     return time.time() - told["time"] if told else None
 
 
+def _is_here(near: Path, name: str, was: Sequence[Any]) -> bool:
+    """Whether this machine still has what it got of a file, as `changes` speaks of it today."""
+    with suppress(FileNotFoundError):
+        return len(was) == len(_NOTHING) and _inside(near, name).stat().st_size >= was[1]
+    return False
+
+
 def _put(near: Path, name: str, offset: int, data: bytes, stamp: int) -> None:
     path = _inside(near, name)
     if offset == 0 and len(data) < there.PIECE:
         write_atomic(path, data)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "r+b" if offset and path.exists() else "wb") as handle:
+        with open(path, "r+b" if offset else "wb") as handle:
             handle.truncate(offset)
             handle.seek(offset)
             handle.write(data)
-    if stamp:
-        os.utime(path, ns=(stamp, stamp))
+    os.utime(path, ns=(stamp, stamp))
 
 
 def _inside(near: Path, name: str) -> Path:

@@ -229,4 +229,4 @@ def test_a_folder_that_is_gone_there_empties_no_copy(tmp_path: Path) -> None:
         replica.refresh(call, str(far), near)
     assert (near / "first" / "log").read_text() == "begun\nmore\n"
     with pytest.raises(replica.Untrusted):
-        replica.refresh(lambda *_: {"files": [["../out", 1, 1, 1, 0, b"x"]], "folders": [], "gone": []}, "", near)
+        replica.refresh(lambda *_: {"files": [["../out", [1, 1, 1, ""], 0, b"x"]], "folders": [], "gone": []}, "", near)
