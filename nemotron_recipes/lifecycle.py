@@ -18,7 +18,7 @@ from typing import Any
 from nemotron_recipes.artifacts.records import Ask, RunView, Settle, load_run, load_runs, run_folders
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
-from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.errors import NemotronError, Problem, UserError
 from nemotron_recipes.executors import Executor, Liveness, get_executor, sites, there, transport
 from nemotron_recipes.fsio import files_below, write_atomic
 from nemotron_recipes.mirror.journal import Journal, open_journal, pending, unmark
@@ -61,19 +61,20 @@ def prepare(request: Request, environment: Environment | None = None) -> Prepare
             return rendered(plan(request, environment))
         folder = profile["remote_job_dir"].rstrip("/")
         made = plan(request, replace(environment, artifacts={"output": folder, "store": f"{folder}/store"}))
-        _refuse_other_site(made, profile)
         return rendered(made, environment.output / "runs" / made.id)
 
 
 def plan(request: Request, environment: Environment | None = None) -> Plan:
-    """The plan of what runs on this machine's own cluster, or on the one that is spoken to."""
+    """The plan of what runs on this machine's own cluster, or on the one that is spoken to; on no other one."""
     from nemotron_recipes.planning.plan import make_plan
 
     _refuse_other_encodings(request)
     cwd = Path(request.cwd)
     environment = environment or read_environment(cwd)
     catalog = Catalog(config_roots(request.config_dirs, cwd))
-    return make_plan(request, catalog, environment)
+    made = make_plan(request, catalog, environment)
+    _refuse_other_site(made, checked_profile(environment, request.profile) if request.profile else {})
+    return made
 
 
 def refuse_remote(request: Request, what: str) -> None:
@@ -325,7 +326,7 @@ def _at(handle: JobHandle) -> Iterator[Executor]:
 
 def _refresh(handle: JobHandle) -> None:
     """What can't be brought here now is said by whoever asks the scheduler; what is here stays."""
-    with suppress(transport.Unreachable, OSError):
+    with suppress(NemotronError, OSError):  # of one run among many: the others are shown
         sites.of_handle(handle).refresh()
 
 
@@ -478,8 +479,11 @@ def _settle(handle: JobHandle) -> list[Tree]:
 def _refuse_other_site(plan: Plan, profile: Tree) -> None:
     """The plan was made with what the profile's machine has: no override may send it to another one."""
     for stage in plan.stages:
+        options = stage.placement.options
+        if not (sites.login_of(options) or sites.login_of(profile)):
+            continue
         for key in ("tunnel", "host", "user", "identity", "remote_job_dir", "remote_python", "ssh_config"):
-            if stage.placement.options.get(key) != profile.get(key):
+            if options.get(key) != profile.get(key):
                 what = f"run.{key} on the command line is not what the profile says"
                 raise UserError(Problem(what, f"stage {stage.name}", "make it a profile of its own in env.toml"))
 

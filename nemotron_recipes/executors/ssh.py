@@ -118,9 +118,11 @@ class Connection:
             try:
                 _log_in(self.login)
                 self._session = _Session(self.login)
-            except Unreachable as error:
-                self._failed = (time.monotonic() + REST_SECONDS, error)
-                raise
+            except (Unreachable, UserError) as error:
+                # What this machine lacks for it, too: a run whose ssh_config is gone must not be in the way of others.
+                why = error if isinstance(error, Unreachable) else _said_as_unreachable(error)
+                self._failed = (time.monotonic() + REST_SECONDS, why)
+                raise why from None
             return self._session
 
 
@@ -281,6 +283,11 @@ def failure(login: Login, said: str) -> Unreachable:
             return Unreachable(f"{login.target} can't be reached: {reason}", f"{fix}{config}{login.target}")
     lines = [line for line in said.splitlines() if line.strip()]
     return Unreachable(f"{login.target} can't be reached: {lines[-1] if lines else 'ssh says nothing'}")
+
+
+def _said_as_unreachable(error: UserError) -> Unreachable:
+    fixes = dict.fromkeys(problem.fix for problem in error.problems if problem.fix)
+    return Unreachable("; ".join(problem.what for problem in error.problems), "; ".join(fixes))
 
 
 def _log_in(login: Login) -> None:
