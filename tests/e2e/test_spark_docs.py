@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -22,6 +23,7 @@ TINY_TRAINING = (
     *("model.dtype=float32", "scheduler.lr_warmup_iters=0"),
 )
 SHORT = "train.train_iters=3"
+NOT_UNDER_UNSLOTH = re.compile(r"TRL \(not under Unsloth: .+\)$")  # not installed, or installed and without a GPU
 
 
 def run(folder: Path, command: str) -> None:
@@ -66,10 +68,8 @@ def test_one_recipe_two_backends(project: Path) -> None:
     runs = [run["id"] for run in json.loads(nemotron(project, "runs", "list", "--json")) if "data" not in run["id"]]
     told = json.loads(nemotron(project, "runs", "compare", *runs, "--json"))
     stages = [run["stages"]["sft"] for run in told["runs"]]
-    assert {stage["facts"]["trained_with"] for stage in stages} == {
-        "TRL",
-        "TRL (not under Unsloth: it is not installed)",
-    }
+    with_trl, other = sorted(stage["facts"]["trained_with"] for stage in stages)
+    assert with_trl == "TRL" and NOT_UNDER_UNSLOTH.match(other), "which of the two reasons, this machine says"
     assert all(stage["seconds_per_step"] and stage["memory_bytes"] and stage["wall_seconds"] for stage in stages)
     assert set(told["config"]["sft.backend.name"]) == {"trl", "unsloth"}
     assert stages[0]["results"]["loss"] == pytest.approx(stages[1]["results"]["loss"], rel=1e-4), "one worker"
@@ -86,6 +86,6 @@ def test_from_three_files_to_a_model(project: Path) -> None:
     lineage = nemotron(project, "lineage", "nano3-spark-rl")
     assert all(f"nano3-spark-{name}:v1" in lineage for name in ("sft", "dpo", "rl"))
     shown = json.loads(nemotron(project, "artifacts", "show", "nano3-spark-rl", "--json"))
-    assert shown["metadata"]["trained_with"] == "TRL (not under Unsloth: it is not installed)"
+    assert NOT_UNDER_UNSLOTH.match(shown["metadata"]["trained_with"])
     (newest, *_) = [run["id"] for run in json.loads(nemotron(project, "runs", "list", "--json"))]
     assert "trained with" in nemotron(project, "runs", "show", newest)

@@ -77,10 +77,31 @@ def test_where_it_cannot_be_used_it_says_so(monkeypatch, error, reason):
     assert isinstance(engine, Plain) and reason in engine.words
 
 
-def test_a_half_installed_one_is_an_error_even_where_it_is_not_required(monkeypatch):
-    without_unsloth(monkeypatch, ModuleNotFoundError("no zoo", name="unsloth_zoo"))
-    with pytest.raises(UserError, match="unsloth_zoo"):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("no zoo", name="unsloth_zoo"),
+        ImportError("cannot import name 'patch' from 'unsloth_zoo'", name="unsloth_zoo"),
+    ],
+)
+def test_a_half_installed_one_is_an_error_even_where_it_is_not_required(monkeypatch, error):
+    without_unsloth(monkeypatch, error)
+    with pytest.raises(UserError, match="unsloth_zoo") as refused:
         choose(settings_for(required=False))
+    assert "unsloth.Dockerfile" in str(refused.value)
+
+
+def test_four_bits_without_bitsandbytes_name_the_image(base, monkeypatch):
+    """Transformers raises a plain ImportError, wherever bitsandbytes is missing or too old."""
+    from transformers import AutoModelForCausalLM
+
+    def fake_load(*given, **more):
+        raise ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fake_load)
+    with pytest.raises(UserError, match="requires bitsandbytes") as refused:
+        Plain().load(base, settings_for(required=False), lambda: 8)
+    assert "unsloth.Dockerfile" in str(refused.value)
 
 
 def test_under_the_fake_it_trains_and_says_so(tmp_path, base, data, monkeypatch, capsys):

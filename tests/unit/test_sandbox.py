@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 
 import pytest
 
+from nemotron_recipes.worker.trl import sandbox_child
 from nemotron_recipes.worker.trl.sandbox import run, share_passed
 
 MEMORY = 512 << 20
@@ -88,3 +90,38 @@ def test_a_program_in_its_own_namespace_sees_no_other_process():
 def test_its_folder_is_gone_afterwards():
     outcome = run("import os; open('left', 'w').close(); print(os.getcwd())", 60.0, MEMORY)
     assert outcome.finished and not Path(outcome.output.strip()).exists()
+
+
+@pytest.mark.parametrize(
+    "mischief",
+    ["os.remove('printed')", "os.rename('printed', 'p'); os.mkdir('printed')", "os.chmod('.', 0)", "os.lseek(1, 9, 0)"],
+)
+def test_what_it_does_to_its_folder_is_no_trouble_of_ours(mischief):
+    outcome = run(f"import os\nprint('seen', flush=True)\n{mischief}", 60.0, MEMORY)
+    assert outcome.finished and outcome.output == "seen\n"
+
+
+@pytest.mark.parametrize("processes", [True, False])
+def test_processes_are_limited_only_where_a_namespace_counts_them(monkeypatch, processes):
+    """Elsewhere all threads of the user count, those of training among them, and honest programs can't fork."""
+    fake_kernel = {}
+    monkeypatch.setattr(resource, "setrlimit", fake_kernel.__setitem__)
+    sandbox_child._limit(10.0, MEMORY, processes)
+    assert (resource.RLIMIT_NPROC in fake_kernel) is processes
+    assert resource.RLIMIT_AS in fake_kernel
+
+
+@pytest.mark.parametrize(
+    ("release", "by_namespace"),
+    [("5.14.0-427.el9.x86_64", True), ("6.8-rc1", True), ("5.4.0-200-generic", False), ("4.18.0", False), ("?", False)],
+)
+def test_which_kernels_count_processes_by_namespace(release, by_namespace):
+    assert sandbox_child.counts_by_namespace(release) is by_namespace
+
+
+def test_a_program_may_have_threads():
+    code = "import threading\nthreads = [threading.Thread(target=int) for _ in range(4)]\n"
+    assert (
+        share_passed(code + "[t.start() for t in threads]\n[t.join() for t in threads]", "assert True", 60.0, MEMORY)
+        == 1.0
+    )

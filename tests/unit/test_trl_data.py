@@ -5,6 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemotron_recipes.errors import UserError
+from nemotron_recipes.worker.trl.config import read_config
+from nemotron_recipes.worker.trl.data import DataFolder
 from nemotron_recipes.worker.trl.order import shuffled_epochs
 from nemotron_recipes.worker.trl.packed import IGNORED, conversations
 from nemotron_recipes.worker.trl.trainers import Numbered, with_mismatched
@@ -68,3 +71,14 @@ def test_mismatched_pairs_are_the_same_completions():
     shifted = [example["KL_completion_ids"] for example in with_mismatched(batch)]
     assert sorted(shifted) == [[0], [1], [2], [3]]
     assert all(example["KL_completion_ids"] != example["completion_ids"] for example in with_mismatched(batch))
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "grpo"])
+def test_the_longest_row_of_no_rows_is_a_message(tmp_path, method):
+    empty = object.__new__(DataFolder)
+    empty.folder = tmp_path
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "rows.jsonl").touch()
+    with pytest.raises(UserError, match="holds nothing to train on"):
+        empty.longest(read_config({"method": method, "trainer": {}, "rewards": ["exact_match"]}))

@@ -54,6 +54,14 @@ def test_matches(completion, expected, right):
     assert matches(completion, expected) is right
 
 
+def test_a_number_of_any_length_is_compared_exactly():
+    """A completion that repeats a digit to its end must not end the training."""
+    long = "7" * 6000
+    assert matches(long, long) and matches(f"{long}.50", f"{long}.5") and not matches(long, long[:-1] + "8")
+    assert matches("9" * 1_100_000 + ".5", "1") is False
+    assert matches("-0.0", "0") and matches("+5", "5") and matches(".50", "0.5") and matches("100", "1e2") is False
+
+
 def test_trl_interface_takes_text_and_messages():
     completions = ["7", [{"role": "assistant", "content": "it is 8"}]]
     assert exact_match(completions, ["7", "7"], prompts=["", ""]) == [1.0, 0.0]
@@ -118,6 +126,9 @@ def test_code_is_the_last_block_of_the_answer():
         ("code_tests", {"tests": []}, "no list of"),
         ("json_schema", {"schema": {"type": "objekt"}}, "is no JSON schema"),
         ("json_schema", {"schema": "{"}, "is no JSON schema"),
+        ("json_schema", {"schema": 5}, "neither an object nor true or false, but 5"),
+        ("json_schema", {"schema": ["object"]}, "neither an object nor true or false"),
+        ("json_schema", {"schema": {"$schema": 5}}, "is no JSON schema"),
     ],
 )
 def test_rows_that_a_reward_cannot_use_are_found_before_training(reward, extra, words):

@@ -44,14 +44,19 @@ class DataFolder:
         return PackedSplit(self.folder / split) if (self.folder / split / "input_ids.npy").is_file() else []
 
     def longest(self, settings: TrlSettings) -> int:
-        """Tokens of the longest pack or row in training or validation, a completion that is to be made included."""
+        """Tokens of the longest pack or row in training or validation, a completion that is to be made included.
+
+        UserError: there is none.
+        """
+        found, splits = 0, ("train", "validation")
         if settings.method == "sft":
-            return max(len(pack["input_ids"]) for split in ("train", "validation") for pack in self.packs(split))
-        found = 0
-        for split in ("train", "validation"):
-            for row in self.rows(split):
+            found = max((len(pack["input_ids"]) for split in splits for pack in self.packs(split)), default=0)
+        else:
+            for row in (row for split in splits for row in self.rows(split)):
                 answers = [len(ids) for name, ids in row.items() if name.endswith("_ids") and name != "prompt_ids"]
                 found = max(found, len(row["prompt_ids"]) + max(answers, default=0))
+        if not found:
+            raise UserError(Problem(f"{self.folder} holds nothing to train on", "data.path", "prepare more data"))
         return found + (settings.trainer.get("max_completion_length") or 0)
 
     def rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:

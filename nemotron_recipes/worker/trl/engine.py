@@ -48,6 +48,9 @@ def choose(settings: TrlSettings) -> Engine:
             what = f"Unsloth is installed, but the package '{error.name}' that it needs is not"
             raise UserError(Problem(what, sys.executable, f"use an image that has both ({CONTAINER})")) from error
         reason = "it is not installed"
+    except ImportError as error:  # a name that it wants of another package, a library that can't be loaded
+        what = f"Unsloth is installed, but can't be imported: {error}"
+        raise UserError(Problem(what, sys.executable, f"use an image that has what it needs ({CONTAINER})")) from error
     except NotImplementedError as error:  # what it raises on a machine without a GPU
         reason = str(error).strip().splitlines()[0]
     if settings.unsloth.required:

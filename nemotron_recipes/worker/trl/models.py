@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from nemotron_recipes.tiny.tokenizer import write_tokenizer
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.hub import folder_of
 from nemotron_recipes.worker.trl.config import TrlSettings
-from nemotron_recipes.worker.trl.engine import Engine
+from nemotron_recipes.worker.trl.engine import CONTAINER, Engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -74,6 +75,11 @@ def load_model(folder: Path, settings: TrlSettings, **how: Any) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(Problem(f"no model could be loaded from {folder}: {error}", "model.path")) from error
+    except ModuleNotFoundError:
+        raise  # the runtime names the package
+    except ImportError as error:  # Transformers asks for bitsandbytes in words of its own
+        what = f"{folder} can't be loaded here: {str(error).strip()}"
+        raise UserError(Problem(what, sys.executable, f"use an image that has it ({CONTAINER})")) from error
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if lacking:
         what = f"{folder} lacks {len(lacking)} of the model's weights, such as {lacking[0]}"

@@ -45,9 +45,9 @@ def normalised(answer: str) -> str:
     bare = _FILLER.sub("", answer).rstrip(".")
     if not _NUMBER.fullmatch(bare):
         return " ".join(answer.split()).rstrip(".").casefold()
-    number = Decimal(bare.replace(",", ""))
-    whole = number == number.to_integral_value()
-    return str(int(number)) if whole else str(number.normalize())
+    digits = format(Decimal(bare.replace(",", "")), "f")  # exact, and of any length: int() ends at 4300 digits
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return "0" if digits == "-0" else digits
 
 
 def matches(completion: str, expected: str) -> bool:
@@ -145,6 +145,10 @@ def _validator(schema: Any) -> Any:
     from referencing import Registry
 
     schema = json.loads(schema) if isinstance(schema, str) else schema
+    if not isinstance(schema, dict | bool):
+        raise ValueError(f"it is neither an object nor true or false, but {json.dumps(schema)[:80]}")
+    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+        raise ValueError("its $schema is no text")
     kind = validators.validator_for(schema)
     try:
         kind.check_schema(schema)

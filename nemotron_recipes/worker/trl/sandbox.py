@@ -1,9 +1,10 @@
 """Code of a completion against tests, in a process of its own with little to break.
 
-What holds it: a time-out, limits on memory, CPU time, files and processes, an empty folder as home, an environment
-without secrets, and where the kernel allows it namespaces without a network and with process ids of their own. When it
-has ended, or its time has, whatever it started is killed. What does not: it may read what its user may read, and write
-what its user may write, so let it run in a container.
+What holds it: a time-out, limits on memory, CPU time and files, an empty folder as home, an environment without
+secrets, and where the kernel allows it namespaces without a network, with process ids of their own and a limit on
+processes. When it has ended, or its time has, whatever it started is killed. What does not: it may read what its user
+may read, and write what its user may write, and without namespaces it may end its supervisor and live on, so let it run
+in a container.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import resource
 import secrets
 import signal
@@ -31,34 +32,35 @@ def main() -> None:
     alone = hasattr(libc, "unshare") and libc.unshare(NEW_USER | NEW_PID | NEW_NET) == 0
     reader, writer = os.pipe()
     token = secrets.token_hex(16).encode()
-    with open("typed", "w", encoding="utf-8") as typed, open("printed", "wb"):
+    with open("typed", "w", encoding="utf-8") as typed:
         typed.write(request["typed"])
+    # Opened before the program runs: the folder is its own, with all names in it.
+    write_end = os.open("printed", os.O_WRONLY | os.O_CREAT)
+    read_end = os.open("printed", os.O_RDONLY)
     pid = os.fork()
     if pid == 0:
         os.close(reader)
+        os.close(read_end)
         if hasattr(libc, "prctl"):
             libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        _program(request, writer, token)
+        _program(request, write_end, writer, token, alone)
     os.close(writer)
     timed_out = _wait(pid, request["seconds"])
     _kill_the_rest()
     finished = os.read(reader, 64) == token
-    with open("printed", "rb") as printed:
-        output = printed.read(OUTPUT).decode("utf-8", "replace")
+    output = os.pread(read_end, OUTPUT, 0).decode("utf-8", "replace")
     json.dump({"finished": finished, "timed_out": timed_out, "output": output, "network": not alone}, sys.stdout)
 
 
-def _program(request: dict, writer: int, token: bytes) -> None:
+def _program(request: dict, printed: int, writer: int, token: bytes, alone: bool) -> None:
     """Never returns. The token is written after the last test: a program that ends early has not finished."""
     status = 1
     try:
-        for number, name, mode in ((0, "typed", os.O_RDONLY), (1, "printed", os.O_WRONLY)):
-            file = os.open(name, mode)
+        for number, file in ((0, os.open("typed", os.O_RDONLY)), (1, printed), (2, os.open(os.devnull, os.O_WRONLY))):
             os.dup2(file, number)
             os.close(file)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  the old one has seen the request's end
-        _limit(request["seconds"], request["memory"])
+        _limit(request["seconds"], request["memory"], alone and counts_by_namespace(os.uname().release))
         names: dict = {"__name__": "__main__"}
         exec(compile(request["code"], "completion.py", "exec"), names)
         exec(compile(request["tests"], "tests.py", "exec"), names)
@@ -76,15 +78,23 @@ def _program(request: dict, writer: int, token: bytes) -> None:
         os._exit(status)
 
 
-def _limit(seconds: float, memory: int) -> None:
+def counts_by_namespace(release: str) -> bool:
+    """Whether RLIMIT_NPROC counts the processes of a user namespace alone: since Linux 5.14 (kernel/ucount.c)."""
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (5, 14)
+
+
+def _limit(seconds: float, memory: int, processes: bool) -> None:
+    """processes: whether to limit their number; where all threads of the user count, honest programs would fail."""
     wanted = {
         resource.RLIMIT_CPU: int(seconds) + 1,
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: FILE,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: PROCESSES,
     }
+    if processes:
+        wanted[resource.RLIMIT_NPROC] = PROCESSES
     for kind, most in wanted.items():
         hard = resource.getrlimit(kind)[1]
         value = most if hard == resource.RLIM_INFINITY else min(most, hard)
