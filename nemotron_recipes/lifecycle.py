@@ -156,17 +156,26 @@ def _send(run: RunDir) -> None:
         transport.call(there.receive, run.path, piece)
 
 
-def examine(profile: str) -> Examination:
-    """What the machine or cluster behind a profile, and the folders of env.toml, can do. UserError: no such profile."""
+def examine(profile: str, deep: float | None = None) -> Examination:
+    """What the machine or cluster behind a profile, and the folders of env.toml, can do. UserError: no such profile.
+
+    deep   look into the nodes as well, with a job that may wait so many seconds for its start
+    """
     environment = read_environment()
     complete = checked_profile(environment, profile)
     places = {"output folder": str(environment.output), "artifact store": str(environment.store)}
     with _asking(sites.of_profile(complete)) as where:
         if where.name:
             places = {f"remote_job_dir on {where.name}": complete["remote_job_dir"]}
-        found = get_executor(complete["executor"]).examine(complete)
+        executor = get_executor(complete["executor"])
+        inside = Examination(())
+        if deep is not None:
+            shared, _ = transport.call(there.room, next(iter(places.values())))
+            inside = executor.look_into_nodes(complete, shared, deep)
+        found = executor.examine(complete)
         told = [said for name, folder in places.items() for said in transport.call(there.look_at, name, folder)]
-    return Examination((*found.findings, *(Finding(*said) for said in told)), found.suggestion)
+    findings = (*found.findings, *(Finding(*said) for said in told), *inside.findings)
+    return Examination(findings, {**found.suggestion, **inside.suggestion} if found.suggestion else {})
 
 
 def checked_profile(environment: Environment, name: str) -> Tree:

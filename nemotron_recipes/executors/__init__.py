@@ -49,6 +49,13 @@ class Executor(Protocol):
         """What there is to know before the first run: findings, and a profile that would fit."""
         ...
 
+    def look_into_nodes(self, profile: Tree, folder: str, patience: float) -> Examination:
+        """What a short job finds on the nodes, which all see `folder`; it may wait `patience` seconds for its start.
+
+        The suggestion holds what is to be changed in a profile. UserError: there is no scheduler.
+        """
+        ...
+
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
         """Send exactly `rendered`. Its files are already on disk. Returns once the run is accepted."""
         ...

@@ -61,6 +61,10 @@ class DrivenExecutor:
         said = f"{socket.gethostname()}, {os.cpu_count()} CPUs; nothing else has to be asked"
         return Examination((Finding("machine", "ok", said),))
 
+    def look_into_nodes(self, profile: Tree, folder: str, patience: float) -> Examination:
+        """There is no scheduler that could start a job."""
+        raise UserError(Problem("there are no nodes behind this profile: it runs on this machine", "command line"))
+
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
         """Start the driver in a session of its own. The driver itself writes handle.json, then reports its start."""
         run = RunDir(Path(plan.run_dir))

@@ -57,6 +57,22 @@ def look_at(name: str, folder: Path) -> list[Finding]:
     return findings
 
 
+def ahead(folder: Path) -> float:
+    """By how many seconds, at least, the folder's server is ahead of this machine; below 0: behind. OSError."""
+    probe = folder / f".doctor-{uuid.uuid4().hex}"
+    try:
+        before = time.time()
+        with open(probe, "xb") as handle:
+            handle.write(b"x")
+            handle.flush()
+            os.fsync(handle.fileno())
+            after, stamp = time.time(), os.fstat(handle.fileno()).st_mtime
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return stamp - min(max(stamp, before), after)  # a disk that is slow to write is no clock that is wrong
+
+
 def quota(name: str, place: Path) -> Finding:
     """This user's quota there, as `lfs quota` (Lustre) or `quota` tells it; that it is not known where neither can."""
     me = str(os.getuid())

@@ -20,6 +20,7 @@ from nemotron_recipes.executors import (
     nemo_experiment,
     slurm_container,
     slurm_control,
+    slurm_deep,
     slurm_doctor,
     slurm_facts,
     slurm_files,
@@ -89,6 +90,10 @@ class SlurmExecutor:
     def examine(self, profile: Tree) -> Examination:
         """Version, partitions, accounts, containers, credentials: what `nemotron doctor` shows."""
         return slurm_doctor.examine(SlurmProfile.model_validate(profile))
+
+    def look_into_nodes(self, profile: Tree, folder: str, patience: float) -> Examination:
+        """A job on as many nodes as the profile has."""
+        return slurm_deep.look_into_nodes(SlurmProfile.model_validate(profile), folder, patience)
 
     def submit(self, plan: Plan, rendered: Rendered) -> JobHandle:
         """Submit the jobs of all stages that have not succeeded yet.

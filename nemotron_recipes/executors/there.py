@@ -267,6 +267,23 @@ def look_at(name: str, path: str) -> list[list[str]]:
     return [[found.topic, found.state, found.text] for found in folders.look_at(name, Path(path))]
 
 
+def clock(path: str) -> float:
+    """By how many seconds the server of a folder is ahead of this machine. OSError."""
+    return folders.ahead(Path(path))
+
+
+def texts(path: str) -> dict[str, str]:
+    """The files that lie right in a folder, huge ones left out."""
+    files = [each for each in Path(path).iterdir() if each.is_file() and each.stat().st_size <= PIECE]
+    return {each.name: each.read_text("utf-8", "replace") for each in files}
+
+
+def remove_folder(path: str) -> None:
+    """With all that is below it; nothing happens where there is none."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
 def refusal(path: str) -> str:
     """Why nothing can be written there; "" when something can."""
     return folders.refusal(Path(path))

@@ -52,3 +52,26 @@ def test_the_doctor_and_the_preflight(slurm_cluster: slurm.Cluster, tmp_path: Pa
     sbatchs = nemotron(*PREP, "run.account=nobodys", "--skip-preflight", code=2).stderr
     assert "Slurm refuses" in sbatchs
     assert "Invalid account" in sbatchs
+
+
+def test_the_doctor_looks_into_the_nodes_and_leaves_nothing(slurm_cluster: slurm.Cluster, tmp_path: Path) -> None:
+    held = PROFILE.replace("[lab]", "[held]") + "additional_parameters = {hold = true}\n"
+    (tmp_path / "env.toml").write_text(f"{PROFILE}nodes = 2\n{held}")
+
+    def findings(*words: str, code: int) -> dict[str, dict[str, str]]:
+        command = [sys.executable, "-m", "nemotron_recipes", "doctor", *words, "--deep", "--json"]
+        env = {**os.environ, **slurm_cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = slurm_cluster.run(*command, code=code, cwd=tmp_path, env=env, timeout=900)
+        return {found["topic"]: found for found in json.loads(done.stdout)["findings"]}
+
+    told = findings("lab", code=0)
+    nodes = [found["text"] for topic, found in told.items() if topic.startswith("node ")]
+    assert len(nodes) == 2
+    for words in ("0 GPU(s), Python 3", "torch 2", "MB/s", "s from the login node's"):
+        assert all(words in text for text in nodes), nodes
+    assert "2 process(es), gloo" in told["all-reduce"]["text"]
+
+    assert "it is held by its owner" in findings("held", "--deep-timeout=1", code=1)["nodes"]["text"]
+    names = ("squeue", "--noheader", "--format=%j")
+    slurm.wait_for(lambda: "nemotron-doctor" not in slurm_cluster.run(*names).stdout, "the job to be withdrawn")
+    assert os.listdir(tmp_path) == ["env.toml"]
