@@ -239,21 +239,21 @@ def test_without_a_deadline_the_examples_own_limit_is_none(fakes: Fakes, monkeyp
     assert "checkpoint_must_save_by" in told and told["checkpoint_must_save_by"] is None
 
 
-def test_the_end_of_the_passes_is_an_end(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("time_is_up", [True, False])
+def test_the_end_of_the_passes_is_an_end(fakes: Fakes, monkeypatch: pytest.MonkeyPatch, time_is_up: bool) -> None:
     """With a limit of passes the last checkpoint is the output; when the time was up first, it is none yet."""
-    fakes.steps.write_text("[2]")
-    config = config_of(fakes.folder, passes=1, train_iters=1_000_000)
-    context = context_of(fakes.folder)
-    monkeypatch.setenv("NEMOTRON_DEADLINE", "1000.0")
-    stage.run(config, context)
-    assert context.time_is_up and not context.staged
-
     fakes.steps.write_text("[3]")
-    monkeypatch.delenv("NEMOTRON_DEADLINE")
     context = context_of(fakes.folder)
-    stage.run(config, context)
-    assert not context.stop_seen and context.results["step"] == 3
-    assert (context.output("checkpoint") / "iter_0000003" / "training_info.json").is_file()
+    if time_is_up:
+        monkeypatch.setenv("NEMOTRON_DEADLINE", "1000.0")
+    else:
+        context.dir.path.mkdir(parents=True, exist_ok=True)
+        (context.dir.path / stage.TIME_IS_UP).touch()  # of the attempt before
+    stage.run(config_of(fakes.folder, passes=1, train_iters=1_000_000), context)
+    assert context.time_is_up is time_is_up and bool(context.staged) is not time_is_up
+    if not time_is_up:
+        assert context.results["step"] == 3
+        assert (context.output("checkpoint") / "iter_0000003" / "training_info.json").is_file()
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
