@@ -44,6 +44,12 @@ def submitted(handle: JobHandle, as_json: bool) -> str:
     return printable("\n".join(lines))
 
 
+def note(handle: JobHandle) -> str:
+    """A line on what was left to do after its jobs were in the queue; "" where nothing was."""
+    said = handle.native.get("note")
+    return printable(f"note: {said}") + "\n" if said else ""
+
+
 def nothing_to_do(prepared: Prepared, as_json: bool) -> str:
     """Every output exists already: name them."""
     made = {stage.name: stage.reused for stage in prepared.plan.stages if stage.reused}

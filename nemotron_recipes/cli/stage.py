@@ -237,6 +237,7 @@ def carry_out(prepared: Any, as_json: bool, wait: bool = False, all_ranks: bool 
         click.echo(plan_text.nothing_to_do(prepared, as_json))
         return 0
     handle = lifecycle.submit(prepared, preflight)
+    click.echo(plan_text.note(handle), err=True, nl=False)
     detach = prepared.plan.request.mode == "batch"
     if detach and not (wait and as_json):  # programs get one document: the end
         click.echo(plan_text.submitted(handle, as_json))

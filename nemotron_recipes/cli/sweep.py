@@ -30,6 +30,7 @@ def carry_out(request: Request, options: dict[str, Any]) -> int:
     if not as_json:
         click.echo(printable(_table(found)))
     handles = sweep.submit(found, not options["skip_preflight"])
+    click.echo("".join(map(plan_text.note, handles)), err=True, nl=False)
     detached = request.mode == "batch"
     if detached and not options["wait"]:
         tree = {"sweep": found.id, "runs": [{"run": member.run, "values": member.values} for member in found.members]}

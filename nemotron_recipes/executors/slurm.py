@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +111,19 @@ class SlurmExecutor:
             tokens = {name: slurm_submission.new_token(job) for name, job in names.items()}
             stay = any(slurm_script.waits_for_ever(command) for each in stages.values() for command in each.values())
             native = {"jobs": {}, "names": names, "tokens": tokens, "stay": stay, **where.native}
+            native["earlier"] = _earlier(run)
             handle = JobHandle(self.name, plan.id, str(run.path), native)
             write_sealed(run.handle, asdict(handle))
-            self._send(plan, handle, stages, attempts)
-            slurm_handle.tell_accepted(run, handle, attempts)
+            untold = self._send(plan, handle, stages, attempts)
         if not where.name:
             jobs = {name: handle.native["jobs"][name] for name in stages}
             scripts = {name: str(slurm_files.script(run.stage(name))) for name in stages}
             with suppress(OSError):  # the jobs are there; only NeMo-Run's own list would lack them
                 nemo_experiment.note(run.path, plan.id, jobs, scripts)
+        if untold:
+            said = f"all jobs of {plan.id} are in the queue; only its folder does not say so yet ({untold})"
+            note = f"{said}: nemotron runs show {plan.id} will write it there"
+            return replace(handle, native={**handle.native, "note": note})
         return handle
 
     def _send(
@@ -128,10 +132,10 @@ class SlurmExecutor:
         handle: JobHandle,
         stages: Mapping[str, Mapping[str, tuple[str, ...]]],
         attempts: Mapping[str, int],
-    ) -> None:
-        """One sbatch after the other; all of them, or none stays."""
+    ) -> str:
+        """One sbatch after the other; all of them, or none stays. "", or why the run's folder does not say so."""
         run, native = RunDir(Path(handle.run_dir)), handle.native
-        jobs, earlier = native["jobs"], slurm_handle.earlier_jobs(run)
+        jobs, earlier = native["jobs"], native["earlier"]
         begun: list[str] = []
         try:
             slurm_handle.keep(handle)
@@ -149,8 +153,11 @@ class SlurmExecutor:
                     *(argv, plan.run_dir, [*hidden], slurm_handle.answer(run, handle, name)),
                     *(token, native["names"][name], earlier),
                 )
-                slurm_handle.keep(handle)
+                slurm_handle.keep_here(handle)
                 _refuse_for_ever(plan, stage, jobs[name])
+                if jobs.keys() < native["tokens"].keys():
+                    slurm_handle.keep_there(handle)
+            return slurm_handle.announce(run, handle, attempts)
         except BaseException as error:  # Ctrl-C, too
             self._withdraw(run, handle, begun, error)
             if isinstance(error, slurm_control.Unreachable):
@@ -373,6 +380,13 @@ def _make_ready(plan: Plan, run: RunDir) -> None:
     if problems:
         slurm_handle.tell(run, "cancelled", stage=None, attempt=None)
         raise UserError(*problems)
+
+
+def _earlier(run: RunDir) -> list[str]:
+    """Jobs of earlier submissions of the run: of the last one its handle may know more than the events."""
+    told = read_json(run.handle)
+    before = JobHandle(**told) if told else None
+    return sorted({*slurm_handle.earlier_jobs(run, before), *(before.native["jobs"].values() if before else ())})
 
 
 def _secret_values(plan: Plan) -> dict[str, str]:

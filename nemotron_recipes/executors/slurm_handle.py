@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import (
     sites,
     slurm_control,
@@ -30,9 +31,19 @@ ELSEWHERE_SECONDS = 300.0
 
 
 def keep(handle: JobHandle) -> None:
-    """Durable here; and there, where somebody who looks at the folder on the cluster finds it."""
+    """Durable here, and there."""
+    keep_here(handle)
+    keep_there(handle)
+
+
+def keep_here(handle: JobHandle) -> None:
+    """Durable: from now on whoever looks at the run on this machine knows of its jobs."""
+    write_sealed(RunDir(Path(handle.run_dir)).handle, asdict(handle))
+
+
+def keep_there(handle: JobHandle) -> None:
+    """Where somebody who looks at the folder on the cluster finds it; nothing where that is this machine."""
     run, where = RunDir(Path(handle.run_dir)), transport.current()
-    write_sealed(run.handle, asdict(handle))
     if where.name:
         native = {key: value for key, value in handle.native.items() if key != "remote"}
         native["submitted_from"] = "elsewhere"
@@ -63,11 +74,12 @@ def alone(run: RunDir, wait: bool = False) -> Iterator[bool]:
             yield True
 
 
-def earlier_jobs(run: RunDir) -> set[str]:
-    """Jobs of earlier submissions of this run."""
+def earlier_jobs(run: RunDir, handle: JobHandle | None) -> set[str]:
+    """Jobs of earlier submissions of this run. handle: of the present one, or of the last one before a new one."""
     events: list[Tree] = list(read_jsonl(run.events))
     accepted = [event for event in events if event["event"] == "job-accepted"]
-    return {event[key] for event in accepted for key in ("job", "array") if key in event}
+    noted = handle.native.get("earlier", []) if handle else []  # an event may be missing
+    return {*noted, *(event[key] for event in accepted for key in ("job", "array") if key in event)}
 
 
 def answer(run: RunDir, handle: JobHandle, name: str) -> Path:
@@ -76,8 +88,21 @@ def answer(run: RunDir, handle: JobHandle, name: str) -> Path:
     return slurm_files.answer(stage, handle.native["tokens"][name])
 
 
-def tell_accepted(run: RunDir, handle: JobHandle, attempts: Mapping[str, int]) -> None:
-    """That the jobs of all stages are in the queue."""
+def announce(run: RunDir, handle: JobHandle, attempts: Mapping[str, int]) -> str:
+    """Write into the folder there that all jobs are in the queue; "", or why it could not be done: `recovered` does it.
+
+    The handle is here by now. Nothing that goes wrong after that may look like a submission that has failed.
+    """
+    try:
+        keep_there(handle)
+        _tell_accepted(run, handle, attempts)
+    except (Unreachable, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _tell_accepted(run: RunDir, handle: JobHandle, attempts: Mapping[str, int]) -> None:
+    """That the jobs of these stages are in the queue."""
     jobs = handle.native["jobs"]
     for name, attempt in attempts.items():
         array = jobs.get(slurm_script.array_of(name))
@@ -89,7 +114,7 @@ def find(handle: JobHandle, stage: str, patience: float = 0.0) -> str | None:
     """The job of a stage's attempt; None: there is none, and there won't be. Unknown, or Unreachable."""
     run, native = RunDir(Path(handle.run_dir)), handle.native
     place, token = answer(run, handle, stage), native["tokens"][stage]
-    return slurm_submission.found(place, token, native["names"][stage], earlier_jobs(run), patience)
+    return slurm_submission.found(place, token, native["names"][stage], earlier_jobs(run, handle), patience)
 
 
 class Undecided(Unreachable):
@@ -99,20 +124,26 @@ class Undecided(Unreachable):
 def recovered(handle: JobHandle) -> JobHandle:
     """The handle with every job of its submission, whose submitter may have died. Unreachable; Undecided.
 
-    A submission that came only half way is taken back: its jobs are cancelled, and that is recorded.
+    A submission that came only half way is taken back: its jobs are cancelled, and that is recorded. What is missing
+    of one that is whole are the events that say so.
     """
-    native = handle.native
     run = RunDir(Path(handle.run_dir))
-    if native.get("tokens", {}).keys() <= native["jobs"].keys() or slurm_outcome.has_ended(run):
+    if (_is_whole(handle) and not _untold(run, handle)) or slurm_outcome.has_ended(run):
         return handle
     with transport.through(sites.of_handle(handle)), alone(run) as mine:
         told = read_json(run.handle)
         handle = JobHandle(**told) if told else handle  # somebody may have come to its end meanwhile
         native = handle.native
-        if native["tokens"].keys() <= native["jobs"].keys() or slurm_outcome.has_ended(run):
+        if slurm_outcome.has_ended(run):
             return handle
         if not mine or (native.get("submitted_from") and time.time() - run.handle.stat().st_mtime < ELSEWHERE_SECONDS):
+            if _is_whole(handle):
+                return handle
             raise Unreachable("it is being submitted at this moment")
+        if _is_whole(handle):
+            with suppress(NemotronError, OSError):  # the next who looks tries again
+                _make_up(run, handle)
+            return handle
         jobs = {}
         for stage in native["tokens"]:
             try:
@@ -123,10 +154,34 @@ def recovered(handle: JobHandle) -> JobHandle:
         handle = replace(handle, native={**native, "jobs": accepted})
         keep(handle)
         if len(accepted) == len(jobs):
-            tell_accepted(run, handle, slurm_files.attempts(run))
+            _tell_accepted(run, handle, slurm_files.attempts(run))
         else:
             withdraw(run, handle)
     return handle
+
+
+def _is_whole(handle: JobHandle) -> bool:
+    """Whether every job of the submission is in the handle."""
+    return bool(handle.native.get("tokens", {}).keys() <= handle.native["jobs"].keys())
+
+
+def _untold(run: RunDir, handle: JobHandle) -> dict[str, int]:
+    """Stages of the newest submission, with their attempts, of which no event says that their jobs are in the queue."""
+    if "tokens" not in handle.native:
+        return {}
+    told = {e["stage"] for e in slurm_outcome.since_submission(run) if e["event"] == "job-accepted"}
+    return {name: attempt for name, attempt in slurm_files.attempts(run).items() if name not in told}
+
+
+def _make_up(run: RunDir, handle: JobHandle) -> None:
+    """What `announce` could not do. The copy is refreshed before and after: nothing is told twice."""
+    where = transport.current()
+    where.refresh()
+    untold = _untold(run, handle)
+    if untold:
+        keep_there(handle)
+        _tell_accepted(run, handle, untold)
+        where.refresh()
 
 
 def withdraw(run: RunDir, handle: JobHandle) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from nemotron_recipes import lifecycle
 from nemotron_recipes.executors import slurm_outcome, slurm_submission, ssh
-from nemotron_recipes.rundir import RunDir, read_json
+from nemotron_recipes.rundir import RunDir, read_json, read_jsonl
 from tests.helpers import slurm, sshd
 from tests.helpers.cut_submission import STAGES
 from tests.helpers.plans import ROOT
@@ -61,6 +61,9 @@ class Trials:
         if handle and handle["native"]["jobs"].keys() == {*STAGES} and not ended:
             expected = sorted(handle["native"]["jobs"].values())
             assert active == expected, f"{what}: {active} are in the queue, the handle knows {expected}"
+            # Who was not killed has said so, or how to find out: else somebody submits all of it once more.
+            run_id = (read_json(run.plan) or {})["id"]
+            assert told["code"] in (0, None) or run_id in told["said"], f"{what}: all jobs of {run_id} are there"
             self.cluster.run("scancel", *active)
         else:
             assert active == [], f"{what}: nobody knows of {active}"
@@ -76,6 +79,8 @@ class Trials:
         if handle is None:
             return {"native": {"jobs": {}}}
         known = handle["native"]["tokens"].keys() <= handle["native"]["jobs"].keys()
+        told = {event["stage"] for event in read_jsonl(run.events) if event["event"] == "job-accepted"}
+        known = known and told == {*STAGES}  # whoever has looked has made up for what the submitter could not write
         return handle if known or slurm_outcome.has_ended(run) else None
 
     def _active(self, run: RunDir) -> list[str]:
@@ -140,6 +145,7 @@ def test_a_submission_over_ssh_that_is_broken(remote: Trials) -> None:
     for how, step in (
         *(("kill", first), ("kill-after", first), ("kill-after", second)),
         *(("cut", first), ("cut-after", first), ("cut-after", second), ("lost", second)),
+        *(("cut", second + 1), ("cut", len(steps))),  # all jobs are in the queue by then
     ):
         remote.make(how, step)
 

@@ -1,0 +1,121 @@
+"""What a submission leaves when the connection goes at its end. With real jobs: tests/slurm/test_cut_submissions.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_recipes.cli import plan_text
+from nemotron_recipes.executors import sites, slurm_control, slurm_handle, slurm_submission, there, transport
+from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.ssh import Connection, Login, Remote
+from nemotron_recipes.rundir import RunDir, append_event, read_json, read_jsonl, write_sealed
+from nemotron_recipes.spec import JobHandle
+from tests.helpers.plans import plan_of, probe_stage
+from tests.unit.test_slurm_render import placement_of
+
+STAGES = ("first", "second")
+
+
+class FakeLink(Remote):
+    """A connection to a folder of this machine, which goes at a call and may come back."""
+
+    def __init__(self, folder: Path):
+        self.run, self.away = RunDir(folder / "near" / "run"), False
+        super().__init__(Connection(Login("cluster")), self.run.path, str(folder / "far" / "run"))
+
+    def call(self, function: Any, *args: Any) -> Any:
+        self.away = self.away or self.goes_at(function, args)
+        if self.away:
+            raise transport.Unreachable("the connection was lost")
+        return function(*args)
+
+    def goes_at(self, function: Any, args: tuple[Any, ...]) -> bool:
+        return False
+
+    def accepted(self) -> list[str]:
+        events = read_jsonl(Path(self.far(self.run.events)))
+        return [event["stage"] for event in events if event["event"] == "job-accepted"]
+
+
+@pytest.fixture
+def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLink:
+    """Slurm takes each job, and knows nothing of it."""
+    found = FakeLink(tmp_path)
+    numbers = iter(range(1, 100))
+    monkeypatch.setattr(slurm_submission, "submit", lambda *_: str(next(numbers)))
+    monkeypatch.setattr(slurm_control, "job_state", lambda _: None)
+    monkeypatch.setattr(sites, "of_handle", lambda _: found)
+    return found
+
+
+def submitted(link: FakeLink) -> JobHandle:
+    plan = plan_of(Path(link.far(link.run.path)), *(probe_stage(name, placement=placement_of()) for name in STAGES))
+    executor = SlurmExecutor()
+    with transport.through(link):
+        return executor.submit(plan, executor.render(plan))
+
+
+def goes_at_the_last_handle(function: Any, args: tuple[Any, ...]) -> bool:
+    return function is there.write_document and args[1]["native"]["jobs"].keys() == {*STAGES}
+
+
+def goes_at_the_second_event(function: Any, args: tuple[Any, ...]) -> bool:
+    return function is there.event and args[1] == "job-accepted" and args[2]["stage"] == "second"
+
+
+@pytest.mark.parametrize("goes_at", [goes_at_the_last_handle, goes_at_the_second_event])
+def test_a_connection_that_goes_after_the_last_job_fails_nothing(link: FakeLink, goes_at: Any) -> None:
+    link.goes_at = goes_at  # type: ignore[method-assign]
+    handle = submitted(link)
+    assert handle.native["jobs"] == {"first": "1", "second": "2"}
+    said = plan_text.note(handle)
+    assert said.startswith("note: ") and handle.run in said and "in the queue" in said
+    kept = JobHandle(**(read_json(link.run.handle) or {}))
+    assert kept.native["jobs"] == handle.native["jobs"] and "note" not in kept.native
+
+    assert slurm_handle.recovered(kept) == kept, "still away: nothing else is wrong with it"
+    link.away, link.goes_at = False, lambda *_: False  # type: ignore[method-assign]
+    link.refresh()  # as every command does that looks at a run
+    for _ in range(2):
+        assert slurm_handle.recovered(kept) == kept
+        assert link.accepted() == [*STAGES], "whoever looks next makes up for it, once"
+        assert list(read_jsonl(link.run.events)) == list(read_jsonl(Path(link.far(link.run.events))))
+    far = read_json(Path(link.far(link.run.handle))) or {}
+    assert far["native"]["jobs"] == handle.native["jobs"]
+
+
+def test_a_submission_that_nothing_disturbs_leaves_no_note(link: FakeLink) -> None:
+    handle = submitted(link)
+    assert plan_text.note(handle) == "" and link.accepted() == [*STAGES]
+
+
+def test_a_submission_that_just_goes_on_is_left_alone(link: FakeLink) -> None:
+    link.goes_at = goes_at_the_second_event  # type: ignore[method-assign]
+    handle = submitted(link)
+    link.away, link.goes_at = False, lambda *_: False  # type: ignore[method-assign]
+    link.refresh()
+    with slurm_handle.alone(link.run):
+        slurm_handle.recovered(handle)
+    assert link.accepted() == ["first"]
+
+
+def test_jobs_of_the_handle_before_are_no_jobs_of_this_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: FakeLink
+) -> None:
+    """A site that drops comments leaves the name alone to tell them apart; and no event tells of job 7."""
+    native = {"jobs": {"first": "7"}, "names": {}, "tokens": {"first": "a"}, "earlier": ["5"]}
+    write_sealed(link.run.handle, asdict(JobHandle("slurm", "run", str(link.run.path), native)))
+    append_event(link.run.events, "job-accepted", stage="first", attempt=1, job="6")
+    given: list[Any] = []
+    monkeypatch.setattr(slurm_submission, "submit", lambda *args: given.append(args) or str(10 + len(given)))
+    handle = submitted(link)
+    assert [set(args[-1]) for args in given] == [{"5", "6", "7"}] * 2
+    monkeypatch.setattr(slurm_control, "_question", lambda argv, *_: "7|\n" if argv[0] == "squeue" else "5|\n6|\n")
+    said = {"begun": True, "alive": False, "out": "", "err": "", "quiet": 1e9}
+    monkeypatch.setattr(link, "call", lambda *_: said)
+    with transport.through(link):
+        assert slurm_handle.find(handle, "first") is None
