@@ -58,6 +58,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_one_recipe_two_backends(project: Path) -> None:
     page = commands("two-backends")
     assert len(page) == 3
