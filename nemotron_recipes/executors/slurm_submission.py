@@ -25,7 +25,7 @@ from nemotron_recipes.executors.transport import Unreachable
 MARK = "nemotron="
 _SECONDS = 120.0  # for sbatch to answer
 PATIENCE = 20.0  # for one that is still at work when somebody wants to take its job back
-SETTLED_SECONDS = 30.0  # after sbatch ended without a word: slurmctld drops what it has not read after MessageTimeout
+SETTLED_SECONDS = 30.0  # at least
 _POLL_SECONDS = 0.2
 
 
@@ -90,9 +90,16 @@ def found(answer: Path, token: str, name: str, earlier: Collection[str], patienc
     if said.get("code") and not slurm_control.is_silence(said["err"]):
         return None  # refused, in so many words
     job = slurm_control.job_with(token, name, earlier)
-    if job is None and said["quiet"] < SETTLED_SECONDS:
+    if job is None and said["quiet"] < settled_seconds():
         raise Unknown(f"sbatch has ended without an answer {said['quiet']:.0f} s ago, and Slurm knows of no job yet")
     return job
+
+
+def settled_seconds() -> float:
+    """After sbatch's end without a word: slurmctld drops what it has not read after MessageTimeout."""
+    said = slurm_control.ask("scontrol", "show", "config")
+    found = re.search(r"^MessageTimeout\s*=\s*(\d+)", said, re.MULTILINE)
+    return max(SETTLED_SECONDS, float(found[1]) if found else 0.0)
 
 
 def job_of(out: str) -> str | None:

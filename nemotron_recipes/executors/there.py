@@ -89,6 +89,8 @@ def submit(argv: Sequence[str], seconds: float, cwd: str, answer: str, secrets: 
             process.kill()
             process.wait()
             return {"late": True}
+        finally:
+            os.utime(out.fileno())  # from here on it is quiet; before the lock goes
     write_atomic(Path(f"{answer}.code"), str(code))
     return {"code": code, **_said(answer)}
 
@@ -105,7 +107,7 @@ def inherited(environ: Mapping[str, str], secrets: Sequence[str]) -> dict[str, s
 def answered(answer: str) -> dict[str, Any]:
     """What became of a `submit`: {begun, alive, out, err}.
 
-    `code` where it came to its end; `quiet` is for how many seconds it has said nothing.
+    `code` where it came to its end; `quiet` is for how many seconds it has been over, or has said nothing.
     """
     try:
         with open(f"{answer}.out", "rb") as out:
@@ -118,7 +120,10 @@ def answered(answer: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {"begun": False, "alive": False, "out": "", "err": ""}
     found = {"begun": True, "alive": False, **_said(answer)}
-    found["quiet"] = max(0.0, time.time() - os.stat(f"{answer}.out").st_mtime)
+    last = os.stat(f"{answer}.out").st_mtime
+    with suppress(FileNotFoundError):  # where it has outlived whoever would have noted its end
+        last = max(last, os.stat(f"{answer}.err").st_mtime)
+    found["quiet"] = max(0.0, time.time() - last)
     with suppress(FileNotFoundError, ValueError):
         found["code"] = int(Path(f"{answer}.code").read_text())
     return found

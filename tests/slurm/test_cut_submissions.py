@@ -95,7 +95,7 @@ class Trials:
 
 @pytest.fixture
 def local(slurm_cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trials]:
-    monkeypatch.setattr(slurm_submission, "SETTLED_SECONDS", QUIET)
+    monkeypatch.setattr(slurm_submission, "settled_seconds", lambda: QUIET)
     monkeypatch.setenv("SLURM_CONF", slurm_cluster.env["SLURM_CONF"])
     trials = Trials(slurm_cluster, tmp_path, {}, {**os.environ})
     yield trials
@@ -105,7 +105,7 @@ def local(slurm_cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.fixture
 def remote(slurm_cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trials]:
     sshd.require()
-    monkeypatch.setattr(slurm_submission, "SETTLED_SECONDS", QUIET)
+    monkeypatch.setattr(slurm_submission, "settled_seconds", lambda: QUIET)
     monkeypatch.delenv("SLURM_CONF", raising=False)
     with sshd.server({"SLURM_CONF": slurm_cluster.env["SLURM_CONF"], "PYTHONPATH": str(ROOT)}) as server:
         monkeypatch.setenv("HOME", str(server.home))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,45 @@ def test_a_submission_that_just_goes_on_is_left_alone(link: FakeLink) -> None:
     with slurm_handle.alone(link.run):
         slurm_handle.recovered(handle)
     assert link.accepted() == ["first"]
+
+
+@pytest.mark.parametrize(("end", "seconds"), [("exit 0", 60.0), ("exec sleep 600", 0.3)])
+def test_how_long_sbatch_is_quiet_counts_from_its_end(tmp_path: Path, end: str, seconds: float) -> None:
+    """It may have talked to slurmctld for minutes."""
+    answer = tmp_path / "answer"
+    there.submit(["sh", "-c", f"touch -d @1 {answer}.out {answer}.err; {end}"], seconds, str(tmp_path), str(answer), [])
+    assert there.answered(str(answer))["quiet"] < 600
+
+
+def test_an_sbatch_that_nobody_waited_for_is_quiet_since_its_last_word(tmp_path: Path) -> None:
+    for name, stamp in (("answer.out", 1), ("answer.err", time.time())):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (stamp, stamp))
+    assert there.answered(str(tmp_path / "answer"))["quiet"] < 600
+
+
+@pytest.mark.parametrize(
+    ("config", "quiet", "settled"),
+    [
+        ("", 29.0, False),
+        ("", 31.0, True),
+        ("MessageTimeout          = 10 sec\n", 29.0, False),
+        ("KillWait = 30 sec\nMessageTimeout          = 100 sec\n", 99.0, False),
+        ("KillWait = 30 sec\nMessageTimeout          = 100 sec\n", 101.0, True),
+    ],
+)
+def test_slurm_has_as_long_as_its_own_time_out_to_take_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, quiet: float, settled: bool
+) -> None:
+    said = {"begun": True, "alive": False, "out": "", "err": "", "quiet": quiet}
+    monkeypatch.setattr(slurm_control, "ask", lambda *_: config)
+    monkeypatch.setattr(slurm_control, "job_with", lambda *_: None)
+    monkeypatch.setattr(there, "answered", lambda _: said)
+    if settled:
+        assert slurm_submission.found(tmp_path / "answer", "token", "name", ()) is None
+    else:
+        with pytest.raises(slurm_submission.Unknown, match="ended without an answer"):
+            slurm_submission.found(tmp_path / "answer", "token", "name", ())
 
 
 def test_jobs_of_the_handle_before_are_no_jobs_of_this_submission(
