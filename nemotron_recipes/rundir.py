@@ -185,24 +185,23 @@ def append_event(path: Path, event: str, **fields: Any) -> None:
 def read_jsonl(path: Path, strict: bool = False) -> Iterator[dict[str, Any]]:
     """Whole lines of a JSONL file; a last line cut short by a crash is left out. A missing file is empty.
 
-    A line that is not what was written is left out; with `strict` it is named by raising Damaged, unless whoever wrote
-    the next one found it torn: then nobody had been told that it was written.
+    A line that is not what was written is left out. With `strict` it is named by raising Damaged, unless the next whole
+    line forgives it: whoever wrote that found it torn, so nobody had been told that it was written; or that one has no
+    seal, from a writer that says nothing about what it found.
     """
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as handle:
-        bad = 0
+        bad = 0  # the first of the bad lines since the last whole one
         for number, line in enumerate(handle, 1):
             if not line.endswith("\n"):
                 break
             try:
-                tree = opened_line(line)
+                tree, seal = opened_line(line)
             except ValueError:
-                if bad and strict:
-                    break
-                bad = number
+                bad = bad or number
                 continue
-            if bad and strict and tree.get("after") != TORN:
+            if bad and strict and seal and tree.get("after") != TORN:
                 break
             bad = 0
             yield tree

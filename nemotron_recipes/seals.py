@@ -8,10 +8,12 @@ they are: they come from a version that did not seal, or from people. Standard l
 from __future__ import annotations
 
 import json
+import re
 
 from nemotron_recipes.spec import Tree, sha256_text
 
 SEAL, KIND, LINE_SEAL = "sealed", "sealed_as", "sum"
+_LINE_SEAL = re.compile("[0-9a-f]{12}")
 CHANGED = "it isn't what was written"
 
 
@@ -43,15 +45,21 @@ def sealed_line(tree: Tree) -> str:
     return f'{text[:-1]}, "{LINE_SEAL}": "{_short(text)}"}}\n'
 
 
-def opened_line(line: str) -> Tree:
-    """ValueError: it is no JSON object, or its seal does not fit."""
+def opened_line(line: str) -> tuple[Tree, bool]:
+    """The tree, and whether the line has a seal. ValueError: it is no JSON object, or its seal does not fit.
+
+    A number of that name, or another text, is no seal but a field: metrics have names of their own.
+    """
     tree = json.loads(line)
     if not isinstance(tree, dict):
         raise ValueError("it is no JSON object")
-    found = tree.pop(LINE_SEAL, None)
-    if found is not None and found != _short(json.dumps(tree, ensure_ascii=True)):
+    found = tree.get(LINE_SEAL)
+    if not (isinstance(found, str) and _LINE_SEAL.fullmatch(found)):
+        return tree, False
+    del tree[LINE_SEAL]
+    if found != _short(json.dumps(tree, ensure_ascii=True)):
         raise ValueError(CHANGED)
-    return tree
+    return tree, True
 
 
 def _short(text: str) -> str:

@@ -121,6 +121,7 @@ def setup_lines(run: RunDir, stage: StageDir, max_requeues: int) -> tuple[str, .
         return lines
     sacct = 'sacct --duplicates --allocations --noheader --parsable2 --jobs="$SLURM_JOB_ID" --format=State'
     wish = f"{shlex.quote(str(requeue_wish(stage, '')))}$SLURM_JOB_ID"
+    events = shlex.quote(str(run.events))
     return (
         *lines,
         f"export {WISH_ENV}={wish}",
@@ -137,7 +138,9 @@ def setup_lines(run: RunDir, stage: StageDir, max_requeues: int) -> tuple[str, .
         '    local job="$(scontrol --oneliner show job "$SLURM_JOB_ID")" events="$(<"$' + WISH_ENV + '")"',
         '    [[ $job == *" JobState=RUNNING "* ]] || return 0  # somebody has cancelled it',
         f'    [[ $job != *" PreemptTime="[0-9]* ]] || events="${{events/: \\"{SIGNAL}\\"/: \\"{PREEMPTED}\\"}}"',
-        f"    printf '%s\\n' \"$events\" >> {shlex.quote(str(run.events))}",
+        # A line that a crash has cut short is not joined.
+        f'    [ -z "$(tail -c 1 {events} 2>/dev/null)" ] || events=$\'\\n\'"$events"',
+        f"    printf '%s\\n' \"$events\" >> {events}",
         '    scontrol requeue "$SLURM_JOB_ID"',
         "}",
         "trap requeue_if_asked EXIT",

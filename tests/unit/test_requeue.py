@@ -130,10 +130,11 @@ def test_the_shell_of_the_batch_script(tmp_path: Path, state: str, preempted: st
     script = ["set -e", *setup_lines(folder, stage, 2), f'cp {tmp_path}/wish "${WISH_ENV}"', "exit 75"]
     assert leave_wish(wish, [event])
     (stage.path / "logs" / "requeue-7").rename(tmp_path / "wish")
+    folder.events.write_text('{"event": "cut sho')
     environ = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", "-c", "\n".join(script)], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 75, done.stderr
-    assert [entry["cause"] for entry in read_jsonl(folder.events)] == ([cause] if cause else [])
+    assert [entry["cause"] for entry in read_jsonl(folder.events, strict=True)] == ([cause] if cause else [])
     assert ("requeue 7" in (tmp_path / "calls").read_text()) is bool(cause)
 
 

@@ -153,6 +153,38 @@ def test_a_torn_line_is_forgiven_only_where_the_next_writer_saw_it(tmp_path: Pat
         list(read_jsonl(path, strict=True))
 
 
+def test_two_torn_lines_and_a_writer_without_seals(tmp_path: Path) -> None:
+    """A run folder of a version that did not seal stays readable, and so does one that died twice in a row."""
+    path = tmp_path / "events.jsonl"
+    events = lambda: [event["event"] for event in read_jsonl(path, strict=True)]  # noqa: E731
+    torn = b'{"time": 1, "event": "tw'
+    append_event(path, "one")
+    for _ in range(2):
+        with open(path, "ab") as handle:
+            handle.write(torn + b"\n")  # the second writer began a new line, and was cut short too
+    with open(path, "ab") as handle:
+        handle.write(torn)
+    append_event(path, "two")
+    assert events() == ["one", "two"]
+    old = torn + b'\n{"time": 2, "event": "three"}\n'
+    with open(path, "ab") as handle:
+        handle.write(old + torn)
+    assert events() == ["one", "two", "three"]
+    append_event(path, "four")
+    assert events() == ["one", "two", "three", "four"]
+    with open(path, "ab") as handle:
+        handle.write(torn + b"\n" + torn)
+    with pytest.raises(UserError, match="line 10"):  # the first of them: nobody has forgiven it
+        events()
+
+
+def test_a_metric_called_sum_keeps_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "sum": 2.5}, {"step": 2, "sum": 3}, {"step": 3, "sum": "much"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_jsonl(path)) == rows
+
+
 @pytest.mark.parametrize("tree", [{}, {"a": 1}, {"sealed_as": "plan", "a": 1}, {"sealed": "x"}])
 def test_what_never_had_a_seal_is_taken_as_it_is(tree: dict[str, Any]) -> None:
     if tree.keys() & {"sealed", "sealed_as"}:

@@ -103,7 +103,7 @@ def made_run(runs: Path, name: str, stage: Any, smoke: int, state: str = "succee
             now += 3
             append_event(folder.events(1, 0), "checkpoint-saved", step=step, seconds=3.0)
             lines = folder.events(1, 0).read_text().splitlines()
-            event = {**opened_line(lines[-1]), "time": now}
+            event = {**opened_line(lines[-1])[0], "time": now}
             folder.events(1, 0).write_text("\n".join([*lines[:-1], json.dumps(event)]) + "\n")
     write_record(folder, {"state": state, "attempt": attempt, "started": began, "ended": now + 8})
     return run
