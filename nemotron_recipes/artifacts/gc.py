@@ -140,8 +140,14 @@ def purge(root: Path, before: float, kept: Kept) -> tuple[list[str], list[Left]]
     for place, item in _places(root):
         content, what = _content(place, item), str(item["what"])
         begun = bool(item.get("deleting"))
-        if not begun and (item["quarantined"] >= before or not content.exists()):
-            _forget_unused(place, item, before)
+        try:
+            if not begun and (item["quarantined"] >= before or not content.exists()):
+                _forget_unused(place, item, before)
+                continue
+            if not content.parent.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "its folder is away", str(content))
+        except OSError as error:
+            left.append(Left(what, f"{content} can't be reached: {error.strerror}"))
             continue
         if not begun and kept.holds(item):
             left.append(Left(what, f"it is needed again: nemotron gc --restore {what}"))
@@ -193,8 +199,10 @@ def _content(place: Path, item: Tree) -> Path:
 
 
 def _forget_unused(place: Path, item: Tree, before: float) -> None:
-    """A place that was made ready for something that then did not come."""
-    if item["quarantined"] < before and not _content(place, item).exists():
+    """A place that was made ready for something that then did not come. Where the folder is away in which it should be,
+    its file system isn't mounted: nobody knows."""
+    content = _content(place, item)
+    if item["quarantined"] < before and content.parent.is_dir() and not content.exists():
         shutil.rmtree(place, ignore_errors=True)
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,17 @@ def _source(entry: Any, split: str | None, method: str, folder: Path, where: str
     given = entry.get("path")
     on_hub = isinstance(given, str) and given.startswith("hf://")
     if isinstance(given, str) and "://" not in given and not given.startswith(("artifact:", "sample:", "wandb:")):
-        known["path"] = str(folder / Path(given).expanduser())
+        known["path"] = str(folder / os.path.expanduser(given))
     if on_hub:
         known["hub_split"] = entry.get("split") or "all"
     elif entry.get("split") is not None:
         fix = "leave it out, or name its data under train, valid and test"
         raise UserError(Problem(f"{where}: split is for hub data sets; {given} has none", fix=fix))
-    columns = dict(entry.get("columns") or {})
+    given_columns = entry.get("columns") or {}
+    if not isinstance(given_columns, dict):
+        fix = 'our name of each field and theirs: {"prompt": "question"}'
+        raise UserError(Problem(f"{where}.columns: an object is expected, not {given_columns!r}", fix=fix))
+    columns = dict(given_columns)
     if method == "pretrain" and entry.get("text_field") is not None:
         columns.setdefault("text", entry["text_field"])
     if columns:

@@ -397,13 +397,18 @@ def _state(file: Input) -> Any:
 
 
 def _hub_shards(number: int, hub: Hub, source: Source, limit: int | None) -> list[Shard]:
-    """The data set's own files, of one split or of all one after another; with a limit each split is one shard."""
-    from nemotron_recipes.data.readers import hub_splits, hub_stream
+    """The data set's own files, of one split or of all one after another; at most the first `limit` rows of the source,
+    and then each split is one shard."""
+    from nemotron_recipes.data.readers import hub_rows, hub_splits, hub_stream
 
     subset = source.subset
     names = hub_splits(hub.name, subset, hub.revision) if source.hub_split == "all" else [source.hub_split]
-    shards = []
+    shards: list[Shard] = []
     for index, name in enumerate(names):
+        if limit is not None and index:  # what the split before gave
+            limit -= hub_rows(hub.name, subset, names[index - 1], hub.revision, limit)
+            if not limit:
+                break
         shard = Shard(number, index, "hub", f"hf://{hub.name}/{name}", hub.name, limit=limit,
                       task=(subset or "", name), revision=hub.revision, size=1)  # fmt: skip
         count = 1 if limit is not None else hub_stream(hub.name, subset, name, hub.revision).num_shards

@@ -249,6 +249,15 @@ def hub_splits(name: str, subset: str | None, revision: str | None) -> list[str]
     return list(hub_stream(name, subset, None, revision))
 
 
+def hub_rows(name: str, subset: str | None, split: str, revision: str | None, most: int) -> int:
+    """How many rows a split has; no more than `most` are read. UserError: as `hub_stream`."""
+    try:
+        with closing(iter(hub_stream(name, subset, split, revision))) as rows:
+            return sum(1 for _ in islice(rows, most))
+    except (OSError, ValueError) as error:
+        raise _hub_error(name, error) from None
+
+
 def _hub_error(name: str, error: Exception) -> UserError:
     lines = str(error).splitlines() or [type(error).__name__]
     return UserError(Problem(f"hf://{name}: {lines[0]}", fix="check name, subset, hub_split and the network"))

@@ -106,15 +106,18 @@ class SpoolWriter:
             "bad_rows": self.bad_rows,
             "reasons": list(self._reasons),
             "gates": tally.counts,
+            "sizes": {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())},
         }
         (self._folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=True), encoding="ascii")
         fsync_tree(self._folder)
         try:
             os.rename(self._folder, self._place)
         except OSError:
-            if not is_whole(self._place):  # else another run was quicker, with the same bytes
-                raise
-            shutil.rmtree(self._folder)
+            if is_whole(self._place):  # another run was quicker, with the same bytes
+                shutil.rmtree(self._folder)
+            else:
+                remove_spool(self._place)
+                os.rename(self._folder, self._place)
         fsync_folder(self._place.parent)
 
     def discard(self) -> None:
@@ -130,7 +133,22 @@ class SpoolWriter:
 
 
 def is_whole(folder: Path) -> bool:
-    return (folder / "facts.json").is_file()  # renamed into place with everything in it
+    """It is renamed into place with everything in it; whoever cleans up by hand may stop half-way."""
+    try:
+        sizes = Spool(folder).facts["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def remove_spool(folder: Path) -> None:
+    """At no moment does a part of it stand under its name."""
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}.{uuid.uuid4().hex}.tmp")
+    try:
+        os.rename(folder, hidden)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 class Spool:

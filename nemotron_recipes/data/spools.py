@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+from nemotron_recipes.data.spool import remove_spool
 
 UNUSED = 14 * 24 * 3600  # seconds after which a spool is removed
 UNFINISHED = 24 * 3600  # seconds without a change after which a half-written spool is somebody's remains
@@ -56,11 +57,18 @@ class Spools:
         now = time.time()
         for entry in os.scandir(self.folder):
             try:
-                age = now - entry.stat().st_mtime
+                unfinished = entry.is_dir() and entry.name.startswith(".")
+                # Who writes a file leaves its folder's time as it is.
+                changed = [entry.stat().st_mtime, *(inner.stat().st_mtime for inner in _inside(entry, unfinished))]
+                age = now - max(changed)
             except FileNotFoundError:
                 continue
             if entry.name.endswith(".lock") and age > UNUSED:  # whoever waits for it just now goes on unlocked
                 with suppress(FileNotFoundError):
                     os.unlink(entry.path)
-            elif entry.is_dir() and age > (UNFINISHED if entry.name.startswith(".") else UNUSED):
-                shutil.rmtree(entry.path, ignore_errors=True)
+            elif entry.is_dir() and age > (UNFINISHED if unfinished else UNUSED):
+                remove_spool(Path(entry.path))
+
+
+def _inside(entry: os.DirEntry[str], wanted: bool) -> Iterator[os.DirEntry[str]]:
+    return os.scandir(entry.path) if wanted else iter(())

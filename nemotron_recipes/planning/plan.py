@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -266,7 +267,7 @@ def _with_blend(config: Tree, composed: Composed, cwd: Path) -> tuple[Tree, dict
     other = composed.origin("data.sources")
     if other is not None and other.kind == "command line":
         raise UserError(Problem("data.blend and data.sources exclude each other", str(other)))
-    sources = read_blend(cwd / Path(config["data"]["blend"]).expanduser(), config["method"])
+    sources = read_blend(cwd / os.path.expanduser(config["data"]["blend"]), config["method"])
     return {**config, "data": {**config["data"], "sources": sources, "blend": None}}, {"data.sources": said}
 
 

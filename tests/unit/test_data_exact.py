@@ -37,7 +37,7 @@ from nemotron_recipes.data.readers import BLANK, MAX_LINE, read_shard
 from nemotron_recipes.data.rows import Row
 from nemotron_recipes.data.settings import read_settings
 from nemotron_recipes.data.shards import content_digest, cut_inputs
-from nemotron_recipes.data.spools import Spools
+from nemotron_recipes.data.spools import UNFINISHED, Spools
 from nemotron_recipes.data.template import Rendered
 from nemotron_recipes.errors import JobFailed, UserError
 from tests.helpers.data_prep import TEMPLATE, bytes_of, chat, encoder, merging_folder, tiny_folder, write_rows
@@ -333,6 +333,36 @@ def test_a_second_run_waits(tmp_path: Path) -> None:
         assert not done.is_set()
     thread.join(60)
     assert done.is_set()
+
+
+@pytest.mark.parametrize("spoil", ["gone", "short"])
+def test_a_spool_that_lost_something_is_made_anew(tmp_path: Path, spoil: str) -> None:
+    spools = tmp_path / "spools"
+    file = write_rows(tmp_path / "rows.jsonl", varied(20))
+    run(job(file, spools), tmp_path / "first")
+    (spool,) = (path for path in spools.iterdir() if path.is_dir())
+    if spoil == "gone":
+        (spool / "ids").unlink()
+    else:
+        os.truncate(spool / "ids", 40)
+    assert run(job(file, spools), tmp_path / "second").reused == 0
+    assert run(job(file, spools), tmp_path / "third").reused == 1
+    for path in (tmp_path / "first" / "train").iterdir():
+        assert (tmp_path / "third" / "train" / path.name).read_bytes() == path.read_bytes()
+    assert not [path for path in spools.iterdir() if path.name.startswith(".")]
+
+
+def test_half_a_spool_that_grows_is_nobodys_remains(tmp_path: Path) -> None:
+    """A shard may take longer than a day: its folder was changed when it began, its files just now."""
+    for name, age in ((".grows.tmp", 0), (".left.tmp", 2 * UNFINISHED)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "ids").write_bytes(b"x")
+        then = time.time() - age
+        os.utime(folder / "ids", (then, then))
+        os.utime(folder, (time.time() - 2 * UNFINISHED,) * 2)
+    with Spools(tmp_path, ["key"], "input", print):
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [".grows.tmp"]
 
 
 def test_old_spools_go_and_used_ones_stay(tmp_path: Path) -> None:

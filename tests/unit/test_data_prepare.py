@@ -359,6 +359,22 @@ def test_all_splits_of_a_hub_data_set(tmp_path: Path) -> None:
     assert [(one["identity"]["split"], one["rows_written"]) for one in source["files"]] == [("train", 3), ("test", 4)]
 
 
+def test_the_first_rows_of_all_splits(tmp_path: Path) -> None:
+    """A source's `rows` are of the source, not of each split."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "repo").mkdir()
+    for number, name in enumerate(("train", "test")):
+        table = datasets.Dataset.from_list(many(3 + number, start=10 * number))
+        table.to_parquet(str(tmp_path / "repo" / f"{name}.parquet"))
+    for rows, found in ((3, [3]), (5, [3, 2])):
+        tree = {"path": "hf://some/where", "hub_split": "all", "split": "train", "rows": rows}
+        settings = read_settings({"sources": [tree], "tokenizer": "tiny", "pack_size": 128}, "sft")
+        (tmp_path / f"out-{rows}").mkdir()
+        job = Job("sft", settings, (Hub(str(tmp_path / "repo"), None),), tiny_folder(), TEMPLATE)
+        (source,) = prepare(job, tmp_path / f"out-{rows}").sources
+        assert [one["rows_written"] for one in source["files"]] == found
+
+
 def test_a_missing_datasets_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'nemotron-recipes\[data\]'"):

@@ -159,6 +159,8 @@ def test_a_blend_in_the_published_format(tmp_path: Path) -> None:
     assert (every["hub_split"], every["split"], every["weight"]) == ("all", None, 1.0)
     assert read_blend(blend(tmp_path, BLEND), "pretrain")[0]["columns"]["text"] == "t"
     entries = [{"name": "a", "path": "a.jsonl"}]
+    (unknown,) = read_blend(blend(tmp_path, {"datasets": [{"path": "~nosuchuser/x"}]}), "sft")
+    assert unknown["path"] == str(tmp_path / "~nosuchuser/x"), "which is then said not to be there"
     by_split = read_blend(blend(tmp_path, {"train": entries, "valid": entries, "test": entries}), "sft")
     assert [source["split"] for source in by_split] == ["train", "validation", "test"]
 
@@ -171,6 +173,8 @@ def test_a_blend_in_the_published_format(tmp_path: Path) -> None:
         ({"trian": []}, "unknown key 'trian'"),
         ({"datasets": {}}, "must be a list"),
         ({"datasets": [{"path": "a", "wieght": 1}]}, "datasets.0: unknown key 'wieght'"),
+        ({"datasets": [{"path": "a", "columns": "text"}]}, "datasets.0.columns: an object is expected, not 'text'"),
+        ({"datasets": [{"path": "a", "columns": 3}]}, "datasets.0.columns: an object is expected, not 3"),
         ({"datasets": [{"path": "a", "weight": "1"}]}, "datasets.0.weight: '1' is not of type float"),
         ({"datasets": [{"path": "a", "weight": 0}]}, "must be above 0"),
         ({"datasets": [{"name": "a"}]}, "datasets.0.path is missing"),

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nemotron_recipes.artifacts.gc import Item, Kept, Policy, find, purge, quara
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.rundir import TRACKER, RunDir, append_event, write_record
+from nemotron_recipes.rundir import TRACKER, RunDir, append_event, write_record, write_sealed
 from nemotron_recipes.spec import Artifact, Producer
 from tests.helpers.cli import nemotron
 
@@ -122,6 +123,40 @@ def test_a_checkpoint_on_another_file_system_waits_beside_its_place(tmp_path: Pa
     quarantine(root, [item], 100.0)
     assert purge(root, 101.0, NOTHING) == ([item.what], [])
     assert list(checkpoint.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_lies_on_a_file_system_that_is_away_is_not_forgotten(tmp_path: Path, begun: bool) -> None:
+    disk, root = tmp_path / "disk", tmp_path / "store"
+    place, content = root / ".quarantine" / "p", disk / "checkpoints" / ".quarantine-p"
+    content.mkdir(parents=True)
+    item = Item("r/sft/iter_0000001", str(disk / "checkpoints" / "iter_0000001"), 1, "old")
+    tree = {**asdict(item), "quarantined": 1.0, "content": str(content), **({"deleting": True} if begun else {})}
+    write_sealed(place / "item.json", tree, "item")
+    disk.rename(tmp_path / "away")
+    gone, left = purge(root, 100.0, NOTHING)
+    assert gone == [] and len(left) == begun and (place / "item.json").exists()
+    (tmp_path / "away").rename(disk)
+    if begun:
+        assert purge(root, 100.0, NOTHING) == ([item.what], []) and not content.exists()
+    else:
+        assert restore(root, item.what) == item
+
+
+def test_what_can_not_be_reached_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    """A stale handle of a network file system is an error of its own to the real call."""
+    (tmp_path / "thing").mkdir()
+    quarantine(tmp_path / "store", [Item("x", str(tmp_path / "thing"), 1, "old")], 1.0)
+    real = Path.exists
+
+    def stale(path: Path) -> bool:
+        if path.name == "content":
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "exists", stale)
+    gone, left = purge(tmp_path / "store", 100.0, NOTHING)
+    assert gone == [] and "Stale file handle" in left[0].why
 
 
 def test_what_can_not_be_moved_is_named(tmp_path: Path) -> None:
