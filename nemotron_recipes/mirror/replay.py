@@ -5,7 +5,8 @@
 
 Exactly once, in order, after any interruption: an entry is acknowledged in done.jsonl only when W&B has it, and telling
 W&B twice changes nothing. A W&B run is entered by its own id; metrics go by their training step, and W&B itself says
-which step it has seen last; an artifact is looked for by its own alias before it is made.
+which step it has seen last, whether they stand in metrics.jsonl or in a trainer's own files; an artifact is looked for
+by its own alias before it is made.
 
 Whoever starts this process watches it (sync.py): the SDK may wait for ever. Exit codes: 0 all told, 1 not all,
 3 another process is at it (with --wait: its end is awaited).
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,12 +27,14 @@ from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror.journal import Journal, Target
 from nemotron_recipes.mirror.names import Named, named
+from nemotron_recipes.mirror.offline import Logged, offline_files, read_offline
 from nemotron_recipes.mirror.sync import BUSY
 from nemotron_recipes.redact import scrub, secret_values
 from nemotron_recipes.rundir import RunDir, read_json, read_jsonl
 from nemotron_recipes.spec import Artifact, Tree
 
 FOLLOW_SECONDS = 5.0  # between looks at a run that is followed
+QUIET_SECONDS = 30.0  # without a change, after which a trainer's file without an end gets none any more
 SETTLE_SECONDS = 20.0  # for W&B to have worked in what it was sent
 MOST_FILES = 1_000_000  # of a folder that is mirrored as references
 
@@ -54,6 +56,7 @@ class Replay:
         self.api = wandb.Api(timeout=30)
         self.opened: dict[str, Any] = {}  # stage -> W&B run in progress
         self.sent: dict[str, int] = {}  # stage -> last step that was handed to the SDK
+        self.seen: dict[Path, tuple[int, float]] = {}  # a trainer's file -> its size, and since when
         self.telling = ""  # the key of the entry that W&B is being told
 
     def tell(self, follow: int | None = None) -> None:
@@ -61,6 +64,8 @@ class Replay:
         while True:
             alive = follow is not None and _alive(follow)
             for entry in self.journal.missing():
+                if self._more_comes(entry, alive):
+                    break
                 self.telling = entry["key"]
                 self._tell_entry(entry)
             self.telling = ""
@@ -82,7 +87,6 @@ class Replay:
             version = self._tell_output(stage, entry)
             self.journal.acknowledge(entry["key"], wandb=version)
         else:
-            self._tell_trainer(stage)
             run = self._open(stage)
             self._tell_metrics(stage, whole=True)
             run.summary.update({**entry["results"], "state": entry["state"]})
@@ -111,40 +115,50 @@ class Replay:
         return f"{run.entity}/{run.project}/{name.path}"
 
     def _tell_metrics(self, stage: str, whole: bool) -> None:
-        """Rows that W&B has not seen; the newest step only when it is `whole`, since a row may still join it."""
+        """Rows that W&B has not seen; the newest step only when it is `whole`, since a row may still join it.
+
+        A stage whose trainer logs to W&B by itself is told that when an attempt has ended, and not metrics.jsonl, which
+        holds the same figures under other names. Of a step that attempts repeat the newest counts; what W&B has stays.
+        """
         if stage not in self.opened:
             return
         run = self.opened[stage]
         steps: dict[int, Tree] = {}
-        for row in read_jsonl(self.run.stage(stage).metrics):
-            steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if v is not None and k != "time"})
+        if files := self._trainers(stage):
+            if not whole:
+                return
+            for logged in map(read_offline, files):
+                self._tell_config(run, stage, logged)
+                steps.update(logged.rows)
+        else:
+            for row in read_jsonl(self.run.stage(stage).metrics):
+                told = {key: value for key, value in row.items() if value is not None and key != "time"}
+                steps.setdefault(row["step"], {}).update(told)
         last = max(steps, default=0)
         for step, row in sorted(steps.items()):
             if step > self.sent[stage] and (whole or step < last):
                 run.log(row, step=step)
                 self.sent[stage] = step
 
-    def _tell_trainer(self, stage: str) -> None:
-        """What a trainer's own W&B logging left for the stage's run: the SDK sends it, each part once."""
-        done, run_id = self.journal.done(), self.target.runs[stage]
-        for folder in sorted((self.run.stage(stage).path / "wandb").glob(f"offline-run-*-{run_id}")):
-            key = f"trainer {stage} {folder.name}"
-            if key in done:
-                continue
-            if stage in self.opened:
-                self._close(stage, exit_code=None)  # one writer at a time
-            where = ["--id", run_id, "--project", self.target.project]
-            where += ["--entity", self.target.entity] if self.target.entity else []
-            told = subprocess.run(
-                [sys.executable, "-m", "wandb", "sync", *where, str(folder)],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-            )
-            if told.returncode or not list(folder.glob("*.synced")):
-                said = [line for line in told.stderr.splitlines() if line.strip()][-1:] or ["it said nothing"]
-                raise NotTold(f"W&B did not take {folder}: {said[0]}")
-            self.journal.acknowledge(key)
+    def _tell_config(self, run: Any, stage: str, logged: Logged) -> None:
+        """What the trainer says of its configuration; our own words stand."""
+        ours = {"nemotron", *self._planned(stage)["config"]}
+        run.config.update({k: v for k, v in logged.config.items() if k not in ours}, allow_val_change=True)
+
+    def _trainers(self, stage: str) -> list[Path]:
+        return offline_files(self.run.stage(stage), self.target.runs[stage])
+
+    def _more_comes(self, entry: Tree, alive: bool) -> bool:
+        """Whether a trainer is still writing what belongs to this end: the worker notes its end while it lives."""
+        stage = entry["stage"]
+        files = self._trainers(stage)
+        newest = [e for e in self.journal.entries() if e["stage"] == stage and e["event"] in ("started", "ended")][-1]
+        if entry["event"] != "ended" or not files or newest["key"] != entry["key"] or read_offline(files[-1]).whole:
+            return False
+        size, since = self.seen.get(files[-1], (-1, 0.0))
+        if size != (now := files[-1].stat().st_size):
+            self.seen[files[-1]] = size, since = now, time.monotonic()
+        return alive or time.monotonic() - since < QUIET_SECONDS
 
     def _tell_aliases(self) -> None:
         """The user's aliases, as they stand in the store now."""
@@ -167,7 +181,7 @@ class Replay:
 
     def _open(self, stage: str) -> Any:
         if stage not in self.opened:
-            planned = next(s for s in self.plan["stages"] if s["name"] == stage)
+            planned = self._planned(stage)
             about = {"run": self.plan["id"], "fingerprint": planned["fingerprint"], "code": self.plan["code"]["digest"]}
             self.opened[stage] = self.wandb.init(
                 entity=self.target.entity,
@@ -183,6 +197,9 @@ class Replay:
             )
             self.sent[stage] = self.opened[stage].starting_step - 1
         return self.opened[stage]
+
+    def _planned(self, stage: str) -> Tree:
+        return next(s for s in self.plan["stages"] if s["name"] == stage)
 
     def _close(self, stage: str, exit_code: int | None) -> None:
         """Until W&B has it all: the SDK's `finish` also returns when W&B refused what it was sent."""

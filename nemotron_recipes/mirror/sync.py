@@ -17,7 +17,8 @@ from typing import IO
 from nemotron_recipes.mirror.journal import Journal, pending, unmark
 from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RUN_ID_ENV, Damaged, RunDir
 
-STALL_SECONDS = 120.0  # without a new acknowledgement: the SDK itself would wait for days
+STALL_SECONDS = 120.0  # without a new acknowledgement or traffic: the SDK itself would wait for days
+LEAST_TRAFFIC = 8192  # bytes a second, on average: an SDK that only asks again and again writes less
 PAUSE_SECONDS = 60.0  # between two attempts in the background
 BUSY = 3
 MODULE = "nemotron_recipes.mirror.replay"
@@ -34,7 +35,8 @@ class Outcome:
 
 
 def replay(run_dir: Path, stall: float = STALL_SECONDS, wait: bool = True) -> Outcome:
-    """Tell W&B what is missing of one run. Returns when all is told, or nothing more arrives.
+    """Tell W&B what is missing of one run. Returns when all is told, or nothing more arrives: neither has anything been
+    acknowledged for `stall` seconds nor, on Linux, have this process and the SDK's written LEAST_TRAFFIC.
 
     wait: for another process that is at it, such as the one beside a worker; it ends soon after the run.
     """
@@ -144,7 +146,7 @@ def can_reach(environ: Mapping[str, str]) -> bool:
     if importlib.util.find_spec("wandb") is None or environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return False
     return bool(environ.get("WANDB_API_KEY")) or any(
-        Path(path).expanduser().exists() for path in (environ.get("NETRC") or "~/.netrc", "~/_netrc")
+        os.path.exists(os.path.expanduser(path)) for path in (environ.get("NETRC") or "~/.netrc", "~/_netrc")
     )
 
 
@@ -178,18 +180,45 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _wait(process: subprocess.Popen[bytes], journal: Journal, stall: float) -> bool:
-    """Until the end; False when nothing was acknowledged for `stall` seconds."""
-    size, since = -1, time.monotonic()
+    """Until the end; False when there was no progress for `stall` seconds."""
+    progress = Progress(process.pid, journal, stall, time.monotonic())
     while True:
         try:
             process.wait(timeout=min(1.0, stall))
             return True
         except subprocess.TimeoutExpired:
-            now = journal.done_file.stat().st_size if journal.done_file.exists() else 0
-            if now != size:
-                size, since = now, time.monotonic()
-            elif time.monotonic() - since > stall:
+            if progress.is_over(time.monotonic()):
                 return False
+
+
+class Progress:
+    """What tells work from waiting: acknowledgements, and what the processes of a group write, sockets included."""
+
+    def __init__(self, group: int, journal: Journal, stall: float, now: float):
+        self.group, self.journal, self.stall = group, journal, stall
+        self.since, self.size, self.written = now, self._size(), written_by(group)
+
+    def is_over(self, now: float) -> bool:
+        """Whether there was none for `stall` seconds. now: as time.monotonic() has it."""
+        size, written = self._size(), written_by(self.group)
+        grown = sum(count - self.written.get(pid, 0) for pid, count in written.items())
+        if size != self.size or grown >= LEAST_TRAFFIC * self.stall:
+            self.since, self.size, self.written = now, size, written
+        return now - self.since > self.stall
+
+    def _size(self) -> int:
+        return self.journal.done_file.stat().st_size if self.journal.done_file.exists() else 0
+
+
+def written_by(group: int) -> dict[int, int]:
+    """Process of the group -> bytes that it has written so far (/proc/PID/io, `wchar`); none without /proc."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):  # it has ended, or is somebody else's
+            if os.getpgid(int(place.name)) == group:
+                lines = (place / "io").read_text().splitlines()
+                found[int(place.name)] = int(next(line for line in lines if line.startswith("wchar:")).split()[1])
+    return found
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

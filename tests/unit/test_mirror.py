@@ -201,6 +201,40 @@ def test_a_run_that_wandb_refuses_holds_up_only_what_reads_it(wandb: FakeWandb, 
     whole(wandb, "run-3")
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux says what a process has written")
+def test_traffic_is_progress_and_so_is_an_acknowledgement(tmp_path: Path) -> None:
+    """By the clock that the test gives: an upload goes on for longer than anything is acknowledged."""
+    journal = a_run(tmp_path)
+    line = "import sys\nfor n in sys.stdin: print('x' * int(n), flush=True)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stdin is not None and child.stdout is not None
+
+    def writes(count: int) -> None:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(b"%d\n" % count)
+        child.stdin.flush()
+        child.stdout.readline()
+
+    try:
+        writes(1)
+        progress = sync.Progress(child.pid, journal, 120.0, now=0.0)
+        for now in (100.0, 200.0, 300.0):
+            writes(sync.LEAST_TRAFFIC * 120)
+            assert not progress.is_over(now)
+        writes(5000)  # it asks once more
+        assert not progress.is_over(419.0)
+        journal.acknowledge("started sft 1")
+        assert not progress.is_over(419.5) and not progress.is_over(539.0)
+        writes(5000)
+        assert progress.is_over(540.0)
+    finally:
+        child.stdin.close()
+        child.wait()
+        child.stdout.close()
+
+
 def test_where_nobody_is_answered_the_rest_is_not_tried(wandb: FakeWandb, tmp_path: Path) -> None:
     for n in (1, 2):
         a_run(tmp_path, f"run-{n}")
@@ -269,9 +303,10 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: st
 TRAINER = """
 import sys, wandb
 run = wandb.init(dir=None, name="my own name", config={"hidden_size": 8}, settings=wandb.Settings(silent=True))
-for step in range(int(sys.argv[1]), int(sys.argv[2])):
-    wandb.log({"lm loss": 1 / step}, step)
-    wandb.log({"learning-rate": 0.1}, step)
+first, end = map(int, sys.argv[1:])
+for step in range(first, end):
+    wandb.log({"lm loss": first / step, "large": "x" * 40_000, "spread": wandb.Histogram([1, 2])}, step)
+    wandb.log({"learning-rate": 0.1, "answers": wandb.Table(["a"], [["b"]])}, step)
 print("spoken on the console")
 wandb.finish()
 """
@@ -289,9 +324,8 @@ def trainer_logs(journal: Journal, first: int, end: int) -> TrainerRun:
 @pytest.mark.parametrize("cuts", [1, pytest.param(8, marks=pytest.mark.long)])
 def test_a_trainers_own_logging_goes_to_the_run_of_its_stage(wandb: FakeWandb, tmp_path: Path, cuts: int) -> None:
     journal = a_run(tmp_path)
-    RunDir(journal.run_dir).stage("sft").metrics.unlink()  # such a trainer writes none
-    found = trainer_logs(journal, 1, 4)
-    trainer_logs(journal, 4, 6)  # a second attempt
+    found = trainer_logs(journal, 1, 5)
+    trainer_logs(journal, 3, 8)  # a second attempt goes on from the checkpoint at step 2
     kept = [path for path in found.folder.rglob("*") if path.is_file()]
     assert kept and not any(KEY.encode() in path.read_bytes() for path in kept)
     assert not any(b"spoken on the console" in path.read_bytes() for path in kept)
@@ -302,11 +336,59 @@ def test_a_trainers_own_logging_goes_to_the_run_of_its_stage(wandb: FakeWandb, t
     assert sync.replay(journal.run_dir).left == 0
     told = wandb.runs["run-1.sft"]
     steps = [told.history[n]["_step"] for n in sorted(told.history)]
-    assert steps == list(range(1, 6))
+    assert steps == list(range(1, 8))
+    losses = [told.history[n]["lm loss"] for n in sorted(told.history)]
+    assert losses == [1.0, 0.5, *(3 / step for step in range(3, 8))], "of a step that is repeated the newest counts"
+    assert not any("loss" in row for row in told.history.values()), "metrics.jsonl holds the same under other names"
+    assert told.history[0]["spread"]["_type"] == "histogram" and "answers" not in told.history[0]
     assert {"lm loss", "learning-rate"} <= told.history[0].keys() and told.config["hidden_size"] == {"value": 8}
     assert told.summary["loss"] == 0.2 and told.exit_code == 0
     assert set(wandb.runs) == {"run-1.sft", "run-1.data-prep-sft"}
     assert ("made", "run-1.sft", "ModelArtifact-sft:v0") in wandb.edges()
+
+
+def test_what_wandb_has_of_a_repeated_step_stays(wandb: FakeWandb, tmp_path: Path) -> None:
+    """The first attempt was told before the second one came."""
+    journal = a_run(tmp_path)
+    trainer_logs(journal, 1, 6)
+    assert sync.replay(journal.run_dir).left == 0
+    journal.started("sft", 2, [])
+    trainer_logs(journal, 4, 9)
+    journal.ended("sft", 2, "succeeded", 0, {"loss": 0.1})
+    assert sync.replay(journal.run_dir).left == 0
+    told = wandb.runs["run-1.sft"].history
+    assert [told[n]["_step"] for n in sorted(told)] == list(range(1, 9))
+    assert [told[n]["lm loss"] for n in sorted(told)] == [*(1 / n for n in range(1, 6)), *(4 / n for n in range(6, 9))]
+
+
+def test_an_end_waits_for_the_trainers_last_words(wandb: FakeWandb, tmp_path: Path) -> None:
+    """The worker notes its end first; then its process goes on for a moment, and the SDK writes."""
+    from nemotron_recipes.mirror.offline import read_offline
+
+    journal = a_run(tmp_path)
+    found = trainer_logs(journal, 1, 8)
+    (file,) = found.folder.glob("wandb/offline-run-*/*.wandb")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100_000])
+    part = read_offline(file)
+    assert not part.whole and 0 < len(part.rows) < 7
+    worker = subprocess.Popen(["sleep", "600"])
+    follower = subprocess.Popen([sys.executable, "-m", sync.MODULE, str(journal.run_dir), "--follow", str(worker.pid)])
+    try:
+        until = time.monotonic() + 180
+        while "output model:v1" not in journal.done() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert "output model:v1" in journal.done() and follower.poll() is None
+        file.write_bytes(whole)
+        worker.kill()
+        worker.wait()
+        assert follower.wait(timeout=180) == 0
+    finally:
+        for process in (worker, follower):
+            process.kill()
+            process.wait()
+    told = wandb.runs["run-1.sft"].history
+    assert [told[n]["_step"] for n in sorted(told)] == list(range(1, 8))
 
 
 def test_the_native_keys_are_keys_of_the_real_trainers(wandb: FakeWandb, tmp_path: Path) -> None:
