@@ -25,8 +25,8 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 @dataclass
 class Logged:
-    """config: what the trainer gave `wandb.init` and `run.config`; rows: step -> what it logged, without files; whole: it
-    ended well, so nothing comes any more."""
+    """config: what the trainer gave `wandb.init` and `run.config`; rows: step -> what it logged, without files;
+    whole: it ended well, so nothing comes any more."""
 
     config: Tree = field(default_factory=dict)
     rows: dict[int, Tree] = field(default_factory=dict)
