@@ -361,9 +361,12 @@ def test_what_wandb_has_of_a_repeated_step_stays(wandb: FakeWandb, tmp_path: Pat
     assert [told[n]["lm loss"] for n in sorted(told)] == [*(1 / n for n in range(1, 6)), *(4 / n for n in range(6, 9))]
 
 
-def test_an_end_waits_for_the_trainers_last_words(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_an_end_waits_for_the_trainers_last_words(
+    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The worker notes its end first; then its process goes on for a moment, and the SDK writes."""
     from nemotron_recipes.mirror.offline import read_offline
+    from nemotron_recipes.mirror.replay import Replay
 
     journal = a_run(tmp_path)
     found = trainer_logs(journal, 1, 8)
@@ -372,6 +375,13 @@ def test_an_end_waits_for_the_trainers_last_words(wandb: FakeWandb, tmp_path: Pa
     file.write_bytes(whole[:100_000])
     part = read_offline(file)
     assert not part.whole and 0 < len(part.rows) < 7
+    fake_sdk = type("FakeSdk", (), {"Api": lambda timeout: None})  # nothing is asked of it here
+    assert journal.target is not None
+    replay, end = Replay(fake_sdk, journal.run_dir, journal.target), journal.entries()[-1]
+    assert replay._more_comes(end, alive=True) and replay._more_comes(end, alive=False), "it was changed just now"
+    with monkeypatch.context() as patched:
+        patched.setattr("nemotron_recipes.mirror.replay.QUIET_SECONDS", 0.0)
+        assert not replay._more_comes(end, alive=False), "killed: no end will come"
     worker = subprocess.Popen(["sleep", "600"])
     follower = subprocess.Popen([sys.executable, "-m", sync.MODULE, str(journal.run_dir), "--follow", str(worker.pid)])
     try:
@@ -380,6 +390,7 @@ def test_an_end_waits_for_the_trainers_last_words(wandb: FakeWandb, tmp_path: Pa
             time.sleep(0.05)
         assert "output model:v1" in journal.done() and follower.poll() is None
         file.write_bytes(whole)
+        assert not replay._more_comes(end, alive=True)
         worker.kill()
         worker.wait()
         assert follower.wait(timeout=180) == 0
