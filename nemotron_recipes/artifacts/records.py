@@ -252,7 +252,8 @@ def _alive_or_stalled(stage: Tree, folder: StageDir, attempt: int, note: str) ->
         return "running", note
     if found.stalled:
         return "stalled", "; ".join([*([note] if note else []), found.words()])
-    notes = [note, log_stopped(folder, attempt)]
+    # Where no rank says that it trains, a trainer of another project does, which need not log on rank 0.
+    notes = [note, log_stopped(folder, attempt) if found.judged else ""]
     return "running", "; ".join(each for each in notes if each)
 
 

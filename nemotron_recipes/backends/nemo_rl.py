@@ -88,6 +88,8 @@ _OWNED = {
     "checkpointing.higher_is_better": "the newest checkpoints are kept",
     "checkpointing.checkpoint_must_save_by": "the deadline of the job says when",
     "logger.log_dir": "everything goes to the run folder",
+    "logger.tensorboard_enabled": "metrics.jsonl follows it",
+    "logger.wandb_enabled": "[wandb] in env.toml says where to",
     "policy.model_name": "use model.path",
     "policy.tokenizer.name": "use model.tokenizer",
     "policy.dtensor_cfg.enabled": "DPO runs on DTensor, GRPO on Megatron",
@@ -101,7 +103,11 @@ _OWNED = {
 }
 # What NeMo-RL has registered (nemo_rl/environments/utils.py), of those that judge text.
 _ENVIRONMENTS = ("math", "math_multi_reward", "code", "code_jaccard", "reward_model", GYM)
-_OWNED_SECTIONS = {"data.train.": "use data.path", "data.validation.": "use data.path"}
+_OWNED_SECTIONS = {
+    "data.train.": "use data.path",
+    "data.validation.": "use data.path",
+    "logger.wandb.": "[wandb] in env.toml says where to",
+}
 _EPOCHS = 1_000_000  # train.train_iters ends the training, unless backend.native gives a number of passes, too
 
 
@@ -191,6 +197,9 @@ def native_tree(stage: StageSpec) -> Tree:
         "checkpointing.checkpoint_dir": str(folder.checkpoints),
         "checkpointing.metric_name": None,
         "logger.log_dir": str(folder.path / "nemo_rl"),
+        "logger.tensorboard_enabled": True,
+        # The mirror sends metrics.jsonl. NeMo-RL would wait for W&B, and upload the sources and diffs of its folder.
+        "logger.wandb_enabled": False,
         "cluster.num_nodes": nodes,
         "cluster.gpus_per_node": stage.nproc // nodes,
     }

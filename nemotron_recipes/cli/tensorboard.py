@@ -20,7 +20,7 @@ LEFT_OUT = ("step", "steps", "time")
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 def tensorboard(run: str, follow: bool) -> None:
-    """Write the metrics of a run as TensorBoard files, into STAGE/tensorboard of its folder."""
+    """Write the metrics of a run as TensorBoard files, into STAGE/metrics-tensorboard of its folder."""
     view = lifecycle.load(find_run(read_environment().output / "runs", run))
     writers = {stage.name: _Writer(view, stage.name) for stage in view.stages}
 
@@ -43,7 +43,8 @@ class _Writer:
 
     def __init__(self, view: RunView, stage: str):
         folder = RunDir(Path(view.path)).stage(stage)
-        self.metrics, self.folder = folder.metrics, folder.path / "tensorboard"
+        # `tensorboard` may hold what a trainer has written itself.
+        self.metrics, self.folder = folder.metrics, folder.path / "metrics-tensorboard"
         self.rows = 0
         self._writer: Any = None
 

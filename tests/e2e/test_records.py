@@ -129,7 +129,7 @@ def test_compare_shows_figures_and_draws_one_picture(place: Path) -> None:
     text = nemotron(place, "runs", "compare", first["id"], again["id"], "--plot", "both.svg")
     assert "STEP TIME" in text and "both.svg" in text
     nemotron(place, "runs", "tensorboard", first["id"])
-    assert list((Path(first["run_dir"]) / "sft/tensorboard").glob("events.out.tfevents.*"))
+    assert list((Path(first["run_dir"]) / "sft/metrics-tensorboard").glob("events.out.tfevents.*"))
     picture = (place / "both.svg").read_text()
     assert first["id"] in picture and again["id"] in picture and "loss" in picture
 

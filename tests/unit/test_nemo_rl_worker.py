@@ -37,11 +37,13 @@ wanted, end = int(sys.argv[2]), time.time() + 120
 while not os.path.exists({log!r}) or len(open({log!r}).readlines()) < wanted:
     time.sleep(0.05) if time.time() < end else sys.exit("too few nodes")
 """
-# Writes step_N as NeMo-RL does, for the steps in the file beside it, and keeps its config.
+EVENTS = Path(__file__).parents[1] / "recorded" / "tensorboard" / "nemo_rl"  # as its logger writes them
+# Writes step_N as NeMo-RL does, for the steps in the file beside it, and its figures, and keeps its config.
 FAKE_PROGRAM = """\
 import json, os, shutil, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[2]))
 root = config["checkpointing"]["checkpoint_dir"]
+shutil.copytree({events!r}, config["logger"]["log_dir"] + "/tensorboard", dirs_exist_ok=True)
 shutil.copy(sys.argv[2], {told!r})
 from nemo_rl.utils.timer import TimeoutChecker
 open({told!r} + ".sys", "w").write(json.dumps([__name__, sys.path[0], sys.argv, time.time()]))
@@ -79,7 +81,7 @@ class Fakes:
         for name in ("run_dpo.py", "configs/dpo.yaml"):
             (folder / "source" / "examples" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "source" / "examples" / name).write_text("")
-        program = FAKE_PROGRAM.format(told=str(self.told), steps=str(self.steps))
+        program = FAKE_PROGRAM.format(told=str(self.told), steps=str(self.steps), events=str(EVENTS))
         (folder / "source" / "examples" / "run_dpo.py").write_text(program)
         ray = folder / "ray"
         ray.write_text(FAKE_RAY.format(python=sys.executable, log=str(self.ray_log)))
@@ -118,9 +120,9 @@ def context_of(folder: Path, rank: int = 0, local_rank: int = 0, attempt: int = 
     for key, kind, path in (("model.path", "model", folder / "model"), ("data.path", "data", rows)):
         made.artifacts[key] = Artifact("path", kind, uri=str(path))
         made.inputs[key] = path
-    (folder / "plan.yaml").write_text(
-        yaml.safe_dump({"checkpointing": {"checkpoint_dir": str(made.dir.checkpoints)}, "dpo": {"max_num_steps": 4}})
-    )
+    values = {"checkpointing": {"checkpoint_dir": str(made.dir.checkpoints)}, "dpo": {"max_num_steps": 4}}
+    values["logger"] = {"log_dir": str(made.dir.path / "nemo_rl")}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(values))
     return made
 
 
@@ -162,7 +164,9 @@ def test_two_nodes_from_the_head_to_the_output(fakes: Fakes, monkeypatch: pytest
     assert json.loads(train.read_text())["context"] == [{"role": "user", "content": "2+2?"}]
     assert told["data"]["train"]["dataset_name"] == "PreferenceDataset"
     made = main.output("checkpoint") / "iter_0000004"
-    assert (made / "training_info.json").is_file() and main.results == {"step": 4}
+    assert (made / "training_info.json").is_file()
+    assert main.results == {"step": 4, "loss": 0.35, "validation_loss": 0.75}
+    assert [row["step"] for row in read_jsonl(main.dir.metrics)] == [0, 1, 2]
     assert (main.dir.checkpoints / TRACKER).read_text() == "4\n"
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.artifacts.records import load_run
+from nemotron_recipes.artifacts.records import _alive_or_stalled, load_run
 from nemotron_recipes.executors import watchdog
 from nemotron_recipes.executors.local import LocalExecutor
-from nemotron_recipes.pulse import UNKNOWN_SAVE, Beat, allowance, log_stopped, pulse, read_beats
+from nemotron_recipes.pulse import UNKNOWN_SAVE, Beat, Phase, allowance, log_stopped, pulse, read_beats
 from nemotron_recipes.rundir import RUN_ID_ENV, TRACKER, StageDir, append_event
 from nemotron_recipes.spec import JobHandle
 from tests.helpers.executor_harness import placement, wait_for
@@ -95,6 +95,19 @@ def test_a_log_that_stopped_while_steps_go_on(tmp_path: Path) -> None:
     assert log_stopped(stage, 1) == "", "two rows without a line may be on their way"
     stage.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert log_stopped(stage, 1) == "rank 0's log stopped 40 s ago, while steps went on to 4"
+
+
+@pytest.mark.parametrize(("phase", "said"), [("training", True), ("starting", False)])
+def test_a_silent_log_means_something_where_ranks_say_that_they_train(tmp_path: Path, phase: Phase, said: bool) -> None:
+    """Trainers of other projects write no heartbeats, and some log their steps on the last rank."""
+    now = time.time()
+    stage = stage_with(tmp_path, replace(STEPPING, time=now, phase=phase))
+    stage.log(1, 0).parent.mkdir(parents=True)
+    stage.log(1, 0).write_text("it begins\n")
+    os.utime(stage.log(1, 0), (now - 100, now - 100))
+    stage.metrics.write_text("".join(f'{{"step": {n}, "time": {now - 50 + n}, "loss": 1.0}}\n' for n in range(5)))
+    state, words = _alive_or_stalled({}, stage, 1, "")
+    assert (state, "rank 0's log stopped" in words) == ("running", said)
 
 
 def worker(tmp_path: Path, rank: int, world: int, **config: Any) -> subprocess.Popen[bytes]:

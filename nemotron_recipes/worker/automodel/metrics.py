@@ -13,9 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.metrics import append, forget_after
 
 _NAMES = {"val_loss": "validation_loss", "tps": "tokens_per_second"}
 _LEFT_OUT = ("step", "epoch", "timestamp", "mem", "tps_per_gpu")
@@ -28,20 +27,11 @@ class Metrics:
         self.context, self.steps = context, steps
         # What earlier attempts have written there is in metrics.jsonl already, or is done again.
         self._read = {file: file.stat().st_size for file in self._files()}
-        kept = [row for row in read_jsonl(context.dir.metrics) if row["step"] <= start]
-        if context.dir.metrics.exists():
-            write_atomic(context.dir.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        forget_after(context.dir.metrics, start)
 
     def look(self) -> None:
         rows = sorted((row for file in self._files() for row in self._new(file)), key=lambda row: row["step"])
-        if not rows:
-            return
-        with open(self.context.dir.metrics, "a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows)
-        for row in rows:
-            self.context.results |= {
-                name: row[name] for name in ("loss", "validation_loss") if row.get(name) is not None
-            }
+        append(self.context, rows)
 
     def _files(self) -> list[Path]:
         root = self.context.dir.checkpoints

@@ -8,8 +8,19 @@ from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.event_files import EventMetrics
 from nemotron_recipes.worker.guest import CheckpointWatch, Guest, link_tree, step_of
 from nemotron_recipes.worker.megatron_bridge.config import Paths, build_config, read_native
+
+# Tags of its TensorBoard files (megatron/bridge/training/utils/train_utils.py and eval.py, 0.3 to 0.6) -> ours. Their
+# doubles "... vs samples" count samples, not steps.
+_TAGS = {
+    "lm loss": "loss",
+    "learning-rate": "lr",
+    "grad-norm": "grad_norm",
+    "iteration-time": "seconds_per_step",
+    "lm loss validation": "validation_loss",
+}
 
 
 def run(config: Tree, context: Context) -> None:
@@ -28,7 +39,8 @@ def run(config: Tree, context: Context) -> None:
         from megatron.bridge.training.finetune import finetune as train
     context.event("ready", resume_from=str(paths.load) if paths.load else None)
     guest = Guest(context)
-    with CheckpointWatch(context), guest:
+    events = Path(overrides["logger"]["tensorboard_dir"])
+    with follow(events, config, context, paths) as metrics, CheckpointWatch(context, look=metrics.look), guest:
         train(native, forward_step)
     if not context.is_main:  # on another node the newest checkpoint may not be seen yet
         return
@@ -40,6 +52,13 @@ def run(config: Tree, context: Context) -> None:
         write_output(newest, context.output("checkpoint"))
         context.results["step"] = reached
         context.metadata["format"] = "megatron"
+
+
+def follow(events: Path, config: Tree, context: Context, paths: Paths) -> EventMetrics:
+    """Its TensorBoard files. Its last rank writes them, whole before all ranks meet at the end of training."""
+    newest = latest_checkpoint(paths.load) if paths.load else None
+    start = paths.load_step or (step_of(newest) if newest else 0)
+    return EventMetrics(context, events, _TAGS.get, start, config["train_iters"])
 
 
 def find_paths(config: Tree, context: Context) -> Paths:

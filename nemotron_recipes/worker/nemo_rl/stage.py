@@ -23,6 +23,7 @@ from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import deadline_from, last_save_seconds
+from nemotron_recipes.worker.event_files import VALIDATION, EventMetrics
 from nemotron_recipes.worker.guest import LEAST_RESERVE, SAVES, CheckpointWatch, link_tree, step_of
 from nemotron_recipes.worker.hub import folder_of
 from nemotron_recipes.worker.nemo_rl import cluster
@@ -32,6 +33,7 @@ FILE = "nemo_rl.yaml"  # in the stage's folder: the Plan's values, with what is 
 TIME_IS_UP = "nemo_rl-time-is-up"  # beside it: launch.py's word that the time limit ended the program
 LAUNCHER = Path(__file__).with_name("launch.py")
 SPLITS = ("train", "validation")
+_TAGS = {"timing/train/total_step_time": "seconds_per_step", "performance/tokens_per_sec": "tokens_per_second"}
 GRACE = 30.0  # seconds from a wish to stop to the end by force
 
 
@@ -56,7 +58,15 @@ def run(config: Tree, context: Context) -> None:
     mark.unlink(missing_ok=True)
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     context.event("ready", resume_from=str(began) if began else None)
-    with CheckpointWatch(context, look=lambda: adopt(root)), cluster.head(context, config["nodes"]) as address:
+    # Where nemo_rl/utils/logger.py puts them, below logger.log_dir.
+    events = Path(values["logger"]["log_dir"]) / "tensorboard"
+    metrics = EventMetrics(context, events, metric_of, step_of(began) if began else 0, config["train_iters"])
+
+    def look() -> None:
+        adopt(root)
+        metrics.look()
+
+    with metrics, CheckpointWatch(context, look), cluster.head(context, config["nodes"]) as address:
         program = [config["script"], "--config", str(file)]
         code = _train([sys.executable, str(LAUNCHER), repr(written), str(mark), *program], source, address, context)
     newest = adopt(root)
@@ -74,6 +84,19 @@ def run(config: Tree, context: Context) -> None:
         link_tree(newest, context.output("checkpoint") / newest.name)
         context.results["step"] = reached
         context.metadata["format"] = "nemo_rl"
+
+
+def metric_of(tag: str) -> str | None:
+    """What a tag of NeMo-RL's TensorBoard files (PREFIX/NAME, nemo_rl/algorithms/dpo.py and grpo.py) is called here.
+
+    Those of other prefixes are left out: times of parts of a step, and figures that count no steps (`ray/`).
+    """
+    prefix, _, name = tag.partition("/")
+    if prefix == "train":
+        return name
+    if prefix == "validation" or prefix.startswith("validation-"):  # DPO names its data set, and there is one
+        return f"{VALIDATION}{name}"
+    return _TAGS.get(tag)
 
 
 def complete(config: Tree, context: Context, source: Path) -> Tree:

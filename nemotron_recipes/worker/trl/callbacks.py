@@ -8,18 +8,16 @@ import resource
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.pulse import Phase
-from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import Pace
+from nemotron_recipes.worker.metrics import forget_after
 from nemotron_recipes.worker.trl.checkpoints import commit_checkpoint
 
 _BAR = 24  # characters
@@ -36,7 +34,7 @@ class Progress(TrainerCallback):
         self.context = context
         self.start = start
         if context.is_main:
-            _forget_after(context.dir.metrics, start)
+            forget_after(context.dir.metrics, start)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.last = time.monotonic()
@@ -172,10 +170,3 @@ def _peak_memory() -> int:
 def _finite(value: float) -> float | None:
     """JSON has no NaN: such a value is kept by name, as null."""
     return value if math.isfinite(value) else None
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again; all of them when training starts anew."""
-    kept = [line for line in read_jsonl(metrics) if line["step"] <= step]
-    if metrics.exists() or kept:
-        write_atomic(metrics, "".join(json.dumps(line) + "\n" for line in kept))
