@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ STAGE_LABEL = "nemotron.stage"
 
 _ASK_SECONDS = 60.0  # a daemon answers in milliseconds, while it unpacks an image in seconds
 _HOST_ENV = "DOCKER_HOST"
+# As docker's command and Go's network library say it. Asking the daemon afterwards is no proof: it may be back by then.
+_NO_CONNECTION = re.compile(
+    r"cannot connect to the docker daemon|error during connect|failed to connect to the docker|dial (unix|tcp)"
+    r"|connection (refused|reset)|broken pipe|unexpected EOF|: EOF$",
+    re.IGNORECASE,
+)
 
 
 class Unreachable(NemotronError):
@@ -67,7 +74,7 @@ class Docker:
         if done.returncode == 0:
             return done.stdout
         words = done.stderr.strip() or f"docker {arguments[0]} ended with exit code {done.returncode}"
-        if arguments[0] != "version":
+        if arguments[0] != "version" and not _NO_CONNECTION.search(words):
             self.ask("version", "--format", "{{.Server.Version}}", seconds=seconds)  # Unreachable, if it is that
             raise Refused(words)
         raise Unreachable(words)

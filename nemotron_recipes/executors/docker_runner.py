@@ -100,7 +100,7 @@ class StageContainer:
             time.sleep(min(seconds, _RETRY_SECONDS))
         try:
             found = self.docker.container(self.id)
-        except Unreachable as error:
+        except (Refused, Unreachable) as error:  # a daemon that begins or ends may refuse what it will answer later
             if not self._cut_off:
                 print(f"the docker daemon is away, waiting for it: {error}", file=sys.stderr)
             self._cut_off = True

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors import docker_files, process_tree
 from nemotron_recipes.executors.docker import DockerExecutor, container_name
+from nemotron_recipes.executors.docker_control import Docker, Unreachable
 from nemotron_recipes.executors.docker_profile import DockerProfile
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import Artifact, JobHandle, StagePlan
@@ -210,6 +211,18 @@ def test_what_the_daemon_can_not_do_is_refused_before_anything_starts(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("DOCKER_HOST")
     refused(tmp_path / "r5", {}, "no docker command", "install docker")
+
+
+def test_a_daemon_that_is_back_a_moment_later_was_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command in docker's place says what docker 20.10 said between the two; any other question is answered."""
+    fake_docker = tmp_path / "bin" / "docker"
+    fake_docker.parent.mkdir()
+    away = "Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?"
+    fake_docker.write_text(f"#!/bin/sh\n[ $1 = version ] && exit 0\necho '{away}' >&2\nexit 1\n")
+    fake_docker.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake_docker.parent), prepend=os.pathsep)
+    with pytest.raises(Unreachable, match="Is the docker daemon running"):
+        Docker("unix:///x").container("c")
 
 
 def test_podman_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
