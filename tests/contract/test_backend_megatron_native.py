@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from nemotron_recipes.backends import schemas
 from nemotron_recipes.backends.megatron_bridge import NATIVE_FILE, MegatronBridgeBackend
 from nemotron_recipes.config.schema import TrainConfig
 from nemotron_recipes.spec import StageSpec
+from tests.helpers import real_megatron
 
 ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).parent / "records" / "megatron_bridge-0.3.1.json"
@@ -105,7 +105,7 @@ def test_every_value_of_the_table_arrives():
     """Envelope -> megatron.yaml -> the real ConfigContainer, and back through the table."""
     config, _ = question()
     answer = json.loads(RECORD.read_text())["answer"]
-    recipe = schemas.load("megatron_bridge-0.3.1").content["recipes"]["nemotron_3_nano_peft_config"]["sections"]
+    recipe = schemas.load(real_megatron.VERSION).content["recipes"]["nemotron_3_nano_peft_config"]["sections"]
     converted = {"optimizer.name": "adam", "model.dtype": "bf16_mixed"}
     same_as_recipe = {"optimizer.optimizer", "mixed_precision"}
     for key, native in MegatronBridgeBackend().table("sft").items():
@@ -133,13 +133,9 @@ def test_native_keys_paths_and_promises_arrive():
 
 @pytest.mark.long
 def test_the_record_and_the_schema_are_the_real_packages(pytestconfig):
-    """Installs megatron-bridge 0.3.1 below .schemas/ (about 1.5 GB), or uses what NEMOTRON_MEGATRON_VENV names."""
-    build = [sys.executable, ROOT / "tools" / "schemas" / "build.py", "--check", "megatron_bridge-0.3.1"]
-    ready = os.environ.get("NEMOTRON_MEGATRON_VENV")
-    subprocess.run([*build, *(["--venv", ready] if ready else [])], check=True)
-    python = Path(ready or ROOT / ".schemas" / "megatron_bridge-0.3.1") / "bin" / "python"
+    python = real_megatron.python(checked=True)
     _, told = question()
-    stubs = schemas.load("megatron_bridge-0.3.1").content["stubs"]
+    stubs = schemas.load(real_megatron.VERSION).content["stubs"]
     found = {"question": told, "answer": ask(told, python, stubs)}
     if pytestconfig.getoption("--update-golden"):
         RECORD.parent.mkdir(exist_ok=True)

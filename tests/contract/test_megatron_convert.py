@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from nemotron_recipes.backends import get_backend
 from nemotron_recipes.config.schema import ConvertConfig
 from nemotron_recipes.rundir import TRACKER
 from nemotron_recipes.spec import Artifact, Output, StageSpec
+from tests.helpers import real_megatron
 
 ROOT = Path(__file__).parents[2]
 HELPER = ROOT / "tests" / "helpers" / "megatron_on_cpu.py"
@@ -47,12 +47,7 @@ def test_what_a_conversion_needs(method, checkpoint, message):
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    """Installs megatron-bridge 0.3.1 below .schemas/ (about 1.5 GB), or uses what NEMOTRON_MEGATRON_VENV names."""
-    ready = os.environ.get("NEMOTRON_MEGATRON_VENV")
-    if not ready:
-        build = [sys.executable, ROOT / "tools" / "schemas" / "build.py", "--check", "megatron_bridge-0.3.1"]
-        subprocess.run(build, check=True)
-    return Path(ready or ROOT / ".schemas" / "megatron_bridge-0.3.1") / "bin" / "python"
+    return real_megatron.python()
 
 
 def run(python: Path, *arguments: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from nemotron_recipes.data.packed import PARQUET, PackedSplit
+from tests.helpers import real_megatron
 from tests.helpers.data_prep import chat, run_prepare, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -21,12 +21,7 @@ HELPER = ROOT / "tests" / "helpers" / "megatron_readers.py"
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    """Installs megatron-bridge 0.3.1 below .schemas/ (about 1.5 GB), or uses what NEMOTRON_MEGATRON_VENV names."""
-    ready = os.environ.get("NEMOTRON_MEGATRON_VENV")
-    if not ready:
-        build = [sys.executable, ROOT / "tools" / "schemas" / "build.py", "--check", "megatron_bridge-0.3.1"]
-        subprocess.run(build, check=True)
-    return Path(ready or ROOT / ".schemas" / "megatron_bridge-0.3.1") / "bin" / "python"
+    return real_megatron.python()
 
 
 def read(python: Path, *arguments: object) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from nemotron_recipes.sizing.footprint import Footprint
 from nemotron_recipes.sizing.lora import Lora
 from nemotron_recipes.sizing.memory import GIB, Batch, memory, trained_parameters
 from nemotron_recipes.sizing.shape import Shape
+from tests.helpers import real_megatron
 
 ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).parent / "records" / "megatron_bridge-0.3.1-memory.json"
@@ -124,12 +124,8 @@ def test_nano3_activations_are_at_most_a_quarter_above_the_published_ones(tokens
 
 @pytest.mark.long
 def test_the_record_is_the_real_estimator(pytestconfig: pytest.Config) -> None:
-    """Installs megatron-bridge 0.3.1 below .schemas/ (about 1.5 GB), or uses what NEMOTRON_MEGATRON_VENV names."""
-    build = [sys.executable, ROOT / "tools" / "schemas" / "build.py", "--check", "megatron_bridge-0.3.1"]
-    ready = os.environ.get("NEMOTRON_MEGATRON_VENV")
-    subprocess.run([*build, *(["--venv", ready] if ready else [])], check=True)
-    python = Path(ready or ROOT / ".schemas" / "megatron_bridge-0.3.1") / "bin" / "python"
-    stubs = schemas.load("megatron_bridge-0.3.1").content["stubs"]
+    python = real_megatron.python(checked=True)
+    stubs = schemas.load(real_megatron.VERSION).content["stubs"]
     done = subprocess.run(
         [python, ROOT / "tools/schemas/memory_megatron_bridge.py", ",".join(stubs)],
         input=json.dumps(question()),
