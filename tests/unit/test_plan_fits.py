@@ -16,6 +16,7 @@ from nemotron_recipes.cli import main as cli
 from nemotron_recipes.config.catalog import Catalog, package_root
 from nemotron_recipes.config.profiles import Environment
 from nemotron_recipes.errors import UserError
+from nemotron_recipes.lifecycle import submitting
 from nemotron_recipes.planning import disk
 from nemotron_recipes.planning.layouts import layouts
 from nemotron_recipes.planning.plan import make_plan
@@ -169,6 +170,6 @@ def test_checkpoints_without_room_stop_a_submission(place: Path, monkeypatch: py
     assert problem.what.startswith("sft: checkpoints take 37.1 GB (12.4 GB each), but 37.1 GB are free below ")
     assert "checkpoint.keep=1" in problem.fix
     with pytest.raises(UserError, match="checkpoints take"):
-        lifecycle._refuse_unfit(prepared)
+        submitting.refuse_unfit(prepared)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(kept, 0, kept))
     assert list(disk.disk_problems(prepared.plan)) == []

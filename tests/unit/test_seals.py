@@ -14,6 +14,7 @@ from nemotron_recipes.artifacts import gc
 from nemotron_recipes.artifacts.records import load_run
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
+from nemotron_recipes.lifecycle import submitting
 from nemotron_recipes.mirror.journal import Journal
 from nemotron_recipes.rundir import RunDir, append_event, read_json, read_jsonl, write_record, write_sealed
 from nemotron_recipes.seals import opened, sealed
@@ -81,7 +82,7 @@ def test_a_run_with_a_damaged_file_is_listed_as_that(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="what run r reads is unknown"):
             gc.find(Store(tmp_path / "store"), [view], gc.Policy(), 1.0)
         with pytest.raises(UserError, match="whether this plan is running is unknown"):
-            lifecycle._refuse_rerun(run)
+            submitting.refuse_rerun(run)
         path.write_bytes(whole)
 
 

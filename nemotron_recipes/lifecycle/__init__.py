@@ -1,0 +1,65 @@
+"""Every effect of a command in one place: prepare (reads only), submit, watch, cancel, apply.
+
+`prepare` is all that `--dry-run` does; `submit` sends exactly what `prepare` returned.
+"""
+
+from nemotron_recipes.lifecycle.examining import examine
+from nemotron_recipes.lifecycle.mirroring import mirror
+from nemotron_recipes.lifecycle.preparing import (
+    Prepared,
+    checked_profile,
+    load_plan,
+    plan,
+    prepare,
+    prepare_again,
+    refuse_remote,
+    rendered,
+    rendered_json,
+    reprepare,
+    save_plan,
+)
+from nemotron_recipes.lifecycle.runs import (
+    ask_seconds,
+    cancel,
+    detaches,
+    differences,
+    liveness,
+    load,
+    load_all,
+    look,
+    newest_runs,
+    shell,
+    waits,
+)
+from nemotron_recipes.lifecycle.submitting import check, submit
+from nemotron_recipes.lifecycle.watching import watch
+
+__all__ = [
+    "Prepared",
+    "ask_seconds",
+    "cancel",
+    "check",
+    "checked_profile",
+    "detaches",
+    "differences",
+    "examine",
+    "liveness",
+    "load",
+    "load_all",
+    "load_plan",
+    "look",
+    "mirror",
+    "newest_runs",
+    "plan",
+    "prepare",
+    "prepare_again",
+    "refuse_remote",
+    "rendered",
+    "rendered_json",
+    "reprepare",
+    "save_plan",
+    "shell",
+    "submit",
+    "waits",
+    "watch",
+]
