@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nemotron_recipes.executors import slurm_control, slurm_handle
@@ -54,6 +54,19 @@ def jobs_of(handle: JobHandle) -> dict[str, str]:
     """Stage -> job of one run."""
     names = _unnoted(handle).values()
     return _jobs(handle, slurm_control.jobs_named(*names) if names else {})
+
+
+def one_by_one(handle: JobHandle) -> dict[str, JobState]:
+    """`Snapshot.states` of one run, with a question per job. Unreachable when Slurm could not be asked."""
+    jobs = jobs_of(slurm_handle.recovered(handle))
+    found = known(jobs.values())
+    return {stage: found[job] for stage, job in jobs.items() if job in found}
+
+
+def known(jobs: Iterable[str]) -> dict[str, JobState]:
+    """Job -> its state, for those that Slurm knows."""
+    found = {job: slurm_control.job_state(job) for job in jobs}
+    return {job: state for job, state in found.items() if state is not None}
 
 
 def _unnoted(handle: JobHandle) -> dict[str, str]:
