@@ -108,8 +108,9 @@ class StageDir:
     def log(self, attempt: int, rank: int) -> Path:
         return self.logs(attempt) / f"rank-{rank}.log"
 
-    def launcher_log(self, attempt: int) -> Path:
-        return self.logs(attempt) / "launcher.log"
+    def launcher_log(self, attempt: int, node: int = 0) -> Path:
+        """Of the processes of one node; the first node's is the one that readers know."""
+        return self.logs(attempt) / ("launcher.log" if node == 0 else f"launcher.node-{node}.log")
 
     def job_logs(self) -> list[Path]:
         """What a scheduler's job printed around the stage: of its newest job alone."""

@@ -141,6 +141,7 @@ class Launch:
     # A module that does part I of N of the work beforehand when it gets the same arguments and `--part I/N`. What it
     # leaves behind is taken over, what it doesn't is done by `module`: it may be killed, or never be started.
     part_module: str | None = None
+    writes_together: bool = False  # its ranks write into one checkpoint: all nodes must see the run folder
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ class RenderedStage:
 
     workdir   instead of `cwd`, the stage's folder, where a profile names another one in a container
     notes     (name, text) of what else the executor made of the settings, for people
+    elsewhere host -> argv that runs there at the same time, where one stage runs on several machines
     """
 
     name: str
@@ -240,6 +242,7 @@ class RenderedStage:
     cwd: str
     workdir: str | None = None
     notes: tuple[tuple[str, str], ...] = ()
+    elsewhere: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

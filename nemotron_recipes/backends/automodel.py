@@ -122,6 +122,7 @@ class AutoModelBackend:
             launcher="torchrun",
             env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"},
             notes=tuple(note for note in (schema_of(config)[1],) if note),
+            writes_together=True,
         )
 
 

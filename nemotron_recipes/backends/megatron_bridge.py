@@ -139,6 +139,7 @@ class MegatronBridgeBackend:
                 "HF_HUB_DISABLE_TELEMETRY": "1",
             },
             notes=notes(config),
+            writes_together=True,
         )
 
 

@@ -161,6 +161,7 @@ class NemoRlBackend:
             launcher="torchrun",
             env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"},
             notes=tuple(note for note in (schema_of(config)[1],) if note),
+            writes_together=True,
         )
 
 

@@ -87,6 +87,9 @@ class Follower:
             self._line(f"── {stage}" + (f" (attempt {attempt})" if attempt > 1 else "") + hosts)
             self.logs = _Logs(folder, attempt, self.rank)
             self.metrics = Tail(folder.metrics)
+        elif event["event"] == "linked":
+            for link in event["links"]:
+                self._line(f"   {link}")
         elif event["event"] == "job-accepted":
             array = f", after the tasks of array {event['array']}" if event.get("array") else ""
             self._line(f"   {stage} is job {event['job']}{array}")

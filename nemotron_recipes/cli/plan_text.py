@@ -125,4 +125,6 @@ def _rendered(stage: RenderedStage) -> list[str]:
     lines.append("  environment added")
     lines += [f"    {name}={shlex.quote(value)}" for name, value in sorted(stage.env.items())]
     lines += [f"  runs in {stage.workdir or stage.cwd}", f"    {shlex.join(stage.argv)}"]
+    for host, argv in stage.elsewhere.items():
+        lines += [f"  and on {host}", f"    {shlex.join(argv)}"]
     return lines

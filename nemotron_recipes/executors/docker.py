@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import csv
 import getpass
-import glob
 import io
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import Liveness, checks, docker_files, torchrun
+from nemotron_recipes.executors import (
+    Liveness,
+    checks,
+    docker_files,
+    host_files,
+    hosts,
+    hosts_copy,
+    torchrun,
+    transport,
+)
 from nemotron_recipes.executors.docker_control import (
     RUN_LABEL,
     STAGE_LABEL,
@@ -23,17 +30,17 @@ from nemotron_recipes.executors.docker_control import (
     Unreachable,
     endpoint,
 )
-from nemotron_recipes.executors.docker_profile import DockerProfile, contradictions
+from nemotron_recipes.executors.docker_places import daemon_of, hosts_of
+from nemotron_recipes.executors.docker_profile import HCA_ENV, LINK_ENV, MEETING_ENV, DockerProfile, contradictions
 from nemotron_recipes.executors.driven import DrivenExecutor, driver_command, has_ended
-from nemotron_recipes.executors.left_behind import remove_secrets
-from nemotron_recipes.executors.verdict import failure_cause
-from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir, append_event, read_json, read_jsonl
+from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir
 from nemotron_recipes.spec import Examination, JobHandle, Plan, Rendered, RenderedStage, StagePlan, Tree
 
 LAUNCHER = "nemotron_recipes.executors.docker_launch"
 HOME = "/tmp"  # of a user whom the image does not know; every image lets all write there
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # Linux; WSL 2
+RDMA_DEVICES = "/dev/infiniband"
 _RESERVED_ENV = ("HOME", "HF_HOME")
 
 
@@ -45,10 +52,13 @@ class DockerExecutor(DrivenExecutor):
 
     def check(self, stage: StagePlan) -> list[Problem]:
         """Secrets, reserved names, text that can't travel, and settings that docker could not follow."""
-        problems = [*checks.secret_problems(stage), *checks.env_problems(stage, _RESERVED_ENV)]
+        reserved = (*_RESERVED_ENV, *LINK_ENV, *MEETING_ENV) if stage.placement.nodes > 1 else _RESERVED_ENV
+        problems = [*checks.secret_problems(stage), *checks.env_problems(stage, reserved)]
         problems += checks.text_problems(stage, _worker_argv(stage))
         for key, what, fix in contradictions(_profile(stage)):
             problems.append(Problem(what, checks.where(stage, key), fix))
+        if stage.placement.nodes > 1:
+            problems += _apart(stage)
         return problems
 
     def render(self, plan: Plan) -> Rendered:
@@ -63,34 +73,32 @@ class DockerExecutor(DrivenExecutor):
         return super().submit(plan, rendered)
 
     def _unfit(self, plan: Plan) -> Iterator[Problem]:
-        """The daemon can't be reached, or can't do what a stage asks for."""
+        """A daemon can't be reached, or can't do what a stage asks for; hosts can't work together."""
         for stage in (stage for stage in plan.stages if stage.reused is None):
             profile = _profile(stage)
             try:
-                docker = Docker(endpoint(profile.docker_host))
-                if not docker.host.startswith("unix://"):
-                    what = f"docker's daemon is at {docker.host}: folders of this machine can't be mounted there"
-                    yield Problem(what, checks.where(stage, "docker_host"), "start the run on that machine")
-                    return
-                if docker.is_podman():
-                    what = f"{docker.host} is Podman's socket, on which this executor is not proved"
-                    yield Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon")
-                    return
-                yield from _misfits(docker, profile, stage)
-            except Unreachable as error:
-                what = f"docker can't be used: {error}"
-                yield Problem(what, checks.where(stage), _how_to_reach(str(error)))
+                if stage.placement.nodes > 1:
+                    from nemotron_recipes.executors import hosts_preflight
+
+                    yield from hosts_preflight.problems(plan, stage, profile, partial(_unfit_on, profile, stage))
+                else:
+                    yield from _unfit_on(profile, stage, transport.HERE)
+            except UserError as error:  # nothing more can be asked
+                yield from error.problems
                 return
 
     def examine(self, profile: Tree) -> Examination:
-        """The machine, its memory and GPUs, docker and the image."""
-        from nemotron_recipes.executors import docker_doctor
+        """The machine, its memory and GPUs, docker and the image; of several hosts each, and what joins them."""
+        from nemotron_recipes.executors import docker_doctor, hosts_doctor
 
         wanted = DockerProfile.model_validate(profile)
-        return Examination(tuple(docker_doctor.findings(wanted, Path(_hf_cache(wanted)))))
+        hf_cache = Path(_hf_cache(wanted))
+        if wanted.hosts:
+            return Examination(tuple(hosts_doctor.findings(wanted, hf_cache)))
+        return Examination(tuple(docker_doctor.findings(wanted, hf_cache)))
 
     def shell(self, handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
-        """The command in the stage's container."""
+        """The command in the stage's container; of several hosts, the first one's."""
         docker = Docker(handle.native["docker_host"])
         try:
             found = [docker.container(container) for container in docker.containers(handle.run, stage)]
@@ -100,38 +108,20 @@ class DockerExecutor(DrivenExecutor):
         if not running:
             raise UserError(Problem(f"stage {stage} of run {handle.run} has no container that runs"))
         terminal = ["--tty"] if os.isatty(0) else []
-        return ["docker", "--host", docker.host, "exec", "--interactive", *terminal, running[0], *command]
+        return docker.command("exec", "--interactive", *terminal, running[0], *command)
 
     def settle(self, handle: JobHandle) -> list[Tree]:
-        """Of a container that outlived its driver: how its stage ended, and with it the run."""
-        run = RunDir(Path(handle.run_dir))
-        if has_ended(handle):
-            return []
-        started = [event for event in read_jsonl(run.events) if event["event"] == "stage-started"][-1:]
-        docker = Docker(handle.native["docker_host"])
-        try:
-            found = docker.container(started[0]["container"]) if started else None
-        except (Refused, Unreachable):
-            return []
-        if found is None:
-            with suppress(OSError):
-                remove_secrets(run, docker_files.secrets(run))
-            return []
-        if found.running:
-            return []
-        missing = _ending(run, found.exit_code)
-        with suppress(OSError, Refused, Unreachable):  # somebody else's run: only read
-            for event in missing:
-                append_event(run.events, **event)
-            docker_files.secrets(run).unlink(missing_ok=True)
-            docker.remove(found.id)
-        return missing
+        """Of containers that outlived their driver: how their stage ended, and with it the run."""
+        from nemotron_recipes.executors import docker_settle
+
+        return [] if has_ended(handle) else docker_settle.settle(handle)
 
     def _without_driver(self, handle: JobHandle) -> Liveness:
         """While docker can't be asked, nothing is known of a container, so it counts as running."""
-        docker = Docker(handle.native["docker_host"])
+        found = []
         try:
-            found = [docker.container(container) for container in docker.containers(handle.run)]
+            for docker in (daemon_of(host, handle) for host in hosts_of(handle)):
+                found += [docker.container(container) for container in docker.containers(handle.run)]
         except (Refused, Unreachable):
             return "running"
         if any(container.running for container in found if container):
@@ -139,19 +129,22 @@ class DockerExecutor(DrivenExecutor):
         return "ended" if found else "lost"
 
     def _stop_orphans(self, handle: JobHandle, grace: float) -> None:
-        docker = Docker(handle.native["docker_host"])
-        try:
-            for container in docker.containers(handle.run):
-                docker.stop(container, grace)
-                docker.remove(container)
-        except (Refused, Unreachable) as error:
-            print(f"docker can't be asked to stop run {handle.run}, so its processes are: {error}")
-        docker_files.secrets(RunDir(Path(handle.run_dir))).unlink(missing_ok=True)
+        run = RunDir(Path(handle.run_dir))
+        for host in hosts_of(handle):
+            try:
+                docker = daemon_of(host, handle)
+                for container in docker.containers(handle.run):
+                    docker.stop(container, grace)
+                    docker.remove(container)
+                hosts_copy.clear(host, run)
+            except (Refused, Unreachable, transport.Unreachable, OSError) as error:
+                print(f"{host.name}: docker can't be asked to stop run {handle.run}, so its processes are: {error}")
+        docker_files.secrets(run).unlink(missing_ok=True)
 
 
 def _render_stage(plan: Plan, stage: StagePlan) -> RenderedStage:
     folder, profile = StageDir(Path(stage.directory)), _profile(stage)
-    user = profile.user or f"{os.getuid()}:{os.getgid()}"
+    machines = hosts.of_profile(profile)[: stage.placement.nodes]
     env = {
         "PYTHONSAFEPATH": "1",  # `-m` looks for modules in the environment alone, not in the stage's folder
         "PYTHONUNBUFFERED": "1",
@@ -162,23 +155,53 @@ def _render_stage(plan: Plan, stage: StagePlan) -> RenderedStage:
         **profile.env,
         RUN_ID_ENV: plan.id,
     }
-    argv = [
+    argvs = [_argv(plan, stage, profile, env, host, len(machines)) for host in machines]
+    files = {str(folder.files / name): text for name, text in stage.launch.files.items()}
+    elsewhere = {host.name: argv for host, argv in zip(machines[1:], argvs[1:], strict=True)}
+    notes = _notes(profile, machines) if elsewhere else ()
+    return RenderedStage(stage.name, files, argvs[0], env, stage.directory, notes=notes, elsewhere=elsewhere)
+
+
+def _argv(
+    plan: Plan, stage: StagePlan, profile: DockerProfile, env: dict[str, str], host: hosts.Host, number: int
+) -> tuple[str, ...]:
+    """The `docker run` on one of `number` hosts."""
+    inherited = [ATTEMPT_ENV]  # their values come from the driver's environment, as docker does it
+    network, devices = profile.network, []
+    if number > 1:
+        env = {**env, docker_files.NODE_ENV: str(host.node)}
+        inherited += [*LINK_ENV, *(() if HCA_ENV in profile.env else (HCA_ENV,)), *MEETING_ENV]
+        network = "host"
+        devices = ["--device", f"{RDMA_DEVICES}:{RDMA_DEVICES}"] if os.path.exists(RDMA_DEVICES) else []
+    return (
         "docker",
         *(("--host", profile.docker_host) if profile.docker_host else ()),
         *("run", "--detach", "--pull", "never", "--name", container_name(plan, stage)),
         *("--label", f"{RUN_LABEL}={plan.id}", "--label", f"{STAGE_LABEL}={stage.name}"),
-        *("--user", user, "--workdir", stage.directory, "--ipc", profile.ipc),
+        *("--user", profile.user or f"{os.getuid()}:{os.getgid()}"),
+        *("--workdir", stage.directory, "--ipc", profile.ipc),
         *(word for limit in profile.ulimits for word in ("--ulimit", limit)),
         *_gpus(profile),
-        *(("--network", profile.network) if profile.network else ()),
-        *(word for mount in _mounts(plan, stage, profile) for word in ("--mount", mount)),
+        *(("--network", network) if network else ()),
+        *devices,
+        *(word for mount in _mounts(plan, stage, profile, host) for word in ("--mount", mount)),
         *(word for name, value in env.items() for word in ("--env", f"{name}={value}")),
-        *("--env", ATTEMPT_ENV),  # its value comes from the driver's environment, as docker does it
+        *(word for name in inherited for word in ("--env", name)),
         *profile.options,
         *(profile.container_image, profile.python, "-m", LAUNCHER, *_worker_argv(stage)),
-    ]
-    files = {str(folder.files / name): text for name, text in stage.launch.files.items()}
-    return RenderedStage(stage.name, files, tuple(argv), env, stage.directory)
+    )
+
+
+def _notes(profile: DockerProfile, machines: list[hosts.Host]) -> tuple[tuple[str, str], ...]:
+    """What happens around several containers."""
+    others = ", ".join(host.name for host in machines[1:])
+    link = profile.hosts_interface or "the fastest interface that reaches them, found when it starts"
+    files = f"copied over ssh below {machines[1].root}, brought back, and the run's folder removed there at the end"
+    return (
+        ("hosts", f"{machines[0].name} here, {others} over ssh"),
+        ("network", f"{link}; less than {profile.hosts_min_gbps:g} Gb/s by TCP is refused"),
+        ("files", "seen by all hosts at the same paths" if profile.hosts_share_files else files),
+    )
 
 
 def container_name(plan: Plan, stage: StagePlan) -> str:
@@ -191,14 +214,31 @@ def _worker_argv(stage: StagePlan) -> tuple[str, ...]:
     if launch.launcher == "plain":
         return (profile.python, "-m", launch.module, *launch.args)
     log_dir = Path(stage.directory) / "logs" / "torchrun"
-    nproc = stage.placement.nproc_per_node
-    return torchrun.command(launch.module, launch.args, nproc, log_dir, python=profile.python)
+    place = stage.placement
+    return torchrun.command(launch.module, launch.args, place.nproc_per_node, log_dir, place.nodes, profile.python)
 
 
 def _profile(stage: StagePlan) -> DockerProfile:
-    place = stage.placement
-    own = {"executor": "docker", "nodes": place.nodes, "nproc_per_node": place.nproc_per_node}
-    return DockerProfile.model_validate({**own, "secrets": [*place.secrets], **place.options})
+    place = stage.placement  # its nodes follow from hosts, of which data prep uses the first alone
+    own = {"executor": "docker", "nproc_per_node": place.nproc_per_node, "secrets": [*place.secrets]}
+    return DockerProfile.model_validate({**own, **place.options})
+
+
+def _apart(stage: StagePlan) -> Iterator[Problem]:
+    """What a stage on several hosts needs of a run folder that only the first one has."""
+    where = checks.where(stage, "hosts")
+    if stage.launch.launcher != "torchrun":
+        yield Problem(f"stage {stage.name} is one process: it can't use several hosts", where, "leave hosts out")
+    if stage.placement.options["hosts_share_files"]:
+        return
+    shared = "put them on a file system that all hosts see, and set hosts_share_files = true"
+    if stage.launch.writes_together:
+        what = "the ranks of this backend write one checkpoint together, in the run folder"
+        yield Problem(what, where, f"{shared}; or use backend=trl, of which one rank writes it")
+    for key, artifact in stage.inputs.items():
+        if artifact.source == "wandb":
+            what = f"{key} comes from W&B when the stage runs, which copies nothing to other hosts"
+            yield Problem(what, where, f"{shared}; or bring it to the store before")
 
 
 def _gpus(profile: DockerProfile) -> tuple[str, ...]:
@@ -209,29 +249,25 @@ def _gpus(profile: DockerProfile) -> tuple[str, ...]:
     return ("--gpus", "all") if given else ()
 
 
-def _mounts(plan: Plan, stage: StagePlan, profile: DockerProfile) -> Iterator[str]:
-    """Values of --mount: at their own paths what a stage writes to and what it reads; then the profile's."""
+def _mounts(plan: Plan, stage: StagePlan, profile: DockerProfile, host: hosts.Host) -> Iterator[str]:
+    """Values of --mount: at their own paths what a stage writes to and what it reads; then the profile's.
+
+    On another host the run's files and inputs are copies; the Hugging Face cache is its own.
+    """
     written = (plan.run_dir, plan.store, _hf_cache(profile))
-    for path in written:
-        yield _bind(path, path)
+    for path in written[:2]:
+        yield _bind(host.place(path), path)
+    yield _bind(written[2], written[2])
     inputs = [artifact.uri for artifact in stage.inputs.values() if artifact.source == "path"]
     given: list[str] = []
     for path in [*inputs, *([stage.resume_from] if stage.resume_from else [])]:
-        real = path if os.path.exists(path) else _above_glob(path)
+        real = host_files.above_glob(path)
         if not any(Path(real).is_relative_to(folder) for folder in (*written, *given)):
             given.append(real)
-            yield _bind(real, real, readonly=True)
+            yield _bind(host.place(real), real, readonly=True)
     for mount in profile.mounts:
         source, target, *options = mount.split(":")
         yield _bind(source, target, readonly=options == ["ro"])
-
-
-def _above_glob(pattern: str) -> str:
-    """The deepest folder above the first wildcard."""
-    path = Path(pattern)
-    while glob.has_magic(str(path)):
-        path = path.parent
-    return str(path)
 
 
 def _bind(source: str, target: str, readonly: bool = False) -> str:
@@ -249,6 +285,22 @@ def _csv(*fields: str) -> str:
 def _hf_cache(profile: DockerProfile) -> str:
     found = profile.hf_cache or os.environ.get("HF_HOME") or "~/.cache/huggingface"
     return os.path.abspath(os.path.expanduser(found))
+
+
+def _unfit_on(profile: DockerProfile, stage: StagePlan, where: transport.Transport) -> Iterator[Problem]:
+    """Of the daemon there. UserError: it can't be asked, or it is none that a run could use."""
+    try:
+        docker = Docker(endpoint(profile.docker_host, where), where)
+        if not docker.host.startswith("unix://"):
+            what = f"docker's daemon is at {docker.host}: folders of this machine can't be mounted there"
+            raise UserError(Problem(what, checks.where(stage, "docker_host"), "start the run on that machine"))
+        if docker.is_podman():
+            what = f"{docker.host} is Podman's socket, on which this executor is not proved"
+            raise UserError(Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon"))
+        yield from _misfits(docker, profile, stage)
+    except Unreachable as error:
+        what = f"docker can't be used: {error}"
+        raise UserError(Problem(what, checks.where(stage), _how_to_reach(str(error)))) from None
 
 
 def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan) -> Iterator[Problem]:
@@ -281,27 +333,3 @@ def _how_to_reach(words: str) -> str:
     return (
         "start the daemon (sudo systemctl start docker), or name another: docker_host in the profile, or $DOCKER_HOST"
     )
-
-
-def _ending(run: RunDir, exit_code: int) -> list[Tree]:
-    """What a driver would have written of the end of the newest stage, of whose container docker says `exit_code`."""
-    events = list(read_jsonl(run.events))
-    started = [event for event in events if event["event"] == "stage-started"][-1]
-    name, attempt = started["stage"], started["attempt"]
-    stage, plan = StageDir(run.stage(name).path), read_json(run.plan) or {"stages": []}
-    report = docker_files.read_report(stage, attempt)
-    code = report.exit_code if report else exit_code or docker_files.KILLED
-    seconds = round(max(0.0, (report.time if report else time.time()) - started["time"]), 3)
-    log = stage.launcher_log(attempt)
-    failure = torchrun.first_failure(log) if code else None
-    exited: Tree = {"event": "stage-exited", "stage": name, "attempt": attempt, "exit_code": code, "seconds": seconds}
-    told = any((e["event"], e.get("stage"), e.get("attempt")) == ("stage-exited", name, attempt) for e in events)
-    fingerprints = {planned["name"]: planned["fingerprint"] for planned in plan["stages"]}
-    cause = failure_cause(stage, fingerprints[name], attempt, code, failure, log)
-    end: Tree = {"event": "finished", "state": "succeeded"}
-    if cause:
-        end = {"event": "finished", "state": "failed", "stage": name, "cause": cause}
-    elif name != plan["stages"][-1]["name"]:
-        cause = "its driver was killed before the next stage could start; submit it again to go on"
-        end = {"event": "finished", "state": "failed", "stage": None, "cause": cause}
-    return [end] if told else [exited, end]

@@ -8,20 +8,21 @@ container's environment, where `docker inspect` shows them, and loses a containe
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemotron_recipes.errors import NemotronError
+from nemotron_recipes.executors import there, transport
 
 RUN_LABEL = "nemotron.run"
 STAGE_LABEL = "nemotron.stage"
 
 _ASK_SECONDS = 60.0  # a daemon answers in milliseconds, while it unpacks an image in seconds
 _HOST_ENV = "DOCKER_HOST"
+_NO_COMMAND = "there is no docker command here"
 # As docker's command and Go's network library say it. Asking the daemon afterwards is no proof: it may be back by then.
 _NO_CONNECTION = re.compile(
     r"cannot connect to the docker daemon|error during connect|failed to connect to the docker|dial (unix|tcp)"
@@ -32,6 +33,10 @@ _NO_CONNECTION = re.compile(
 
 class Unreachable(NemotronError):
     """No docker command here, or its daemon does not answer. The text says which."""
+
+
+class HostAway(Unreachable):
+    """The machine of the daemon can't be reached."""
 
 
 class Refused(NemotronError):
@@ -50,30 +55,17 @@ class Container:
 
 @dataclass(frozen=True)
 class Docker:
-    """One daemon, by its endpoint (`unix://...`)."""
+    """One daemon, by its endpoint (`unix://...`; "": what docker's command finds by itself) on some machine."""
 
     host: str
+    where: transport.Transport = field(default=transport.HERE, compare=False)
 
-    def ask(self, *arguments: str, seconds: float = _ASK_SECONDS, environ: Mapping[str, str] = os.environ) -> str:
-        """stdout of `docker ARGUMENTS`. Unreachable or Refused when it fails."""
-        argv = ("docker", *arguments)
-        try:
-            done = subprocess.run(
-                argv,
-                env=self.environment(environ),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=seconds,
-            )
-        except FileNotFoundError:
-            raise Unreachable("there is no docker command here") from None
-        except subprocess.TimeoutExpired:
-            raise Unreachable(f"docker {arguments[0]} did not answer within {seconds:.0f} s") from None
-        if done.returncode == 0:
-            return done.stdout
-        words = done.stderr.strip() or f"docker {arguments[0]} ended with exit code {done.returncode}"
+    def ask(self, *arguments: str, seconds: float = _ASK_SECONDS, more: Mapping[str, str] | None = None) -> str:
+        """stdout of `docker ARGUMENTS`, with `more` in its environment. Unreachable or Refused when it fails."""
+        said = self._run(*arguments, seconds=seconds, more=more)
+        if said["code"] == 0:
+            return str(said["out"])
+        words = said["err"].strip() or f"docker {arguments[0]} ended with exit code {said['code']}"
         if arguments[0] != "version" and not _NO_CONNECTION.search(words):
             self.ask("version", "--format", "{{.Server.Version}}", seconds=seconds)  # Unreachable, if it is that
             raise Refused(words)
@@ -81,13 +73,31 @@ class Docker:
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """`docker ARGUMENTS` as a child whose end tells something; with nobody at its pipe, its first word ends it."""
-        silent, environ = subprocess.DEVNULL, self.environment(os.environ)
-        argv = ("docker", *arguments)
-        return subprocess.Popen(argv, env=environ, stdin=silent, stdout=subprocess.PIPE, stderr=silent)
+        words = [f"{name}={value}" for name, value in self._daemon.items()]
+        return self.where.start(["env", *words, "docker", *arguments])
 
-    def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """For docker commands: this daemon, whatever $DOCKER_HOST and contexts say."""
-        return {**environ, _HOST_ENV: self.host}
+    def command(self, *arguments: str) -> list[str]:
+        """argv that runs `docker ARGUMENTS` with this process's terminal."""
+        daemon = ["--host", self.host] if self.host else []
+        return self.where.at_terminal(["docker", *daemon, *arguments])
+
+    def _run(
+        self, *arguments: str, seconds: float = _ASK_SECONDS, more: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        try:
+            said = self.where.call(there.run, ["docker", *arguments], seconds, {**(more or {}), **self._daemon})
+        except transport.Unreachable as error:
+            raise HostAway(str(error)) from None
+        if said.get("missing"):
+            raise Unreachable(_NO_COMMAND)
+        if said.get("late"):
+            raise Unreachable(f"docker {arguments[0]} did not answer within {seconds:.0f} s")
+        return dict(said)
+
+    @property
+    def _daemon(self) -> dict[str, str]:
+        """This daemon, whatever $DOCKER_HOST and contexts say."""
+        return {_HOST_ENV: self.host} if self.host else {}
 
     def container(self, name: str) -> Container | None:
         """The container of that name or id; None when there is none."""
@@ -106,6 +116,11 @@ class Docker:
         labels = [f"{RUN_LABEL}={run_id}", *([f"{STAGE_LABEL}={stage}"] if stage else [])]
         filters = [word for label in labels for word in ("--filter", f"label={label}")]
         return self.ask("ps", "--all", "--no-trunc", *filters, "--format", "{{.ID}}").split()
+
+    def logs(self, name: str) -> str:
+        """The last lines that a container itself has printed."""
+        said = self._run("logs", "--tail", "200", name)
+        return f"{said['out']}{said['err']}"
 
     def image(self, reference: str) -> dict[str, Any] | None:
         """What docker says of an image on this machine; None when it is not here."""
@@ -143,16 +158,18 @@ class Docker:
                 raise
 
 
-def endpoint(given: str | None, environ: Mapping[str, str] = os.environ) -> str:
-    """Where docker commands go: `given`, $DOCKER_HOST, or the current context. Unreachable: no docker command."""
-    told = given or environ.get(_HOST_ENV)
-    if told:
-        return told
-    argv = ("docker", "context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
+def endpoint(given: str | None, where: transport.Transport = transport.HERE) -> str:
+    """Where docker commands go there: `given`, $DOCKER_HOST, or the current context. Unreachable: no docker command."""
     try:
-        done = subprocess.run(argv, env=dict(environ), capture_output=True, text=True, timeout=_ASK_SECONDS)
-    except FileNotFoundError:
-        raise Unreachable("there is no docker command here") from None
-    if done.returncode:
-        raise Unreachable(done.stderr.strip())
-    return done.stdout.strip()
+        told = given or where.call(there.variable, _HOST_ENV)
+        if told:
+            return str(told)
+        argv = ["docker", "context", "inspect", "--format", "{{.Endpoints.docker.Host}}"]
+        said = where.call(there.run, argv, _ASK_SECONDS)
+    except transport.Unreachable as error:
+        raise HostAway(str(error)) from None
+    if said.get("missing"):
+        raise Unreachable(_NO_COMMAND)
+    if said.get("late") or said["code"]:
+        raise Unreachable(said.get("err", "").strip() or "docker context inspect did not answer")
+    return str(said["out"]).strip()

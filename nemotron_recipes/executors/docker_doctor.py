@@ -3,45 +3,43 @@ container that lists the GPUs."""
 
 from __future__ import annotations
 
-import platform
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import NemotronError
-from nemotron_recipes.executors import memory
+from nemotron_recipes.executors import links, memory, there
 from nemotron_recipes.executors.docker_control import Docker, Refused, Unreachable, endpoint
 from nemotron_recipes.executors.docker_profile import DockerProfile
-from nemotron_recipes.executors.folders import nearest_existing
 from nemotron_recipes.executors.memory import GIB
+from nemotron_recipes.executors.transport import HERE, Transport
 from nemotron_recipes.spec import Finding
 
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _DRIVER = Path("/proc/driver/nvidia/version")
-_INFINIBAND = Path("/sys/class/infiniband")
 _SHARED_MEMORY = ("gb10", "dgx spark")  # in the product's name
 _GPU_SECONDS = 120.0
 _MODEL_ROOM = 100 * GIB  # the 30B model is 63 GB, and comes in pieces
 
 
-def findings(profile: DockerProfile, hf_cache: Path) -> Iterator[Finding]:
-    """Machine, memory, GPU, daemon, image, caches, links to another machine."""
-    product = _text(_PRODUCT)
-    yield Finding("machine", "ok", f"{platform.machine()}{', ' + product if product else ''}")
-    yield from _memory(profile, product)
-    driver = _text(_DRIVER).splitlines()
+def findings(profile: DockerProfile, hf_cache: Path, where: Transport = HERE) -> Iterator[Finding]:
+    """Machine, memory, GPU, daemon, image, caches, links to another machine. Unreachable: that one is behind ssh."""
+    product = where.call(links.read, str(_PRODUCT))
+    yield Finding("machine", "ok", f"{where.call(links.me)['machine']}{', ' + product if product else ''}")
+    yield from _memory(profile, product, where)
+    driver = where.call(links.read, str(_DRIVER)).splitlines()
     yield Finding("GPU driver", "ok" if driver else "warning", driver[0] if driver else "none: stages run on the CPU")
-    yield from _daemon(profile, bool(driver))
-    place = nearest_existing(hf_cache)
-    free = shutil.disk_usage(place).free
+    yield from _daemon(profile, bool(driver), where)
+    _, free = where.call(there.room, str(hf_cache))
     said = f"{free / GIB:.0f} GiB free for {hf_cache}"
     yield Finding("Hugging Face cache", "ok" if free > _MODEL_ROOM else "warning", said)
-    yield from _links()
+    for device, interface, up, speed in where.call(links.ports):
+        said = f"{interface} is {'up' if up else 'down'}{f', {speed} Mb/s' if up and speed else ''}"
+        yield Finding(f"link {device}", "ok" if up else "warning", said)
 
 
-def _memory(profile: DockerProfile, product: str) -> Iterator[Finding]:
-    now = memory.read_memory()
+def _memory(profile: DockerProfile, product: str, where: Transport) -> Iterator[Finding]:
+    now = where.call(memory.read_memory)
     if now is None:
         yield Finding("memory", "warning", "the kernel does not say how much is left")
         return
@@ -61,9 +59,9 @@ def _memory(profile: DockerProfile, product: str) -> Iterator[Finding]:
         yield Finding("memory watchdog", "problem", said)
 
 
-def _daemon(profile: DockerProfile, gpu: bool) -> Iterator[Finding]:
+def _daemon(profile: DockerProfile, gpu: bool, where: Transport) -> Iterator[Finding]:
     try:
-        docker = Docker(endpoint(profile.docker_host))
+        docker = Docker(endpoint(profile.docker_host, where), where)
         info = docker.info()
         if docker.is_podman():
             yield Finding("docker", "problem", f"{docker.host} is Podman's socket")
@@ -99,20 +97,3 @@ def _gpu_in_docker(docker: Docker, profile: DockerProfile) -> Finding:
     except (Refused, Unreachable) as error:
         return Finding("GPU in docker", "problem", f"{error}; the NVIDIA container toolkit may be missing")
     return Finding("GPU in docker", "ok", said.strip().replace("\n", ", "))
-
-
-def _links() -> Iterator[Finding]:
-    """RoCE interfaces: what would join two Sparks. Ports that are up, with their speed in Mb/s."""
-    for device in sorted(_INFINIBAND.glob("*")):
-        for interface in sorted((device / "device" / "net").glob("*")):
-            up = _text(interface / "operstate") == "up"
-            speed = _text(interface / "speed")
-            said = f"{interface.name} is {'up' if up else 'down'}{f', {speed} Mb/s' if up and speed else ''}"
-            yield Finding(f"link {device.name}", "ok" if up else "warning", said)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command that the arguments are, in the stage's folder."""
     command = argv if argv is not None else sys.argv[1:]
     stage, attempt = StageDir(Path.cwd()), int(os.environ[ATTEMPT_ENV])
+    node = int(os.environ.get(docker_files.NODE_ENV, "0"))
     stopped = False
     child: subprocess.Popen[bytes] | None = None
 
@@ -38,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    stage.logs(attempt).mkdir(parents=True, exist_ok=True)  # on another host nobody else has
     environ = {**os.environ, **(read_json(docker_files.secrets(RunDir(stage.path.parent))) or {})}
-    with open(stage.launcher_log(attempt), "ab") as log:
+    with open(stage.launcher_log(attempt, node), "ab") as log:
         try:
             child = subprocess.Popen(
                 command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if stopped:  # it came before there was anything to stop
         child.terminate()
     code = _reap_until_end_of(child.pid)
-    docker_files.write_report(stage, attempt, Report(code, stopped, time.time()))
+    docker_files.write_report(stage, attempt, Report(code, stopped, time.time()), node)
     return code
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from nemotron_recipes.executors.driven import DrivenProfile
 
@@ -30,10 +30,23 @@ OWN_FLAGS = {
 }
 
 
+# As NVIDIA measures it, a healthy rail between two Sparks carries more than 80 Gb/s, one whose ConnectX-7 came up
+# degraded 8 to 25 by TCP, whatever its link says (dgx-spark-playbooks, connect-two-sparks, performance guide).
+LEAST_GBPS = 26.0
+# Found when the run starts, or set by the executor for each host.
+LINK_ENV = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "UCX_NET_DEVICES")
+HCA_ENV = "NCCL_IB_HCA"
+MEETING_ENV = ("PET_MASTER_ADDR", "PET_MASTER_PORT")
+
+
 class DockerProfile(DrivenProfile):
-    """This machine, one container a stage. The defaults are the flags that NVIDIA's guides for its images give."""
+    """This machine, one container a stage. The defaults are the flags that NVIDIA's guides for its images give.
+
+    With `hosts`, training stages run as one container on each of them.
+    """
 
     executor: Literal["docker"] = "docker"
+    nodes: Annotated[int, Field(ge=1)] = 1  # type: ignore[assignment]  # follows from hosts
     container_image: Annotated[str, Field(min_length=1)]  # as docker wants it; it must be on this machine
     python: str = "python3"  # interpreter in the image
     gpus: Literal["auto", "all", "none"] | list[str] = "auto"  # auto: all where there are some; else numbers or UUIDs
@@ -46,6 +59,30 @@ class DockerProfile(DrivenProfile):
     options: list[str] = Field(default=[])  # further flags of docker run, one word each
     docker_host: str | None = None  # unset: $DOCKER_HOST, or the current docker context
     max_restarts: Annotated[int, Field(ge=0)] = 3  # how often a stage goes on when the docker daemon has ended it
+    hosts: list[str] = Field(
+        default=[], validate_default=True
+    )  # this machine, then those that ssh reaches by these names
+    hosts_interface: str | None = None  # of this machine, towards the others; unset: the fastest that reaches them
+    hosts_min_gbps: Annotated[float, Field(gt=0)] = LEAST_GBPS  # less by TCP between two hosts: refused
+    hosts_lost_seconds: Annotated[float, Field(gt=0)] = 60.0  # a host that is away for so long has failed
+    hosts_folder: str = "~/.nemotron/hosts"  # where copies of what a run needs lie on the others
+    hosts_share_files: bool = False  # all of them see the run folder, the store and inputs at the same paths: no copies
+    ssh_config: str | None = None  # instead of ~/.ssh/config
+    remote_python: str = "python3"  # on the other hosts: 3.10 or newer, it needs no package
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_nodes_as_hosts(cls, fields: Any) -> Any:
+        hosts = fields.get("hosts") if isinstance(fields, dict) else None
+        return {"nodes": len(hosts), **fields} if isinstance(hosts, list) and hosts else fields
+
+    @field_validator("hosts", mode="after")
+    @classmethod
+    def _no_other_number(cls, hosts: list[str], info: ValidationInfo) -> list[str]:
+        nodes = info.data.get("nodes", 1)
+        if nodes != max(1, len(hosts)):
+            raise ValueError(f"must name as many hosts as there are nodes, {nodes}")
+        return hosts
 
 
 def contradictions(profile: DockerProfile) -> Iterator[tuple[str, str, str]]:
@@ -66,6 +103,24 @@ def contradictions(profile: DockerProfile) -> Iterator[tuple[str, str, str]]:
         flag = option.partition("=")[0] if option.startswith("--") else option[:2]  # -eNAME=VALUE is one word
         if flag in OWN_FLAGS:
             yield "options", f"{flag} is decided by the executor", f"set {OWN_FLAGS[flag]}"
+    yield from _hosts(profile)
     host = profile.docker_host
     if host is not None and not host.startswith("unix://"):
         yield "docker_host", f"{host} is not on this machine", "start the run where that daemon is: folders are mounted"
+
+
+def _hosts(profile: DockerProfile) -> Iterator[tuple[str, str, str]]:
+    if not profile.hosts:
+        return
+    if len(profile.hosts) == 1:
+        yield "hosts", f"{profile.hosts[0]} alone is one machine", "leave hosts out, or name this machine and another"
+    for name in profile.hosts:
+        if not name or name.startswith("-") or re.search(r"\s", name):
+            yield "hosts", f"{name!r} is no name of a host", "as ssh takes it: HOST or USER@HOST"
+        elif profile.hosts.count(name) > 1:
+            yield "hosts", f"{name} is named twice", "each host once"
+            break
+    if profile.network not in (None, "host"):
+        yield "network", f"containers on several hosts meet on the hosts' own network, not {profile.network!r}", "host"
+    if not profile.hosts_folder.startswith(("/", "~/")):
+        yield "hosts_folder", f"{profile.hosts_folder!r} is not absolute", "an absolute path, or ~/..."

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nemotron_recipes.executors import docker_files, process_tree
-from nemotron_recipes.executors.docker_control import Docker, Refused, Unreachable, endpoint
-from nemotron_recipes.executors.driver import StageFailed
+from nemotron_recipes.errors import NemotronError
+from nemotron_recipes.executors import docker_files, memory, process_tree
+from nemotron_recipes.executors.docker_control import Docker, HostAway, Refused, Unreachable, endpoint
+from nemotron_recipes.executors.driver import Blamed, StageFailed, Started
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir
 from nemotron_recipes.spec import RenderedStage, Tree
@@ -28,11 +28,15 @@ class DockerRunner:
     """See `driver.Runner`."""
 
     def __init__(self, run: RunDir, inherited: dict[str, str], plan: Tree):
-        placement = plan["stages"][0]["placement"]
-        self.run, self.inherited = run, inherited
+        self.run, self.plan, self.options = run, plan, plan["stages"][0]["placement"]["options"]
         self.secrets = {name: inherited[name] for stage in plan["stages"] for name in stage["placement"]["secrets"]}
-        self.docker = Docker(endpoint(placement["options"]["docker_host"], inherited))
+        self.docker = Docker(endpoint(self.options["docker_host"]))
         self.native: Tree = {"docker_host": self.docker.host}
+        if self.options.get("hosts"):
+            from nemotron_recipes.executors import hosts
+
+            given = {"docker_host": self.options["docker_host"]}
+            self.native["hosts"] = [{**tree, **given} for tree in hosts.to_tree(hosts.of_options(self.options))]
 
     def load(self) -> None:
         pass
@@ -41,39 +45,57 @@ class DockerRunner:
         docker_files.secrets(self.run).unlink(missing_ok=True)
 
     @contextmanager
-    def launched(self, stage: RenderedStage, attempt: int, job: str, log: Path) -> Iterator[StageContainer]:
+    def launched(self, stage: RenderedStage, attempt: int, job: str, log: Path) -> Iterator[Started]:
         if self.secrets:
             write_atomic(docker_files.secrets(self.run), json.dumps(self.secrets), mode=0o600)
-        name = stage.argv[stage.argv.index("--name") + 1]
-        container = StageContainer(self.docker, self._start(stage, attempt, name), stage, attempt)
         try:
-            yield container
+            if stage.elsewhere:
+                from nemotron_recipes.executors import docker_hosts
+
+                with docker_hosts.launched(self, stage, attempt, log) as together:
+                    yield together
+                return
+            container = StageContainer(self.docker, start(self.docker, stage.argv, attempt, {}), stage, attempt)
+            try:
+                yield container
+            finally:
+                container.close(log)
         finally:
-            container.close(log)
             docker_files.secrets(self.run).unlink(missing_ok=True)
 
-    def _start(self, stage: RenderedStage, attempt: int, name: str) -> str:
-        """The id of the container that `stage.argv` starts. StageFailed: docker's words, or it is running already."""
-        if not _answers(self.docker, _START_SECONDS):
-            raise StageFailed(f"the docker daemon at {self.docker.host} does not answer")
-        try:
-            earlier = self.docker.container(name)
-            if earlier is not None and earlier.running:
-                raise StageFailed(f"container {name} of an earlier driver still runs: nemotron runs cancel")
-            self.docker.remove(name)
-            environ: Mapping[str, str] = {**self.inherited, ATTEMPT_ENV: str(attempt)}
-            return self.docker.ask(*stage.argv[1:], environ=environ).split()[-1]
-        except (Refused, Unreachable) as error:
-            with suppress(Refused, Unreachable):
-                self.docker.remove(name)  # created, but not started
-            raise StageFailed(f"docker can't start it: {error}{_advice(str(error))}") from None
+
+def start(docker: Docker, argv: Sequence[str], attempt: int, more: Mapping[str, str]) -> str:
+    """The id of the container that `argv` starts, with `more` in the environment of docker's command. StageFailed:
+    docker's words, or it is running already."""
+    name = argv[argv.index("--name") + 1]
+    if not _answers(docker, _START_SECONDS):
+        raise StageFailed(f"the docker daemon at {docker.host} does not answer")
+    try:
+        earlier = docker.container(name)
+        if earlier is not None and earlier.running:
+            raise StageFailed(f"container {name} of an earlier driver still runs: nemotron runs cancel")
+        docker.remove(name)
+        return docker.ask(*argv[1:], more={**more, ATTEMPT_ENV: str(attempt)}).split()[-1]
+    except (Refused, Unreachable) as error:
+        with suppress(Refused, Unreachable):
+            docker.remove(name)  # created, but not started
+        raise StageFailed(f"docker can't start it: {error}{_advice(str(error))}") from None
 
 
 class StageContainer:
     """See `driver.Started`."""
 
-    def __init__(self, docker: Docker, container: str, stage: RenderedStage, attempt: int):
-        self.docker, self.id = docker, container
+    def __init__(
+        self,
+        docker: Docker,
+        container: str,
+        stage: RenderedStage,
+        attempt: int,
+        node: int = 0,
+        refresh: Callable[[], None] = lambda: None,
+    ):
+        """refresh: brings here what the container's first process has written, where that is on another host."""
+        self.docker, self.id, self.node, self.refresh = docker, container, node, refresh
         self.run_id, self.stage, self.attempt = stage.env[RUN_ID_ENV], StageDir(Path(stage.cwd)), attempt
         self.told: Tree = {"container": container}
         self._waiting: subprocess.Popen[bytes] | None = None
@@ -81,6 +103,7 @@ class StageContainer:
         self._code: int | None = None  # once it has ended
         self._asked = False
         self._cut_off = False  # the daemon is away, or was when it ended
+        self.away = ""  # why its host can't be reached now
 
     def wait(self, seconds: float) -> bool:
         if self._code is not None:
@@ -100,7 +123,12 @@ class StageContainer:
             time.sleep(min(seconds, _RETRY_SECONDS))
         try:
             found = self.docker.container(self.id)
+            self.away = ""
+        except HostAway as error:
+            self.away = str(error)
+            return False
         except (Refused, Unreachable) as error:  # a daemon that begins or ends may refuse what it will answer later
+            self.away = ""
             if not self._cut_off:
                 print(f"the docker daemon is away, waiting for it: {error}", file=sys.stderr)
             self._cut_off = True
@@ -126,6 +154,9 @@ class StageContainer:
         self._asked = True
         try:
             self.docker.stop(self.id, grace)
+        except HostAway as error:
+            self.give_up(str(error))
+            return
         except (Refused, Unreachable) as error:
             print(f"docker can't stop it, so its processes are: {error}", file=sys.stderr)
             if process_tree.stop(self.run_id, grace):
@@ -133,13 +164,34 @@ class StageContainer:
             self._code = self._ended_with(None)
             return
         while not self.wait(_RETRY_SECONDS):
-            pass
+            if self.away:
+                self.give_up(self.away)
+
+    @property
+    def code(self) -> int | None:
+        """How it has ended; None before."""
+        return self._code
+
+    @property
+    def asked(self) -> bool:
+        """Whether it has been asked to stop."""
+        return self._asked
+
+    def give_up(self, why: str) -> None:
+        """Its host is away: whatever becomes of it there, here it has ended."""
+        self.away, self._code = why, docker_files.KILLED
+
+    def shortage(self, limit: float | None) -> str:
+        return memory.shortage(limit, memory.read_memory())
+
+    def blamed(self, log: Path) -> Blamed:
+        return Blamed(log)
 
     def ended(self) -> tuple[int, str]:
         assert self._code is not None
         if not self._code or self._asked:
             return self._code, ""
-        report = docker_files.read_report(self.stage, self.attempt)
+        report = docker_files.read_report(self.stage, self.attempt, self.node)
         # Killed without a word while the daemon was away, or asked to stop by a daemon that was about to go.
         if (report is None and self._cut_off) or (report is not None and report.stopped and self._daemon_went()):
             return self._code, "docker-daemon"
@@ -153,17 +205,17 @@ class StageContainer:
                 child.communicate()
         try:
             if not log.exists() or not log.stat().st_size:
-                argv = ("docker", "logs", "--tail", "200", self.id)
-                with open(log, "ab") as output:
-                    environ = self.docker.environment(os.environ)
-                    subprocess.run(argv, env=environ, stdout=output, stderr=output, timeout=60, check=False)
+                with open(log, "a") as output:
+                    output.write(self.docker.logs(self.id))
             self.docker.remove(self.id)
-        except (Refused, Unreachable, subprocess.TimeoutExpired) as error:
+        except (Refused, Unreachable) as error:
             print(f"container {self.id} is left over: {error}", file=sys.stderr)
 
     def _ended_with(self, told: int | None) -> int:
         """The container's exit code; of one that a restarted daemon has to guess at, what its first process said."""
-        report = docker_files.read_report(self.stage, self.attempt)
+        with suppress(NemotronError, OSError):
+            self.refresh()
+        report = docker_files.read_report(self.stage, self.attempt, self.node)
         if told is None or self._cut_off:
             return report.exit_code if report else docker_files.KILLED
         return told

@@ -70,6 +70,24 @@ class Started(Protocol):
         """(exit code, 128+n for signal n; who ended it, where neither the stage nor this driver did, else "")."""
         ...
 
+    def shortage(self, limit: float | None) -> str:
+        """Why it must be stopped for lack of memory: less than `limit` GiB are available; "" while there is enough."""
+        ...
+
+    def blamed(self, log: Path) -> Blamed:
+        """What the exit code is of; `log` where one machine does it all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Blamed:
+    """Of a stage that has failed: the launcher's log of the machine whose failure it was, the machine's name where
+    there are several, and the cause where no exit code tells it."""
+
+    log: Path
+    host: str = ""
+    cause: str = ""
+
 
 class Runner(Protocol):
     """How the stages of a run are started. Made as `Runner(run, inherited, plan)`: the run folder, the environment as
@@ -152,14 +170,20 @@ class Driver:
                 started.stop(self._options(stage.name).get("grace_seconds", DEFAULT_GRACE_SECONDS))
         code, interrupted = started.ended()
         told: Tree = {"exit_code": code, "seconds": round(time.monotonic() - begun, 3)}
-        failure = torchrun.first_failure(log) if code else None
+        blamed = started.blamed(log) if code else Blamed(log)
+        failure = torchrun.first_failure(blamed.log) if code else None
         if failure:
             told |= {"rank": failure.rank, "rank_exit_code": failure.exit_code}
+        if blamed.host:
+            told["host"] = blamed.host
         append_event(self.run.events, "stage-exited", stage=stage.name, attempt=attempt, **told)
         if self.stopping:
             raise Stopped
         fingerprint = self._stage_plan(stage.name)["fingerprint"]
-        cause = failure_cause(folder, fingerprint, attempt, code, failure, log)
+        cause = failure_cause(folder, fingerprint, attempt, code, failure, blamed.log)
+        cause = blamed.cause or cause
+        if cause and blamed.host:
+            cause = f"{blamed.host}: {cause}"
         if short and cause:  # else it was done before it could be stopped
             raise StageFailed(memory.ended_for(short, folder), memory.STOPPED_BY)
         if cause and not interrupted:
@@ -172,12 +196,12 @@ class Driver:
         grace = options.get("grace_seconds", DEFAULT_GRACE_SECONDS)
         seconds = _POLL_SECONDS if limit is None else _MEMORY_POLL_SECONDS
         while not self.stopping and not started.wait(seconds):
-            short = memory.shortage(limit, memory.read_memory())
+            short = started.shortage(limit)
             if short and limit is not None:
                 started.ask()
                 deadline = time.monotonic() + grace
                 while time.monotonic() < deadline and not started.wait(seconds):
-                    if memory.shortage(limit / 2, memory.read_memory()):  # saving takes more than is left
+                    if started.shortage(limit / 2):  # saving takes more than is left
                         break
                 started.stop(0.0)
                 return short
@@ -276,7 +300,9 @@ def _is_alone(descriptor: int, run_id: str) -> bool:
 
 
 def _stage(data: dict[str, Any]) -> RenderedStage:
-    return RenderedStage(data["name"], data["files"], tuple(data["argv"]), data["env"], data["cwd"])
+    elsewhere = {host: tuple(argv) for host, argv in data.get("elsewhere", {}).items()}
+    argv = tuple(data["argv"])
+    return RenderedStage(data["name"], data["files"], argv, data["env"], data["cwd"], elsewhere=elsewhere)
 
 
 if __name__ == "__main__":

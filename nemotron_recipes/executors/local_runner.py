@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from nemotron_recipes.executors import nemo_adapter, process_tree
+from nemotron_recipes.executors import memory, nemo_adapter, process_tree
+from nemotron_recipes.executors.driver import Blamed
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir
 from nemotron_recipes.spec import RenderedStage, Tree
 
@@ -64,3 +65,9 @@ class Process:
     def ended(self) -> tuple[int, str]:
         code = self.process.returncode
         return (code if code >= 0 else 128 - code), ""
+
+    def shortage(self, limit: float | None) -> str:
+        return memory.shortage(limit, memory.read_memory())
+
+    def blamed(self, log: Path) -> Blamed:
+        return Blamed(log)

@@ -30,29 +30,39 @@ class Untrusted(NemotronError):
     """The other machine names a file that does not belong into the folder."""
 
 
-def refresh(call: Call, far: str, near: Path) -> None:
-    """Bring here what has changed there. Unreachable, or OSError; what has come until then stays."""
+def refresh(
+    call: Call, far: str, near: Path, mark: str = _KNOWN, wanted: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Bring here what has changed there. Unreachable, or OSError; what has come until then stays.
+
+    mark     name of the file that says what is known of the folder there
+    wanted   whether a file or folder of that name belongs here
+    """
     near.mkdir(parents=True, exist_ok=True)
     with open(near / ".copying.lock", "ab") as lock:
         fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-        known: dict[str, Any] = (read_json(near / _KNOWN) or {}).get("files", {})
-        known = {name: was if _is_here(near, name, was) else _NOTHING for name, was in known.items()}
+        known: dict[str, Any] = (read_json(near / mark) or {}).get("files", {})
+        known = {
+            name: was if not wanted(name) or _is_here(near, name, was) else _NOTHING for name, was in known.items()
+        }
         begun: set[str] = set()
         more = True
         while more:
             said = call(there.changes, far, known)
             for name, now, offset, data in said["files"]:
-                _put(near, name, offset, data, now[2])
+                if wanted(name):
+                    _put(near, name, offset, data, now[2])
                 known[name] = now
-            for name in said["folders"]:
+            for name in filter(wanted, said["folders"]):
                 _inside(near, name).mkdir(parents=True, exist_ok=True)
             for name in said["gone"]:
-                _inside(near, name).unlink(missing_ok=True)
+                if wanted(name):
+                    _inside(near, name).unlink(missing_ok=True)
                 del known[name]
             new = {name for name, _, offset, _ in said["files"] if offset == 0}
             more = said["more"] and not new & begun  # one that changes faster than it comes waits for the next time
             begun |= new
-            write_atomic(near / _KNOWN, json.dumps({"files": known, "time": time.time()}))
+            write_atomic(near / mark, json.dumps({"files": known, "time": time.time()}))
 
 
 def age(near: Path) -> float | None:

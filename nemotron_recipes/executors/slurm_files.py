@@ -73,8 +73,8 @@ def array_script(stage: StageDir) -> Path:
 
 
 def launcher_log(stage: StageDir, attempt: int, node: int) -> Path:
-    """Of the processes of one node; the first node's is the one that readers know."""
-    return stage.launcher_log(attempt) if node == 0 else stage.logs(attempt) / f"launcher.node-{node}.log"
+    """Of the processes of one node."""
+    return stage.launcher_log(attempt, node)
 
 
 def batch_log(stage: StageDir, job: str) -> Path:

@@ -33,14 +33,31 @@ from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import agent, replica
 from nemotron_recipes.executors.transport import Unreachable
 from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import RUN_ID_ENV
 
 # What the other machine may be asked to run; all that these import of this project goes with them.
-CALLED = ("nemotron_recipes.executors.there", "nemotron_recipes.planning.there")
+CALLED = (
+    "nemotron_recipes.executors.there",
+    "nemotron_recipes.executors.host_files",
+    "nemotron_recipes.executors.links",
+    "nemotron_recipes.executors.memory",
+    "nemotron_recipes.planning.there",
+)
 CONNECT_SECONDS, ALIVE_SECONDS, START_SECONDS = 20, 15, 90.0
 KEPT_SECONDS = 600  # our own connection stays open for the next command
 REST_SECONDS = 3.0  # after a failure nobody tries again for a moment
 _LONGEST_SOCKET = 85  # sun_path holds 108 bytes, and ssh adds 17 while it makes it
 _NOISE = 1_000_000  # characters of a login's greetings
+
+# Runs its arguments until they end, or until its own input does.
+_WHILE_CONNECTED = """
+exec 3<&0
+"$@" </dev/null & command=$!
+( cat <&3; kill $command ) >/dev/null 2>&1 & watch=$!
+wait $command; code=$?
+kill $watch 2>/dev/null
+exit $code
+"""
 
 _KNOW = "log in once by hand and compare the key's fingerprint with the one that the site has published: ssh "
 _REASONS = (
@@ -87,6 +104,11 @@ class Login:
 def shell_words(argv: Iterable[str]) -> str:
     """One command for a login shell there, whatever the user's own shell is: its profile makes modules and paths."""
     return f"exec sh -lc {shlex.quote('exec ' + shlex.join(argv))}"
+
+
+def environment() -> dict[str, str]:
+    """For ssh: its connections outlive the run that made them, and are none of its processes."""
+    return {name: value for name, value in os.environ.items() if name != RUN_ID_ENV}
 
 
 class Connection:
@@ -139,6 +161,7 @@ class _Session:
         check = f"import sys;sys.version_info<{agent.OLDEST} and sys.exit('nemotron: this is Python '+sys.version[:6]);"
         self._process = subprocess.Popen(
             [*login.argv("-T", "-o", "BatchMode=yes"), shell_words([login.python, "-u", "-c", check + first])],
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -245,6 +268,27 @@ class Remote:
         """Over the same connection, with a terminal there where there is one here."""
         return [*self.connection.login.argv("-t" if os.isatty(0) else "-T"), shell_words(argv)]
 
+    def start(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        """Over the same connection. sshd ends nobody who has lost theirs: a shell there does."""
+        command = shell_words(["sh", "-c", _WHILE_CONNECTED, "sh", *argv])
+        return subprocess.Popen(
+            [*self.connection.login.argv("-T", "-o", "BatchMode=yes"), command],
+            env=environment(),
+            stdin=subprocess.PIPE,  # closed with this process
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def feed(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        """Over the same connection, a command whose input this process writes; its stderr is a pipe."""
+        return subprocess.Popen(
+            [*self.connection.login.argv("-T", "-o", "BatchMode=yes"), shell_words(argv)],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
     def refresh(self) -> None:
         """The copy of the run's folder."""
         if self._near is not None:
@@ -300,6 +344,7 @@ def _log_in(login: Login) -> None:
             argv = [*login.argv("-T", "-o", f"BatchMode={'no' if somebody else 'yes'}"), "exit 0"]
             done = subprocess.run(
                 argv,
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,

@@ -58,6 +58,11 @@ def run(argv: Sequence[str], seconds: float, more: Mapping[str, str] | None = No
     return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
 
 
+def variable(name: str) -> str:
+    """A variable of the environment there; "" where it is not set."""
+    return os.environ.get(name, "")
+
+
 def submit(argv: Sequence[str], seconds: float, cwd: str, answer: str, secrets: Sequence[str]) -> dict[str, Any]:
     """`run` for sbatch: its answer goes to files `answer`.out and .err first, so that it outlives whoever waits for it.
 

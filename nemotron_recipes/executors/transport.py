@@ -6,6 +6,7 @@ where the cluster is. Which machine that is, is decided once by `through`; nothi
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -49,6 +50,11 @@ class Transport(Protocol):
         """argv that runs a command there with this terminal."""
         ...
 
+    def start(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        """Run a command there as a child of this process that reads nothing, says nothing on stderr, and can't outlive
+        its connection there; its stdout is a pipe."""
+        ...
+
 
 class Here:
     """This machine: whatever runs commands for the cluster runs them here."""
@@ -77,8 +83,15 @@ class Here:
         """The same argv."""
         return argv
 
+    def start(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        """A child."""
+        silent = subprocess.DEVNULL
+        return subprocess.Popen(argv, stdin=silent, stdout=subprocess.PIPE, stderr=silent)
 
-_current: ContextVar[Transport] = ContextVar("transport", default=Here())  # noqa: B039  it has no state
+
+HERE = Here()
+
+_current: ContextVar[Transport] = ContextVar("transport", default=HERE)
 
 
 def current() -> Transport:

@@ -37,6 +37,7 @@ class Daemon:
 
     folder: Path
     flags: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()  # a command that runs it elsewhere
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -63,6 +64,7 @@ class Daemon:
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [
+                    *self.before,
                     *("dockerd", f"--host={self.host}", f"--pidfile={self.folder}/pid"),
                     *(f"--data-root={self.folder}/data", f"--exec-root={self.folder}/exec"),
                     *(
@@ -172,9 +174,9 @@ def require() -> None:
 
 
 @contextlib.contextmanager
-def daemon(*flags: str) -> Iterator[Daemon]:
+def daemon(*flags: str, before: tuple[str, ...] = ()) -> Iterator[Daemon]:
     """A daemon with `IMAGE`, which ends with the block, or else with this process."""
-    made = Daemon(Path(tempfile.mkdtemp(prefix="docker-")), flags)
+    made = Daemon(Path(tempfile.mkdtemp(prefix="docker-")), flags, before)
     try:
         made.start()
         made.import_image()

@@ -44,6 +44,9 @@ def main() -> int:
     partial = Path(f"received-{rank}.tmp")
     partial.write_text(json.dumps(received))
     partial.rename(f"received-{rank}.json")
+    if os.environ.get("PET_NODE_RANK"):  # of several hosts' folders only what ranks always write comes back
+        told = StageDir(Path.cwd()).logs(attempt) / f"told-{rank}.json"
+        told.write_text(json.dumps({name: os.environ.get(name) for name in _TOLD}))
     print("probe: on stdout", flush=True)
     print("probe: on stderr", file=sys.stderr, flush=True)
     if orders["lines"]:
@@ -71,6 +74,9 @@ def main() -> int:
         }
         write_record(StageDir(Path.cwd()), record)
     return int(orders["exit"])
+
+
+_TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES", "NODE")
 
 
 def digest(value: str | bytes) -> str:

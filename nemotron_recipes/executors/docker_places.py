@@ -1,0 +1,25 @@
+"""Where the containers of a submitted run are: its hosts, and the daemon of each."""
+
+from __future__ import annotations
+
+from nemotron_recipes.executors import hosts
+from nemotron_recipes.executors.docker_control import Docker, endpoint
+from nemotron_recipes.executors.hosts import Host
+from nemotron_recipes.spec import JobHandle
+
+
+def hosts_of(handle: JobHandle) -> list[Host]:
+    """The run's, the first one first; connects to none."""
+    return hosts.from_tree(handle.native["host"], handle.native.get("hosts", []))
+
+
+def daemon_of(host: Host, handle: JobHandle) -> Docker:
+    """The one that the run's driver uses there. Unreachable."""
+    if host.node == 0:
+        return Docker(handle.native["docker_host"])
+    return daemon_at(host, handle.native["hosts"][host.node - 1]["docker_host"])
+
+
+def daemon_at(host: Host, given: str | None) -> Docker:
+    """The daemon `given`, or the one that docker's command finds there. Unreachable."""
+    return Docker(endpoint(given, host.where), host.where)
