@@ -6,9 +6,10 @@ import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from nemotron_recipes.errors import Problem, UserError, nearest
+from nemotron_recipes.data.remote import identity_of, is_remote, listed, open_remote, size_of
+from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import file_digest, files_below
 from nemotron_recipes.spec import sha256_text, to_json
 
@@ -23,9 +24,8 @@ KINDS = {
     ".json": "json",
     ".parquet": "parquet",
 }
+READ_AHEAD = 1 << 20  # bytes
 _REFUSED = (".arrow", ".csv", ".tsv", ".xz", ".bz2", ".zip", ".tar", ".gz", ".zst")
-REMOTE = ("s3://", "gs://", "memory://")
-EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,14 @@ class Input:
 
     def open(self) -> IO[bytes]:
         if is_remote(self.place):
-            handle: IO[bytes] = _filesystem(self.place).open(self.place, "rb")
-            return handle
-        return open(self.place, "rb")
+            return open_remote(self.place)
+        return open(self.place, "rb", buffering=READ_AHEAD)
 
     @property
     def identity(self) -> str:
         """Digest of the content; of a remote file what its store says about it (address, size, ETag)."""
         if is_remote(self.place):
-            return f"remote:{_filesystem(self.place).ukey(self.place)}"
+            return identity_of(self.place)
         return file_digest(Path(self.place))
 
     @property
@@ -58,10 +57,6 @@ class Input:
         return facts.st_size, facts.st_mtime_ns
 
 
-def is_remote(place: str) -> bool:
-    return place.startswith(REMOTE)
-
-
 def listing_digest(location: str) -> str:
     """What changes when the remote files of an address do: names, sizes and what their store says of them."""
     return sha256_text(to_json([[file.name, file.size, file.identity] for file in find_files(location)]))
@@ -69,7 +64,7 @@ def listing_digest(location: str) -> str:
 
 def open_input(place: str) -> Input:
     """The file at an address or path."""
-    size = int(_filesystem(place).size(place)) if is_remote(place) else os.path.getsize(place)
+    size = size_of(place) if is_remote(place) else os.path.getsize(place)
     return Input(place.rpartition("/")[2], place, size)
 
 
@@ -104,33 +99,13 @@ def _find_local(location: Path) -> list[Input]:
 
 
 def _find_remote(location: str) -> list[Input]:
-    files = _filesystem(location)
+    try:
+        found = listed(location, tuple(KINDS))
+    except OSError as error:
+        what = f"{location} can't be listed: {error}"
+        fix = "check the address, and the credentials that the store's own tools use"
+        raise UserError(Problem(what, fix=fix)) from None
     scheme = location.partition("://")[0]
-    try:
-        if any(sign in location for sign in "*?["):
-            paths = [path for path in files.glob(location) if files.isfile(path)]
-        elif files.isdir(location):
-            paths = [path for path in files.find(location) if path.endswith(tuple(KINDS))]
-        else:
-            paths = [location.partition("://")[2]] if files.exists(location) else []
-        paths = sorted(str(path).lstrip("/") for path in paths)
-        root = os.path.commonpath([path.rpartition("/")[0] for path in paths]) if paths else ""
-        return [
-            Input(path.removeprefix(root).lstrip("/"), f"{scheme}://{path}", int(files.size(path))) for path in paths
-        ]
-    except (OSError, ValueError) as error:
-        raise UserError(Problem(f"{location} can't be listed: {error}", fix="check address and credentials")) from None
-
-
-def _filesystem(place: str) -> Any:
-    scheme = place.partition("://")[0]
-    try:
-        import fsspec
-
-        return fsspec.filesystem(scheme)
-    except ImportError:
-        package = EXTRAS.get(scheme, "fsspec")
-        what = f"{place}: reading from {scheme}:// needs the package '{package}'"
-        raise UserError(Problem(what, fix=f"pip install 'nemotron-recipes[{scheme}]'")) from None
-    except ValueError as error:
-        raise UserError(Problem(f"{place}: {error}", fix=nearest(scheme, EXTRAS))) from None
+    folders = [place.partition("://")[2].rpartition("/")[0] for place, _ in found]
+    root = f"{scheme}://{os.path.commonpath(folders)}/" if found else ""
+    return [Input(place.removeprefix(root), place, size) for place, size in found]

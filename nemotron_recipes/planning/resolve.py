@@ -12,7 +12,8 @@ from typing import Any
 from nemotron_recipes.artifacts.hub import commit_of
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.config.schema import REFERENCES
-from nemotron_recipes.data.files import is_remote, listing_digest
+from nemotron_recipes.data.files import listing_digest
+from nemotron_recipes.data.remote import is_remote
 from nemotron_recipes.data.template import BUILTIN as BUILTIN_TEMPLATES
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.executors import transport
