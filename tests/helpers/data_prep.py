@@ -12,8 +12,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from nemotron_recipes.data.encoder import Encoder
 from nemotron_recipes.data.gates.build import build_gates
+from nemotron_recipes.data.job import Job, Report
 from nemotron_recipes.data.metadata import write_metadata
-from nemotron_recipes.data.prepare import Job, Report, prepare
+from nemotron_recipes.data.prepare import prepare
 from nemotron_recipes.data.rows import RowReader
 from nemotron_recipes.data.settings import Columns, read_settings
 from nemotron_recipes.data.template import NO_TEMPLATE, template_source
@@ -76,17 +77,25 @@ def chat(question: str, answer: str, **extra: Any) -> dict[str, Any]:
 
 
 def run_prepare(
-    output: Path, files: list[Path], method: str = "sft", source: dict[str, Any] | None = None, **data: Any
+    output: Path,
+    files: list[Path],
+    method: str = "sft",
+    source: dict[str, Any] | None = None,
+    template: str = TEMPLATE,
+    folder: Path | None = None,
+    **data: Any,
 ) -> tuple[Report, dict[str, Any]]:
-    """Prepare `files`, one source each, with the tiny tokenizer; all rows to train unless said otherwise."""
+    """Prepare `files`, one source each, with the tiny tokenizer or that in `folder`; all rows to train unless said
+    otherwise."""
     output.mkdir(parents=True)
     sources = [{"path": str(file), **(source or {"split": "train"})} for file in files]
     tree = {"sources": sources, "tokenizer": "tiny", "pack_size": 128, "thinking": False, **data}
     settings = read_settings(tree, method)
     contamination = settings.gates and settings.gates.contamination
     evaluations = tuple(Path(file) for file in contamination.files) if contamination else ()
-    template = NO_TEMPLATE if settings.chat_template is None else TEMPLATE
-    job = Job(method, settings, tuple(files), tiny_folder(), template, build_gates(settings.gates, evaluations))
+    template = NO_TEMPLATE if settings.chat_template is None else template
+    gates = build_gates(settings.gates, evaluations)
+    job = Job(method, settings, tuple(files), folder or tiny_folder(), template, gates)
     report = prepare(job, output)
     return report, write_metadata(job, report, output)
 
