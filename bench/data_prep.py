@@ -142,8 +142,9 @@ def contend(name: str, file: Path, tokenizer: Path, workers: int) -> dict[str, A
 
 
 def prepare_with_ours(file: Path, tokenizer: Path, engine: str, workers: int) -> dict[str, Any]:
+    from nemotron_recipes.data.job import Job
     from nemotron_recipes.data.metadata import write_metadata
-    from nemotron_recipes.data.prepare import Job, prepare
+    from nemotron_recipes.data.prepare import prepare
     from nemotron_recipes.data.settings import read_settings
     from nemotron_recipes.data.template import template_source
 
@@ -164,7 +165,8 @@ def prepare_with_gates(file: Path, tokenizer: Path) -> dict[str, Any]:
     they are looked for among all rows, when shards are merged, is no part of it."""
     from nemotron_recipes.data.gate_settings import LANGUAGES
     from nemotron_recipes.data.gates.build import build_gates
-    from nemotron_recipes.data.prepare import Job, prepare
+    from nemotron_recipes.data.job import Job
+    from nemotron_recipes.data.prepare import prepare
     from nemotron_recipes.data.settings import read_settings
     from nemotron_recipes.data.template import template_source
 

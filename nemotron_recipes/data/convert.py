@@ -21,11 +21,12 @@ from nemotron_recipes.data.indexed import BLEND, write_indexed
 from nemotron_recipes.data.layouts import write_rows
 from nemotron_recipes.data.packed import PARQUET, PackedSplit
 from nemotron_recipes.data.packing import Packing, packing
-from nemotron_recipes.data.prepare import MEGATRON_NAMES
 from nemotron_recipes.data.settings import SPLITS
 from nemotron_recipes.data.writers import (
+    MEGATRON_NAMES,
     Packs,
     Written,
+    starts_in_packs,
     write_megatron,
     write_native,
     write_parquet,
@@ -48,18 +49,19 @@ class PackedReader:
         self._lengths = (ends - self._starts).astype(np.int32)
         if pack_size is None:
             every: np.ndarray = np.arange(len(self._starts), dtype=np.int64)
-            self.packing = Packing(every, np.array(split.seq_offsets), np.diff(split.pack_offsets))
+            packed = Packing(every, np.array(split.seq_offsets), np.diff(split.pack_offsets))
         else:
             longest = int(self._lengths.max(initial=0))
             if longest > pack_size:
                 what = f"a sequence of {longest} tokens doesn't fit into packs of {pack_size}"
                 raise UserError(Problem(what, fix="prepare with that data.pack_size: what is tokenised is taken over"))
-            self.packing = packing(self._lengths, pack_size)
+            packed = packing(self._lengths, pack_size)
+        self._order, self.offsets, self.tokens = packed.sequences, packed.offsets, packed.tokens
 
-    def pack(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        members = self.packing.members(number)
+    def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        members = self._order[self.offsets[first] : self.offsets[last]]
         spans = [slice(int(self._starts[i]), int(self._starts[i] + self._lengths[i])) for i in members]
-        starts = np.concatenate([[0], np.cumsum(self._lengths[members][:-1])]).astype(np.int32)
+        starts = starts_in_packs(self._lengths[members], self.tokens[first:last], self.offsets[first:last])
         ids = np.concatenate([self._split.input_ids[span] for span in spans])
         return ids, np.concatenate([self._split.loss_mask[span] for span in spans]), starts
 
@@ -120,7 +122,7 @@ def _check(source: Path, target: Path, metadata: dict[str, Any], layout: str, pa
 def _convert_packs(source: Path, target: Path, metadata: dict[str, Any], layout: str, pack_size: int | None) -> None:
     for split in SPLITS:
         packs = PackedReader(PackedSplit(source / split), pack_size)
-        order = np.arange(len(packs.packing))
+        order = np.arange(len(packs.tokens))
         if pack_size is not None:  # as data prep does it
             order = np.random.Generator(np.random.PCG64(0)).permutation(len(order))
         _writer(layout, target, split)(packs, order)

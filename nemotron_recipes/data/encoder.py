@@ -116,39 +116,38 @@ class Encoder:
         """None for a text whose control tokens or length in bytes don't come out."""
         assert self._widths is not None
         ids, bounds = self.engine.encode([one.text for one in rendered])
-        widths = self._widths[ids]
-        ends = np.cumsum(widths)
-        controls: np.ndarray = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum(self._is_control[ids], out=controls[1:])
-        counts = np.diff(controls[bounds])
-        bases: np.ndarray = np.concatenate([[0], ends])[bounds]  # bytes before each text
-        sizes = np.diff(bases)
-        spans = [_byte_spans(one) for one in rendered]
-        exact = [
-            count == one.controls and size == length
-            for one, count, size, (length, _) in zip(rendered, counts.tolist(), sizes.tolist(), spans, strict=True)
-        ]
-        flat = [(start + base, end + base)
-                for (_, blocks), base in zip(spans, bases.tolist(), strict=False) for start, end in blocks]  # fmt: skip
-        edges = np.array(flat, dtype=np.int64).reshape(-1, 2)
+        places: np.ndarray = np.zeros(len(ids) + 1, dtype=np.int64)  # where each token begins, in bytes
+        np.cumsum(self._widths[ids], dtype=np.int64, out=places[1:])
+        controls = np.diff(np.searchsorted(np.flatnonzero(self._is_control[ids]), bounds)).tolist()
+        bases = places[bounds]
+        sizes = np.diff(bases).tolist()
+        blocks: list[int | None] = []  # how many each row has
+        edges: list[tuple[int, int]] = []
+        for one, count, size, base in zip(rendered, controls, sizes, bases[:-1].tolist(), strict=True):
+            length, spans = _byte_spans(one)
+            exact = count == one.controls and size == length
+            blocks.append(len(spans) if exact else None)
+            if exact:
+                edges += [(start + base, end + base) for start, end in spans]
+        starts, ends = np.array(edges, dtype=np.int64).reshape(-1, 2).T
         # A token that also covers bytes before the block was not the model's to write.
-        firsts = np.asarray(np.searchsorted(ends - widths, edges[:, 0], side="left"))
-        lasts: np.ndarray = np.maximum(np.searchsorted(ends, edges[:, 1], side="right"), firsts)
-        steps: np.ndarray = np.zeros(len(ids) + 1, dtype=np.int8)
-        np.add.at(steps, firsts, 1)
-        np.add.at(steps, lasts, -1)
-        mask = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
+        firsts = np.searchsorted(places[:-1], starts, side="left")
+        lasts = np.maximum(np.searchsorted(places[1:], ends, side="right"), firsts)
+        turns = np.concatenate([[0], np.stack([firsts, lasts], axis=1).ravel(), [len(ids)]])
+        mask: np.ndarray = np.repeat(np.resize(np.array([0, 1], dtype=np.uint8), len(turns) - 1), np.diff(turns))
+        # Each block again, counted from the start of its row; (0, 0) where it holds no whole token.
+        begins = np.where(lasts > firsts, bounds[np.searchsorted(bounds, firsts, side="right") - 1], firsts)
+        found = list(zip((firsts - begins).tolist(), np.where(lasts > firsts, lasts - begins, 0).tolist(), strict=True))
         results: list[Encoded | None] = []
+        row_bounds = bounds.tolist()
         at = 0
-        for row, (_, blocks) in enumerate(spans):
-            begin, end = int(bounds[row]), int(bounds[row + 1])
-            pairs = zip(firsts[at : at + len(blocks)].tolist(), lasts[at : at + len(blocks)].tolist(), strict=True)
-            at += len(blocks)
-            if exact[row]:
-                ranges = tuple((a - begin, b - begin) if b > a else (0, 0) for a, b in pairs)
-                results.append(Encoded(ids[begin:end], mask[begin:end], ranges))
-            else:
+        for row, count in enumerate(blocks):
+            if count is None:
                 results.append(None)
+                continue
+            begin, end = row_bounds[row], row_bounds[row + 1]
+            results.append(Encoded(ids[begin:end], mask[begin:end], tuple(found[at : at + count])))
+            at += count
         return results
 
     def _with_offsets(self, rendered: Sequence[Rendered]) -> list[Encoded | None]:
@@ -263,11 +262,11 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _byte_spans(rendered: Rendered) -> tuple[int, list[tuple[int, int]]]:
+def _byte_spans(rendered: Rendered) -> tuple[int, Sequence[tuple[int, int]]]:
     """(length, generation blocks) of a text in bytes of UTF-8."""
     text = rendered.text
     if text.isascii():
-        return len(text), list(rendered.generated)
+        return len(text), rendered.generated
     spans = []
     chars = size = 0
     for start, end in rendered.generated:

@@ -31,11 +31,10 @@ def write_indexed(prefix: Path, packs: Packs, order: np.ndarray) -> Written:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with prefix.with_name(f"{prefix.name}.bin").open("wb") as handle:
         for number in order.tolist():
-            ids, mask, starts = packs.pack(number)
+            ids, mask, starts = packs.read(number, number + 1)
             handle.write(ids.astype("<i4", copy=False).tobytes())
             lengths.extend(np.diff(np.append(starts, len(ids))).tolist())
-            written.tokens += len(ids)
-            written.learned_tokens += int(mask.sum())
+            written.add(ids, mask)
     sizes = np.array(lengths, dtype="<i4")
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[:-1] * 4
     with prefix.with_name(f"{prefix.name}.idx").open("wb") as handle:

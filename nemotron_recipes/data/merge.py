@@ -17,6 +17,7 @@ import numpy as np
 
 from nemotron_recipes.data.gates import EXAMPLES, Block, CorpusGate
 from nemotron_recipes.data.ledger import Account, BadRows
+from nemotron_recipes.data.sequences import RECORD, SequenceFile
 from nemotron_recipes.data.settings import SAMPLED, SPLITS, Settings
 from nemotron_recipes.data.shards import Shard
 from nemotron_recipes.data.splits import copies
@@ -27,32 +28,30 @@ BINS = 32  # of the histograms of lengths
 
 
 @dataclass
-class Sequences:
-    """The sequences of one split in order, each a range of its shard's spool. Arrays of equal length."""
-
-    shard: np.ndarray  # int32
-    start: np.ndarray  # int64, in tokens
-    length: np.ndarray  # int32
-
-
-@dataclass
 class Merged:
-    """All shards' facts. `accounts`: by (source, file)."""
+    """All shards' facts; what grows with the data lies in files below `scratch`. `accounts`: by (source, file)."""
 
+    scratch: Path
+    by_source: bool = False  # sequences of each source apart
     accounts: dict[tuple[int, int], Account] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     gates: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # gate -> reason -> [rows, examples]
-    parts: dict[str, list[Sequences]] = field(default_factory=lambda: {name: [] for name in SPLITS})
-    entries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # lines of rows.jsonl
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of those lines
+    rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of sequences, or rows written
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # of those
     longest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     lengths: dict[str, np.ndarray] = field(default_factory=lambda: {s: np.zeros((2, BINS), np.int64) for s in SPLITS})
+    _sequences: dict[tuple[str, int], SequenceFile] = field(default_factory=dict)
 
-    def sequences(self, split: str) -> Sequences:
-        parts = self.parts[split]
-        empty = [Sequences(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int32))]
-        columns = zip(*(vars(part).values() for part in parts or empty), strict=True)
-        return Sequences(*(np.concatenate(column) for column in columns))
+    def sequences(self, split: str, source: int = 0) -> SequenceFile:
+        """The sequences of a split in order; `source` matters where they are kept apart."""
+        key = (split, source if self.by_source else 0)
+        if key not in self._sequences:
+            self._sequences[key] = SequenceFile(self.scratch / f"sequences-{key[0]}-{key[1]}")
+        return self._sequences[key]
+
+    def close(self) -> None:
+        for file in self._sequences.values():
+            file.close()
 
 
 class Merger:
@@ -67,6 +66,7 @@ class Merger:
         spools: Sequence[Spool],
         bad_rows: BadRows,
         rows: dict[str, IO[bytes]],
+        scratch: Path,
     ):
         self.method = method
         self.settings = settings
@@ -75,11 +75,11 @@ class Merger:
         self.spools = spools
         self.bad_rows = bad_rows
         self.rows = rows
-        self.merged = Merged()
+        self.merged = Merged(scratch, by_source=method == "pretrain")
 
-    def run(self, gates: Sequence[CorpusGate], scratch: Path) -> Merged:
+    def run(self, gates: Sequence[CorpusGate]) -> Merged:
         """UserError: a bad row, where those end the run."""
-        dropped = sweep(gates, self.shards, self.spools, scratch, self.merged.gates)
+        dropped = sweep(gates, self.shards, self.spools, self.merged.scratch, self.merged.gates)
         base, file = 0, (-1, -1)
         for number, (shard, spool) in enumerate(zip(self.shards, self.spools, strict=True)):
             if (shard.source, shard.file) != file:
@@ -107,7 +107,7 @@ class Merger:
         weight = self.settings.sources[shard.source].weight if self.method in SAMPLED else 1.0
         times = np.where(index["split"] == TRAIN, copies(index["point"], weight), 1)
         written = (
-            self._sequences(number, spool, index, alive, times, account)
+            self._sequences(number, shard.source, spool, index, alive, times, account)
             if self.method in ("sft", "pretrain")
             else self._entries(index, alive, times, account)
         )
@@ -119,6 +119,7 @@ class Merger:
     def _sequences(
         self,
         number: int,
+        source: int,
         spool: Spool,
         index: dict[str, np.ndarray],
         alive: np.ndarray,
@@ -153,10 +154,11 @@ class Merger:
         chosen = np.repeat(chosen, repeats)
         for code, split in enumerate(SPLITS):
             mine = chosen[index["split"][row[chosen]] == code]
-            part = Sequences(
-                np.full(len(mine), number, np.int32), start[mine], np.minimum(length[mine], size).astype(np.int32)
-            )
-            self.merged.parts[split].append(part)
+            records: np.ndarray = np.empty(len(mine), dtype=RECORD)
+            records["shard"], records["start"] = number, start[mine]
+            records["length"] = np.minimum(length[mine], size)
+            self.merged.sequences(split, source).add(records)
+            self._measure(split, records["length"], records["length"])
         return alive & has_good
 
     def _entries(
@@ -168,15 +170,16 @@ class Merger:
         account.dropped = +account.dropped
         account.sequences += int(times[fits].sum())
         for code, split in enumerate(SPLITS):
-            mine = fits & (index["split"] == code)
-            self.merged.entries[split] += int(times[mine].sum())
-            self.merged.tokens[split] += int((times * index["tokens"])[mine].sum())
-            self.merged.lengths[split] += by_length(
-                np.repeat(index["length"][mine], times[mine]), self.settings.pack_size
-            )
-            longest = int(index["length"][mine].max(initial=0))
-            self.merged.longest[split] = max(self.merged.longest[split], longest)
+            mine: np.ndarray = np.repeat(np.arange(len(fits)), times * (fits & (index["split"] == code)))
+            self._measure(split, index["length"][mine], index["tokens"][mine])
         return fits
+
+    def _measure(self, split: str, lengths: np.ndarray, tokens: np.ndarray) -> None:
+        merged = self.merged
+        merged.counts[split] += len(lengths)
+        merged.tokens[split] += int(tokens.sum(dtype=np.int64))
+        merged.lengths[split] += by_length(lengths, self.settings.pack_size)
+        merged.longest[split] = max(merged.longest[split], int(lengths.max(initial=0)))
 
     def _write_payload(
         self, spool: Spool, index: dict[str, np.ndarray], written: np.ndarray, times: np.ndarray

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.data.card import write_card
-from nemotron_recipes.data.prepare import LIBRARIES, Job, Report, code_digest
+from nemotron_recipes.data.identity import LIBRARIES, code_digest
+from nemotron_recipes.data.job import Job, Report
 from nemotron_recipes.data.template import NO_TEMPLATE
 from nemotron_recipes.fsio import file_digest, files_below, write_atomic
 from nemotron_recipes.spec import sha256_text, to_json

@@ -23,14 +23,6 @@ class Packing:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
-    def counts(self) -> np.ndarray:
-        """Sequences per pack."""
-        return np.diff(self.offsets)
-
-    def members(self, number: int) -> np.ndarray:
-        return self.sequences[self.offsets[number] : self.offsets[number + 1]]
-
 
 def packing(lengths: np.ndarray, capacity: int, window: int = WINDOW) -> Packing:
     """Every sequence in one pack, no pack longer than `capacity`; packs in the order of their windows."""

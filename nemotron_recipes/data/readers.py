@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 import orjson
 
 from nemotron_recipes.data.files import kind_of, open_input
+from nemotron_recipes.data.hub_rows import hub_error, hub_stream
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.shards import Shard
 from nemotron_recipes.errors import Problem, UserError
@@ -21,8 +22,6 @@ from nemotron_recipes.errors import Problem, UserError
 MAX_LINE = 8 << 20  # bytes of one row: about two million tokens, more than any context
 _BATCH = 256  # rows of parquet at once
 _INT64 = 2.0**63
-_DIGITS = bytes(ord("0") if chr(byte).isdecimal() and byte < 128 else ord(" ") for byte in range(256))
-_MANY_DIGITS = b"0" * 19  # an integer that needs more than 64 bits has as many, or more
 BLANK = object()  # the value of a blank line
 
 
@@ -226,41 +225,7 @@ def _hub(shard: Shard) -> Iterator[Line]:
                     return
                 yield Line(number, plain(row))
     except (OSError, ValueError) as error:
-        raise _hub_error(shard.place, error) from None
-
-
-def hub_stream(name: str, subset: str | None, split: str | None, revision: str | None) -> Any:
-    """A `datasets.IterableDataset`; without a split all of them by name.
-
-    UserError: `datasets` is missing, or the hub doesn't give the data."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        what = f"hf://{name}: reading from the hub needs the 'datasets' library"
-        raise UserError(Problem(what, fix="pip install 'nemotron-recipes[data]'")) from None
-    try:
-        return load_dataset(name, subset, split=split, revision=revision, streaming=True)
-    except (OSError, ValueError) as error:
-        raise _hub_error(name, error) from None
-
-
-def hub_splits(name: str, subset: str | None, revision: str | None) -> list[str]:
-    """The names of a hub data set's splits, in its own order. UserError: as `hub_stream`."""
-    return list(hub_stream(name, subset, None, revision))
-
-
-def hub_rows(name: str, subset: str | None, split: str, revision: str | None, most: int) -> int:
-    """How many rows a split has; no more than `most` are read. UserError: as `hub_stream`."""
-    try:
-        with closing(iter(hub_stream(name, subset, split, revision))) as rows:
-            return sum(1 for _ in islice(rows, most))
-    except (OSError, ValueError) as error:
-        raise _hub_error(name, error) from None
-
-
-def _hub_error(name: str, error: Exception) -> UserError:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return UserError(Problem(f"hf://{name}: {lines[0]}", fix="check name, subset, hub_split and the network"))
+        raise hub_error(shard.place, error) from None
 
 
 _READERS = {
@@ -280,7 +245,7 @@ def parse_line(line: bytes, number: int) -> Line:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
         return _parse_slowly(line, number)
-    if _MANY_DIGITS in line.translate(_DIGITS) and _has_large_number(value):
+    if _has_large_number(value):
         return _parse_slowly(line, number)
     return Line(number, value, size=len(line))
 

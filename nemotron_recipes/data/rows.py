@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -56,8 +57,7 @@ class RowReader:
             raise BadRow("not_an_object", f"a JSON object is expected, not {type(row).__name__}")
         if self.method == "pretrain":
             return self._document(row)
-        read = {"sft": self._sft, "dpo": self._dpo, "kto": self._kto, "rl": self._rl}[self.method]
-        result = read(row)
+        result = self._read(row)
         if self.method != "sft":  # weights are about SFT's loss
             for message in result.prompt + result.chosen + result.rejected + result.completion:
                 message.pop("weight", None)
@@ -191,6 +191,10 @@ class RowReader:
         return row[name]
 
     @cached_property
+    def _read(self) -> Callable[[dict[str, Any]], Row]:
+        return {"sft": self._sft, "dpo": self._dpo, "kto": self._kto, "rl": self._rl}[self.method]
+
+    @cached_property
     def _names(self) -> dict[str, tuple[str, ...]]:
         """Field -> the keys that it may stand under."""
         named = vars(self.columns)
@@ -217,12 +221,10 @@ def _check_tool_markup(row: Row) -> None:
     """Tool calls, structured or as text, in a row that never says which tools there are."""
     if row.tools:
         return
-    messages = row.messages + row.prompt + row.chosen + row.rejected + row.completion
+    messages = row.messages or row.prompt + row.chosen + row.rejected + row.completion
     for message in messages:
-        if (
-            message.get("tool_calls")
-            or "<tool_call>" in message["content"]
-            or "<tool_call>" in message.get("reasoning_content", "")
+        if "<tool_call>" in message["content"] or (
+            len(message) > 2 and (message.get("tool_calls") or "<tool_call>" in message.get("reasoning_content", ""))
         ):
             break
     else:

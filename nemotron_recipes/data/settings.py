@@ -84,7 +84,7 @@ class Settings:
     on_bad_row: Literal["count", "fail"] = "count"
     tokenizer: str  # a reference
     engine: Literal["tokenizers", "fastokens"] = "tokenizers"  # what encodes; both give the same ids
-    workers: Positive | None = None  # processes; null: one per CPU. The result is the same for any number
+    workers: Positive | None = None  # processes; null: what is worth it, up to one per CPU. The result is the same
     chat_template: str | None = "nemotron3"  # nemotron3, or a path to a .jinja file; pretrain: null
     end_of_document: str | None = None  # pretrain: the token after each document
     thinking: bool = True  # the generation prompt opens a reasoning block

@@ -25,11 +25,13 @@ import numpy as np
 
 from nemotron_recipes.fsio import fsync_folder, fsync_tree
 
+BUFFER = 1 << 20  # bytes
 KEPT = -1  # status of a row that goes on; else an index into `reasons`
 ROW_COLUMNS = {
     "line": "q", "status": "i", "split": "b", "point": "d", "sequences": "i", "payload_end": "q", "length": "i",
     "tokens": "q",
 }  # fmt: skip
+_INT32 = np.dtype("<i4")
 SEQUENCE_COLUMNS = {"seq_length": "i", "seq_first": "i"}
 
 
@@ -49,9 +51,9 @@ class SpoolWriter:
         self._folder = root / f".{key}.{uuid.uuid4().hex}.tmp"
         self._folder.mkdir(parents=True)
         self._columns = {name: array(kind) for name, kind in (ROW_COLUMNS | SEQUENCE_COLUMNS).items()}
-        self._row_columns: list[Any] = [self._columns[name] for name in ROW_COLUMNS]
+        self._appends: list[Any] = [self._columns[name].append for name in ROW_COLUMNS]
         names = ["ids", "mask", "payload", "bad.jsonl", *(f"signatures-{n}" for n in range(signatures))]
-        self._files: dict[str, IO[bytes]] = {name: (self._folder / name).open("wb") for name in names}
+        self._files: dict[str, IO[bytes]] = {name: (self._folder / name).open("wb", BUFFER) for name in names}
         self._ids, self._mask = self._files["ids"], self._files["mask"]
         self._lengths, self._firsts = self._columns["seq_length"], self._columns["seq_first"]
         self._reasons: dict[str, int] = {}
@@ -82,7 +84,7 @@ class SpoolWriter:
         """A row that goes on. `sequences`: ids and label-aligned masks; `length`, `tokens`: where there are none."""
         for ids, mask in sequences:
             learned = mask.tobytes()
-            self._ids.write(np.ascontiguousarray(ids, dtype="<i4").data)
+            self._ids.write(ids.astype(_INT32, copy=False).tobytes())
             self._mask.write(learned)
             self._lengths.append(len(ids))
             self._firsts.append(learned.find(1))
@@ -127,8 +129,8 @@ class SpoolWriter:
 
     def _row(self, line: int, status: int, split: int, point: float, sequences: int, length: int, tokens: int) -> None:
         values = (line, status, split, point, sequences, self._payload, length, tokens)
-        for column, value in zip(self._row_columns, values, strict=True):
-            column.append(value)
+        for append, value in zip(self._appends, values, strict=True):
+            append(value)
         self.rows += 1
 
 

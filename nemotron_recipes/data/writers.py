@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 
-from nemotron_recipes.data.merge import Sequences
 from nemotron_recipes.data.packed import COLUMNS
-from nemotron_recipes.data.packing import Packing
+from nemotron_recipes.data.sequences import PackList
 from nemotron_recipes.data.spool import Spool
 
+MEGATRON_NAMES = {"train": "training", "validation": "validation", "test": "test"}
 OPEN_SPOOLS = 64
 ROW_GROUP = 1000  # packs
+GROUP = 1 << 20  # tokens that are read at once
 
 
 @dataclass
@@ -27,41 +28,50 @@ class Written:
     tokens: int = 0
     learned_tokens: int = 0
 
+    def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        self.tokens += len(ids)
+        self.learned_tokens += int(np.count_nonzero(mask))
+
 
 class Packs(Protocol):
-    """What writers read."""
+    """What writers read: packs in the packing's own order. `tokens` (int64): of each pack; `offsets` (int64
+    [packs + 1]): where each begins among all sequences."""
 
-    packing: Packing
+    tokens: np.ndarray
+    offsets: np.ndarray
 
-    def pack(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(input_ids int32, loss_mask uint8, seq_start_id int32) of pack `number` in the packing's own order."""
+    def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(input_ids int32, loss_mask uint8, seq_start_id int32) of packs [first, last), one pack after another; the
+        starts count from the start of their pack."""
         ...
 
 
 class PackReader:
     """The packs of a split from the spools. Reads stay near one another while packs are asked for in window order."""
 
-    def __init__(self, spools: list[Spool], sequences: Sequences, packing: Packing):
+    def __init__(self, spools: Sequence[Spool], packs: PackList):
         self._spools = spools
-        self._sequences = sequences
-        self.packing = packing
+        self._sequences = packs.sequences
+        self.tokens, self.offsets = packs.tokens, packs.offsets
         self._open: dict[int, tuple[IO[bytes], IO[bytes]]] = {}
 
-    def pack(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(input_ids int32, loss_mask uint8, seq_start_id int32) of pack `number` in the packing's own order."""
-        members = self.packing.members(number)
-        lengths = self._sequences.length[members]
-        starts = np.concatenate([[0], np.cumsum(lengths[:-1])]).astype(np.int32)
-        total = int(lengths.sum())
+    def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `Packs`."""
+        records = self._sequences.read(int(self.offsets[first]), int(self.offsets[last]))
+        ends = np.cumsum(records["length"], dtype=np.int64)
+        total = int(ends[-1]) if len(ends) else 0
         ids: np.ndarray = np.empty(total, dtype=np.int32)
         mask: np.ndarray = np.empty(total, dtype=np.uint8)
-        for member, at, length in zip(members.tolist(), starts.tolist(), lengths.tolist(), strict=True):
-            ids_file, mask_file = self._files(int(self._sequences.shard[member]))
-            position = int(self._sequences.start[member])
-            _read(ids_file, 4 * position, ids[at : at + length])
-            _read(mask_file, position, mask[at : at + length])
-            mask[at + length - 1] = 0  # a cut sequence has no label behind its last token
-        return ids, mask, starts
+        places = zip(records["shard"].tolist(), records["start"].tolist(), ends.tolist(), strict=True)
+        at = 0
+        ids_view, mask_view = ids.data.cast("B"), mask.data
+        for shard, start, end in places:
+            ids_file, mask_file = self._files(shard)
+            _read(ids_file, 4 * start, ids_view[4 * at : 4 * end])
+            _read(mask_file, start, mask_view[at:end])
+            at = end
+        mask[ends - 1] = 0  # a cut sequence has no label behind its last token
+        return ids, mask, starts_in_packs(records["length"], self.tokens[first:last], self.offsets[first:last])
 
     def close(self) -> None:
         for pair in self._open.values():
@@ -70,28 +80,48 @@ class PackReader:
         self._open.clear()
 
     def _files(self, shard: int) -> tuple[IO[bytes], IO[bytes]]:
-        if shard not in self._open:
+        pair = self._open.get(shard)
+        if pair is None:
             if len(self._open) >= OPEN_SPOOLS:
                 for handle in self._open.pop(next(iter(self._open))):
                     handle.close()
             folder = self._spools[shard].folder
-            self._open[shard] = ((folder / "ids").open("rb"), (folder / "mask").open("rb"))
-        return self._open[shard]
+            pair = self._open[shard] = ((folder / "ids").open("rb", 0), (folder / "mask").open("rb", 0))
+        return pair
 
 
-def _read(handle: IO[bytes], offset: int, into: np.ndarray) -> None:
-    if os.preadv(handle.fileno(), [into.data], offset) != into.nbytes:
+def _read(handle: IO[bytes], offset: int, into: memoryview) -> None:
+    if os.preadv(handle.fileno(), [into], offset) != len(into):
         raise OSError(f"{handle.name} ends too early")
+
+
+def starts_in_packs(lengths: np.ndarray, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int32: where each sequence begins in its pack. `tokens`, `offsets`: of packs that follow one another."""
+    begins = np.cumsum(lengths, dtype=np.int64) - lengths
+    counts: np.ndarray = (
+        np.diff(np.append(offsets, offsets[0] + len(lengths))) if len(offsets) else np.empty(0, np.int64)
+    )
+    return (begins - np.repeat(np.cumsum(tokens) - tokens, counts)).astype(np.int32)
+
+
+def groups(tokens: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Packs that follow one another as [first, last), each time about GROUP tokens."""
+    first = 0
+    ends = np.cumsum(tokens, dtype=np.int64)
+    while first < len(tokens):
+        begun = int(ends[first - 1]) if first else 0
+        last = max(int(np.searchsorted(ends, begun + GROUP, side="right")), first + 1)
+        yield first, last
+        first = last
 
 
 def write_native(folder: Path, packs: Packs, order: np.ndarray) -> Written:
     """One split in the native format. `order`: which pack comes where. Packs are read in their own order, and each is
     written to its place."""
     folder.mkdir(parents=True, exist_ok=True)
-    packing = packs.packing
-    tokens, counts = packing.tokens[order], packing.counts[order]
-    pack_offsets = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)]).astype(np.int64)
-    seq_offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    counts: np.ndarray = np.diff(packs.offsets)
+    pack_offsets = np.concatenate([[0], np.cumsum(packs.tokens[order], dtype=np.int64)]).astype(np.int64)
+    seq_offsets = np.concatenate([[0], np.cumsum(counts[order], dtype=np.int64)]).astype(np.int64)
     np.save(folder / "pack_offsets.npy", pack_offsets)
     np.save(folder / "seq_offsets.npy", seq_offsets)
     sizes = {"input_ids": pack_offsets[-1], "loss_mask": pack_offsets[-1], "seq_start_id": seq_offsets[-1]}
@@ -100,14 +130,13 @@ def write_native(folder: Path, packs: Packs, order: np.ndarray) -> Written:
     written = Written()
     columns = {name: _Column(folder / f"{name}.npy", COLUMNS[name], int(size)) for name, size in sizes.items()}
     try:
-        for number in range(len(order)):
-            ids, mask, starts = packs.pack(number)
-            at = int(place[number])
-            columns["input_ids"].put(int(pack_offsets[at]), ids)
-            columns["loss_mask"].put(int(pack_offsets[at]), mask)
-            columns["seq_start_id"].put(int(seq_offsets[at]), starts)
-            written.tokens += len(ids)
-            written.learned_tokens += int(mask.sum())
+        for first, last in groups(packs.tokens):
+            ids, mask, starts = packs.read(first, last)
+            to = place[first:last]
+            columns["input_ids"].put(pack_offsets[to], packs.tokens[first:last], ids)
+            columns["loss_mask"].put(pack_offsets[to], packs.tokens[first:last], mask)
+            columns["seq_start_id"].put(seq_offsets[to], counts[first:last], starts)
+            written.add(ids, mask)
     finally:
         for column in columns.values():
             column.close()
@@ -126,8 +155,16 @@ class _Column:
         self._width = np.dtype(dtype).itemsize
         self._handle.truncate(self._start + size * self._width)
 
-    def put(self, index: int, values: np.ndarray) -> None:
-        view, offset = np.ascontiguousarray(values).data.cast("B"), self._start + index * self._width
+    def put(self, places: np.ndarray, counts: np.ndarray, values: np.ndarray) -> None:
+        """The next `counts` of the values to each of the places."""
+        view, done = memoryview(np.ascontiguousarray(values)).cast("B"), 0
+        offsets: np.ndarray = self._start + places * self._width
+        sizes: np.ndarray = counts * self._width
+        for offset, count in zip(offsets.tolist(), sizes.tolist(), strict=True):
+            self._write(view[done : done + count], offset)
+            done += count
+
+    def _write(self, view: memoryview, offset: int) -> None:
         while view:
             count = os.pwrite(self._handle.fileno(), view, offset)
             view, offset = view[count:], offset + count
@@ -147,15 +184,15 @@ def write_parquet(path: Path, packs: Packs, order: np.ndarray) -> Written:
     written = Written()
     with parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
         for start in range(0, len(order), ROW_GROUP):
-            group = [packs.pack(int(number)) for number in order[start : start + ROW_GROUP]]
+            group = [packs.read(number, number + 1) for number in order[start : start + ROW_GROUP].tolist()]
             arrays = []
             for column, kind in zip(zip(*group, strict=True), kinds.values(), strict=True):
                 offsets = np.concatenate([[0], np.cumsum([len(one) for one in column])]).astype(np.int32)
                 values = pyarrow.array(np.concatenate(column), type=kind)
                 arrays.append(pyarrow.ListArray.from_arrays(pyarrow.array(offsets, type=pyarrow.int32()), values))
             writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema), row_group_size=ROW_GROUP)
-            written.tokens += sum(len(ids) for ids, _, _ in group)
-            written.learned_tokens += sum(int(mask.sum()) for _, mask, _ in group)
+            for ids, mask, _ in group:
+                written.add(ids, mask)
     return written
 
 
@@ -168,9 +205,8 @@ def write_megatron(path: Path, packs: Packs, order: np.ndarray) -> Written:
 
     def dicts() -> Iterator[dict[str, list[int]]]:
         for number in order.tolist():
-            ids, mask, starts = packs.pack(number)
-            written.tokens += len(ids)
-            written.learned_tokens += int(mask.sum())
+            ids, mask, starts = packs.read(number, number + 1)
+            written.add(ids, mask)
             yield {"input_ids": ids.tolist(), "loss_mask": mask.tolist(), "seq_start_id": starts.tolist()}
 
     with path.open("wb") as handle:

@@ -12,8 +12,9 @@ from typing import Any
 from nemotron_recipes.data.fetch import fetch_tokenizer
 from nemotron_recipes.data.files import listing_digest
 from nemotron_recipes.data.gates.build import build_gates
+from nemotron_recipes.data.job import Hub, Job, Progress, Report
 from nemotron_recipes.data.metadata import write_metadata
-from nemotron_recipes.data.prepare import Hub, Job, Progress, Report, prepare, prepare_part
+from nemotron_recipes.data.prepare import prepare, prepare_part
 from nemotron_recipes.data.settings import Settings, read_settings
 from nemotron_recipes.data.template import NO_TEMPLATE, template_source
 from nemotron_recipes.errors import Problem, UserError, nearest

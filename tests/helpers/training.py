@@ -13,8 +13,9 @@ import yaml
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.backends.trl import TrlBackend
 from nemotron_recipes.config.schema import TrainConfig
+from nemotron_recipes.data.job import Job
 from nemotron_recipes.data.metadata import write_metadata
-from nemotron_recipes.data.prepare import Job, prepare
+from nemotron_recipes.data.prepare import prepare
 from nemotron_recipes.data.settings import Settings, Source
 from nemotron_recipes.data.template import template_source
 from nemotron_recipes.rundir import ATTEMPT_ENV, StageDir, read_jsonl

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.data import shards
+from nemotron_recipes.data import cuts
 from tests.helpers.data_prep import bytes_of, chat, rows_of, run_prepare, write_rows
 
 _WORDS = "amber birch cedar dune ember fjord grove heath inlet jetty knoll larch marsh north ocean pines quay ridge"
@@ -112,7 +112,7 @@ def test_any_number_of_processes_gives_the_same_bytes(
     outputs = []
     for name, workers in (("one", 1), ("two", 2)):
         if workers > 1:
-            monkeypatch.setattr(shards, "SHARD_BYTES", 1 << 12)
+            monkeypatch.setattr(cuts, "SHARD_BYTES", 1 << 12)
         run_prepare(tmp_path / name, [file], method, pack_size=512, workers=workers, gates=chosen)
         outputs.append(bytes_of(tmp_path / name))
     assert outputs[0].keys() == outputs[1].keys()

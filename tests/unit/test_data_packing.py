@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_recipes.data.merge import Sequences
 from nemotron_recipes.data.packed import PackedSplit
-from nemotron_recipes.data.packing import Packing, pack
+from nemotron_recipes.data.packing import pack
+from nemotron_recipes.data.sequences import RECORD, PackList, SequenceFile
 from nemotron_recipes.data.spool import Spool, SpoolWriter, Tally
 from nemotron_recipes.data.writers import PackReader, write_megatron, write_native, write_parquet
 
@@ -60,13 +60,13 @@ def filled(folder: Path, lengths: list[int], groups: list[list[int]]) -> PackRea
         mask[-1] = 0
         writer.keep(number, 0, 0.0, [(np.full(length, number, dtype=np.int32), mask)], b"", 0, 0, [])
     writer.finish(Tally())
-    sizes = np.array(lengths, dtype=np.int32)
-    starts = np.concatenate([[0], np.cumsum(sizes)])[:-1].astype(np.int64)
-    flat = np.array([index for group in groups for index in group], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    records = np.array([(0, lengths[i], starts[i]) for group in groups for i in group], dtype=RECORD)
+    sequences = SequenceFile(folder / "sequences")
+    sequences.add(records)
     offsets = np.concatenate([[0], np.cumsum([len(group) for group in groups])]).astype(np.int64)
     tokens = np.array([sum(lengths[index] for index in group) for group in groups], dtype=np.int64)
-    sequences = Sequences(np.zeros(len(lengths), dtype=np.int32), starts, sizes)
-    return PackReader([Spool(folder / "spool")], sequences, Packing(flat, offsets, tokens))
+    return PackReader([Spool(folder / "spool")], PackList(sequences, offsets, tokens))
 
 
 def test_native_columns(tmp_path: Path) -> None:

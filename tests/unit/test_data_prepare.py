@@ -15,9 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nemotron_recipes.data.hub_rows import hub_stream
+from nemotron_recipes.data.job import Hub, Job
 from nemotron_recipes.data.packed import PackedSplit
-from nemotron_recipes.data.prepare import Hub, Job, prepare
-from nemotron_recipes.data.readers import hub_stream, read_shard
+from nemotron_recipes.data.prepare import prepare
+from nemotron_recipes.data.readers import read_shard
 from nemotron_recipes.data.settings import read_settings
 from nemotron_recipes.data.shards import Shard
 from nemotron_recipes.data.splits import copies, split_of, weight_point

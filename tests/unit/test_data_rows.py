@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import nemotron_recipes.data
+from nemotron_recipes.data.cuts import cut_inputs
 from nemotron_recipes.data.files import find_files
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.readers import BLANK, read_shard
-from nemotron_recipes.data.shards import cut_inputs
 from tests.helpers.data_prep import chat, read_row
 
 ROOT = Path(__file__).parents[2]

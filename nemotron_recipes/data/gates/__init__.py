@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -57,8 +57,7 @@ class Note:
 Verdict = Drop | Change | Note | None  # None: nothing to say
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A row under judgement. `fields` is the row as it was read, with everything that `row` has no place for."""
 
     row: Row

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
-from nemotron_recipes.worker.trl.config import CONTAINER, TrlSettings
+from nemotron_recipes.worker.trl.config import TrlSettings
+
+CONTAINER = "containers/unsloth.Dockerfile"
 
 
 class Engine(Protocol):
