@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from nemotron_recipes.backends import native
+from nemotron_recipes.backends import native, ray_nodes
 from nemotron_recipes.backends.layout import Layout, layout_problems
 from nemotron_recipes.backends.schemas import NativeSchema, unknown_recipe
 from nemotron_recipes.backends.workerfile import MODULE, file_path, worker_args, worker_file, yaml_text
@@ -150,7 +151,7 @@ class NemoRlBackend:
             gym=is_gym(config),
             train_iters=config["train"]["train_iters"],
             keep=config["checkpoint"]["keep"],
-            nodes=config["run"].get("nodes", 1),
+            ray=ray_nodes.nodes(config["run"].get("nodes", 1)),
             passes=passes_of(config),
             resume_from=stage.resume_from,
         )
@@ -159,7 +160,7 @@ class NemoRlBackend:
             args=worker_args(stage, FILE),
             files={FILE: text, NATIVE_FILE: yaml_text(native_tree(stage))},
             launcher="torchrun",
-            env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+            env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", **ray_nodes.ENVIRONMENT},
             notes=tuple(note for note in (schema_of(config)[1],) if note),
             writes_together=True,
         )
@@ -173,6 +174,13 @@ def schema_of(config: Tree) -> tuple[NativeSchema, str]:
 def base_of(config: Tree) -> str:
     """The example of NeMo-RL that nemo_rl.yaml begins from, below NeMo-RL's folder."""
     return str(config["backend"]["native"].get("base", BASES[config["method"]]))
+
+
+def setting(config: Tree, key: str) -> Any:
+    """What NeMo-RL will find under a native key that the envelope has no name for: the recipe's, else the example's."""
+    given = native.flat(config["backend"]["native"], native.keys(SCHEMAS))
+    example = schema_of(config)[0].content["recipes"].get(base_of(config), {"values": {}})
+    return given.get(key, example["values"].get(key))
 
 
 def is_gym(config: Tree) -> bool:

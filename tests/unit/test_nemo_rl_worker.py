@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.backends import ray_nodes
 from nemotron_recipes.errors import JobFailed, UserError
 from nemotron_recipes.rundir import TRACKER, StageDir, latest_checkpoint, read_jsonl
 from nemotron_recipes.spec import Artifact, Output
@@ -20,11 +21,17 @@ from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.guest import LEAST_RESERVE
 from nemotron_recipes.worker.nemo_rl import cluster, stage
 from nemotron_recipes.worker.nemo_rl.checkpoints import adopt, continue_from
+from tests.helpers.fake_nemo_rl import FAKE_TIMER
 
 # Says what it was called with; with --block it stays, as a node of the cluster does.
 FAKE_RAY = """\
 #!{python}
 import os, sys, time
+for word in sys.argv:
+    if word.startswith("--temp-dir="):
+        os.makedirs(word[11:] + "/session_2026/logs")
+        with open(word[11:] + "/session_2026/logs/raylet.out", "w") as out:
+            out.write("head's\\n")
 with open({log!r}, "a") as out:
     out.write(" ".join(sys.argv[1:]) + "|" + os.environ.get("RANK", "") + "\\n")
 while "--block" in sys.argv:
@@ -55,19 +62,6 @@ for step in json.load(open({steps!r})):
     os.rename(f"{{root}}/tmp_step_{{step}}", f"{{root}}/step_{{step}}")
     if timeout.check_save():
         break
-"""
-# The clock of NeMo-RL's loops, as nemo_rl/utils/timer.py of v0.7.0 has it: it begins when it is made.
-FAKE_TIMER = """\
-import time
-class TimeoutChecker:
-    def __init__(self, timeout="00:03:45:00", fit_last_save_time=False):
-        self.last_save_time = float("inf")
-        if timeout is not None:
-            days, hours, minutes, seconds = map(int, timeout.split(":"))
-            self.last_save_time = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-        self.start_time = time.time()
-    def check_save(self):
-        return time.time() - self.start_time >= self.last_save_time
 """
 
 
@@ -132,7 +126,7 @@ def config_of(folder: Path, **more: object) -> dict[str, object]:
         **told,
         "config": str(folder / "plan.yaml"),
         "train_iters": 4,
-        "nodes": 1,
+        "ray": ray_nodes.nodes(1),
         "passes": None,
         "resume_from": None,
         **more,
@@ -144,16 +138,21 @@ def test_two_nodes_from_the_head_to_the_output(fakes: Fakes, monkeypatch: pytest
     fakes.steps.write_text("[2, 4]")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     main, other = context_of(folder), context_of(folder, rank=1)
-    node = threading.Thread(target=stage.run, args=(config_of(folder, nodes=2), other))
+    node = threading.Thread(target=stage.run, args=(config_of(folder, ray=ray_nodes.nodes(2)), other))
     node.start()
-    stage.run(config_of(folder, nodes=2), main)
+    stage.run(config_of(folder, ray=ray_nodes.nodes(2)), main)
     node.join(timeout=60)
     assert not node.is_alive(), "the other node did not go when rank 0 had ended"
 
     calls = [line.partition("|")[0] for line in fakes.ray()]
     (head,) = [call for call in calls if call.startswith("start --head --node-ip-address=127.0.0.1 --port=")]
-    port = head.partition("--port=")[2].split()[0]
-    assert f"start --address=127.0.0.1:{port} --disable-usage-stats --block" in calls
+    port, temp = (head.partition(f"--{name}=")[2].split()[0] for name in ("port", "temp-dir"))
+    ports = "--min-worker-port=10002 --max-worker-port=11000"
+    assert f"start --address=127.0.0.1:{port} {ports} --disable-usage-stats --block" in calls
+    logs = main.dir.path / "ray" / "attempt-1" / "logs"
+    (kept,) = logs.glob("0-*/raylet.out")  # the other "node" has the same disk here, which may be tidied by now
+    assert kept.read_text() == "head's\n"
+    assert not Path(temp).exists(), "Ray's folder stayed behind"
     assert fakes.ended()
     assert all(line.endswith("|") for line in fakes.ray()), "torchrun's RANK reached Ray"
 
@@ -272,6 +271,38 @@ def test_an_empty_split_is_found_before_ray_starts(fakes: Fakes, split: str) -> 
     with pytest.raises(UserError, match=f"the {split} split is empty"):
         stage.run(config_of(fakes.folder), context)
     assert not fakes.ray_log.exists()
+
+
+def test_a_head_that_does_not_start_is_told_at_once(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = fakes.folder / "ray"
+    ray.write_text("#!/bin/sh\necho no port is free >&2\nexit 3\n")
+    with pytest.raises(JobFailed, match=r"Ray's head on .* ended with 3"):
+        stage.run(config_of(fakes.folder), context_of(fakes.folder))
+
+
+def test_a_head_that_ends_takes_the_program_with_it(fakes: Fakes) -> None:
+    ended = fakes.folder / "ended.txt"
+    ray = fakes.folder / "ray"
+    told_to_end = f"time.sleep(0.2)\n    os.path.exists({str(ended)!r}) and sys.exit(4)"
+    ray.write_text(ray.read_text().replace("time.sleep(0.2)", told_to_end))
+    program = f"import time\nopen({str(ended)!r}, 'w')\ntime.sleep(600)\n"
+    (fakes.folder / "source" / "examples" / "run_dpo.py").write_text(program)
+    with pytest.raises(JobFailed, match=r"Ray's head on .* ended with 4"):
+        stage.run(config_of(fakes.folder), context_of(fakes.folder))
+    script = str(fakes.folder / "source" / "examples" / "run_dpo.py")
+    assert not subprocess.run(["pgrep", "-f", script], capture_output=True).stdout, "the program goes on"
+
+
+def test_open_files_are_raised_as_far_as_allowed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(cluster.resource, "setrlimit", lambda kind, limits: told.append(limits))
+    for limits in ((1024, 1 << 20), (1024, 4096), (1 << 20, 1 << 20), (1024, cluster.resource.RLIM_INFINITY)):
+        monkeypatch.setattr(cluster.resource, "getrlimit", lambda kind, limits=limits: limits)
+        cluster._open_files(65535)
+    assert told == [(65535, 1 << 20), (4096, 4096), (65535, cluster.resource.RLIM_INFINITY)]
+    assert capsys.readouterr().err == "warning: 4096 open files are allowed here, Ray wants 65535\n"
 
 
 def test_a_wish_to_stop_ends_the_program(fakes: Fakes) -> None:

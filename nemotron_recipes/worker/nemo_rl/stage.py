@@ -20,6 +20,7 @@ import yaml
 
 from nemotron_recipes.data.layouts import write_rows
 from nemotron_recipes.errors import JobFailed, Problem, UserError
+from nemotron_recipes.rundir import TRACKER
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import deadline_from, last_save_seconds
@@ -41,7 +42,7 @@ def run(config: Tree, context: Context) -> None:
     """Train with NeMo-RL, and keep the last checkpoint as the output."""
     if not context.is_main:
         if context.local_rank == 0:
-            cluster.join(context)
+            cluster.join(context, config["ray"])
         return
     root, source = context.dir.checkpoints, source_folder()
     root.mkdir(parents=True, exist_ok=True)
@@ -66,9 +67,9 @@ def run(config: Tree, context: Context) -> None:
         adopt(root)
         metrics.look()
 
-    with metrics, CheckpointWatch(context, look), cluster.head(context, config["nodes"]) as address:
+    with metrics, CheckpointWatch(context, look), cluster.head(context, config["ray"]) as ray:
         program = [config["script"], "--config", str(file)]
-        code = _train([sys.executable, str(LAUNCHER), repr(written), str(mark), *program], source, address, context)
+        code = _train([sys.executable, str(LAUNCHER), repr(written), str(mark), *program], source, ray, context)
     newest = adopt(root)
     reached = step_of(newest) if newest else 0
     if reached < config["train_iters"] and not context.stop_seen:
@@ -81,7 +82,9 @@ def run(config: Tree, context: Context) -> None:
             )
     if not context.stop_seen:
         assert newest is not None
-        link_tree(newest, context.output("checkpoint") / newest.name)
+        output = context.output("checkpoint")
+        link_tree(newest, output / newest.name)
+        (output / TRACKER).write_text(f"{reached}\n")
         context.results["step"] = reached
         context.metadata["format"] = "nemo_rl"
 
@@ -179,20 +182,29 @@ def duration(seconds: float) -> str:
     return f"{hours // 24:02d}:{hours % 24:02d}:{minute:02d}:{second:02d}"
 
 
-def _train(argv: list[str], source: Path, address: str, context: Context) -> int:
-    """NeMo-RL's program until it ends; a wish to stop ends it, for it has no way to save at once."""
+def _train(argv: list[str], source: Path, ray: cluster.Head, context: Context) -> int:
+    """NeMo-RL's program until it ends; a wish to stop ends it, for it has no way to save at once.
+
+    JobFailed: Ray's head has ended, without which the program would wait for minutes.
+    """
     process: subprocess.Popen[Any] = subprocess.Popen(
-        argv, cwd=source, env=cluster.environment(os.environ, address), start_new_session=True
+        argv, cwd=source, env=cluster.environment(os.environ, ray.address), start_new_session=True
     )
     asked: float | None = None
-    while True:
-        try:
-            return process.wait(timeout=cluster.POLL)
-        except subprocess.TimeoutExpired:
-            if not context.stop_requested():
-                continue
-        if asked is None:
-            asked = time.monotonic()
-            os.killpg(process.pid, signal.SIGTERM)
-        elif time.monotonic() - asked > GRACE:
+    try:
+        while True:
+            try:
+                return process.wait(timeout=cluster.POLL)
+            except subprocess.TimeoutExpired:
+                if not context.stop_requested():
+                    ray.require()
+                    continue
+            if asked is None:
+                asked = time.monotonic()
+                os.killpg(process.pid, signal.SIGTERM)
+            elif time.monotonic() - asked > GRACE:
+                os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
