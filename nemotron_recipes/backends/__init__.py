@@ -19,6 +19,7 @@ REGISTRY = {
     "megatron_convert": "nemotron_recipes.backends.megatron_convert:MegatronConvertBackend",
     "automodel": "nemotron_recipes.backends.automodel:AutoModelBackend",
     "nemo_rl": "nemotron_recipes.backends.nemo_rl:NemoRlBackend",
+    "nemo_rl_convert": "nemotron_recipes.backends.nemo_rl_convert:NemoRlConvertBackend",
     "data_prep": "nemotron_recipes.backends.data_prep:DataPrepBackend",
 }
 

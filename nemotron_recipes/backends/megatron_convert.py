@@ -9,16 +9,12 @@ One process on the CPU: the whole model must fit into the memory of one node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from nemotron_recipes.backends.workerfile import MODULE, worker_args, worker_file
+from nemotron_recipes.backends import conversion
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.spec import Launch, StageSpec, Tree
 
-FILE = "convert.yaml"
 _NATIVE = {"trust_remote_code": False, "strict": True}
 _NEEDED = {"import": (), "export": ("path",), "merge": ("path", "base")}
-_WHAT = {"path": "the checkpoint to convert", "base": "the checkpoint that the adapters were trained on"}
 
 
 class MegatronConvertBackend:
@@ -38,38 +34,7 @@ class MegatronConvertBackend:
         return "checkpoint" if config["method"] == "import" else "model"
 
     def check(self, config: Tree, nproc: int) -> list[Problem]:
-        problems = list(_checkpoint_problems(config))
-        if nproc != 1:
-            problems.append(Problem(f"a conversion is one process, not {nproc}", fix="run.nproc_per_node=1"))
-        if config["model"]["arch"]:
-            problems.append(Problem("megatron_convert makes no tiny model", "model.arch", "~model.arch"))
-        for key, value in config["backend"]["native"].items():
-            if not isinstance(value, bool):
-                problems.append(Problem(f"'backend.native.{key}' should be bool, not {value!r}"))
-        return problems
+        return list(conversion.problems(self.name, config, nproc, _NEEDED[config["method"]]))
 
     def describe(self, stage: StageSpec) -> Launch:
-        config = stage.config
-        own = {
-            "method": config["method"],
-            "dtype": config["model"]["dtype"],
-            **_NATIVE,
-            **config["backend"]["native"],
-        }
-        return Launch(
-            module=MODULE,
-            args=worker_args(stage, FILE),
-            files={FILE: worker_file(self.name, stage, **own)},
-            launcher="plain",
-            env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"},
-        )
-
-
-def _checkpoint_problems(config: Tree) -> Iterator[Problem]:
-    method, given = config["method"], config["checkpoint"]
-    for name, value in given.items():
-        if name in _NEEDED[method] and value is None:
-            what = f"convert {method} needs {_WHAT[name]}"
-            yield Problem(what, fix=f"checkpoint.{name}=artifact:NAME or a folder")
-        elif name not in _NEEDED[method] and value is not None:
-            yield Problem(f"'checkpoint.{name}' means nothing for convert {method}", fix=f"checkpoint.{name}=null")
+        return conversion.launch(self.name, stage, **{**_NATIVE, **stage.config["backend"]["native"]})

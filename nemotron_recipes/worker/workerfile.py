@@ -21,6 +21,7 @@ REGISTRY = {  # worker -> (module with `run(config, context)`, the extra that in
     "megatron_bridge": ("nemotron_recipes.worker.megatron_bridge", ""),
     "megatron_convert": ("nemotron_recipes.worker.megatron_convert", ""),
     "nemo_rl": ("nemotron_recipes.worker.nemo_rl", ""),
+    "nemo_rl_convert": ("nemotron_recipes.worker.nemo_rl_convert", ""),
     "automodel": ("nemotron_recipes.worker.automodel", ""),
 }
 RUN_KEYS = ("id", "stage", "dir", "store", "fingerprint")

@@ -40,7 +40,6 @@ TRAIN = {
 CONVERT = {
     "kind": "convert",
     "model": {"path": "artifact:base"},
-    "backend": {"name": "megatron_convert"},
     "outputs": {"model": "made"},
 }
 CHECKPOINTS = {"import": {}, "export": {"path": "a"}, "merge": {"path": "a", "base": "b"}}
@@ -86,7 +85,7 @@ def config_for(name, method):
     (kind,) = backend.kinds
     tree = copy.deepcopy(KIND_OF[kind]) | {"method": method}
     if kind == "convert":
-        tree["checkpoint"] = CHECKPOINTS[method]
+        tree["checkpoint"], tree["backend"] = CHECKPOINTS[method], {"name": name}
     if (kind, method) == ("data_prep", "pretrain"):
         tree["data"] |= {"chat_template": None, "end_of_document": "</s>"}
     if kind == "train":

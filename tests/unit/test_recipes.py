@@ -48,7 +48,8 @@ LAYOUTS = {
     ("nano3", "dpo", "nemo-rl"): (1, 8),
     ("nano3", "rl", "nemo-rl"): (2, 8),
     ("nano3", "rl", "nemo-gym"): (32, 8),
-    ("super3", "sft"): (2, 8),
+    ("super3", "sft", "default"): (4, 8),
+    ("super3", "sft", "lora"): (2, 8),
     ("super3", "dpo"): (16, 8),
     ("super3", "rl"): (32, 8),
     ("ultra3", "lora", "gb200"): (4, 4),
@@ -104,6 +105,7 @@ def _made(family: str) -> list[tuple[str, str]]:
     data += [f"{family}-spark-sft-data", f"{family}-sft-megatron-data", f"{family}-sft-megatron-2k-data"]
     models = [f"{family}-sft", f"{family}-tiny-sft", f"{family}-spark-sft", f"{family}-spark-dpo"]
     converted = ("nano3", "super3", "r1-qwen3-8b") if family == "convert" else (family,)
-    kinds = ("megatron", "sft-checkpoint", "sft-lora-checkpoint", "lora-checkpoint")
+    models += [f"{name}-sft" for name in converted if family == "convert"]
+    kinds = ("megatron", *(f"{stage}-checkpoint" for stage in ("sft", "sft-lora", "lora", "dpo", "rl")))
     checkpoints = [f"{name}-{kind}" for name in converted for kind in kinds]
     return [*((n, "data") for n in data), *((n, "model") for n in models), *((n, "checkpoint") for n in checkpoints)]

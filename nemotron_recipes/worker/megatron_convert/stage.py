@@ -9,15 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.converting import RUN_CONFIG, adapters_of, checkpoint_folder, key_of, require_hf_folder
 from nemotron_recipes.worker.hub import folder_of
 
-RUN_CONFIG = "run_config.yaml"  # beside the shards of a checkpoint: what it was made with
 _LORA = ("target_modules", "dim", "alpha", "dropout", "dropout_position")  # what the shape of adapters follows from
 
 
@@ -26,7 +24,7 @@ def run(config: Tree, context: Context) -> None:
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
     method, model = config["method"], folder_of(context, "model.path")
-    sources = {name: checkpoint_folder(context, name) for name in ("path", "base") if _key(name) in context.inputs}
+    sources = {name: checkpoint_folder(context, name) for name in ("path", "base") if key_of(name) in context.inputs}
     if method == "merge":
         lora_settings(sources["path"])  # before gigabytes are read
     context.event("ready", model=str(model), checkpoints={name: str(path) for name, path in sources.items()})
@@ -41,9 +39,7 @@ def run(config: Tree, context: Context) -> None:
             export_model(model, sources["path"], output, config)
         else:
             merge_adapters(model, sources["base"], sources["path"], output, config)
-    if not (output / "config.json").is_file() or not any(output.glob("*.safetensors")):
-        found = ", ".join(sorted(path.name for path in output.iterdir()))
-        raise JobFailed(f"Megatron-Bridge wrote no whole Hugging Face folder, only {found or 'nothing'}")
+    require_hf_folder(output, "Megatron-Bridge")
 
 
 def import_model(model: Path, output: Path, dtype: str, trust: bool) -> None:
@@ -91,31 +87,13 @@ def merge_adapters(model: Path, base: Path, adapters: Path, output: Path, config
 
 def lora_settings(checkpoint: Path) -> Tree:
     """What the adapters of a checkpoint were made with. UserError: it says nothing of adapters."""
-    file = checkpoint / RUN_CONFIG
-    try:
-        said = yaml.load(file.read_text(encoding="utf-8"), Loader=_Plain).get("peft")
-    except FileNotFoundError:
-        said = None
+    said = adapters_of(checkpoint)
     if not said:
         what = f"{checkpoint} holds no adapters: its {RUN_CONFIG} has no section peft"
-        raise UserError(Problem(what, _key("path"), "give a checkpoint of LoRA, or use convert export"))
+        raise UserError(Problem(what, key_of("path"), "give a checkpoint of LoRA, or use convert export"))
     if not str(said.get("_target_", "")).endswith(".LoRA"):
-        raise UserError(Problem(f"{checkpoint} holds adapters of another kind: {said.get('_target_')}", _key("path")))
+        raise UserError(Problem(f"{checkpoint} holds adapters of another kind: {said.get('_target_')}", key_of("path")))
     return {name: said[name] for name in _LORA if name in said}
-
-
-def checkpoint_folder(context: Context, name: str) -> Path:
-    """The iter_NNNNNNN folder behind checkpoint.path or checkpoint.base. UserError: it is not whole."""
-    given = context.inputs[_key(name)]
-    folder = given if given.name.startswith("iter_") else latest_checkpoint(given)
-    if folder is None or not folder.is_dir():
-        what = f"no whole checkpoint at {given}"
-        raise UserError(Problem(what, _key(name), f"give an iter_NNNNNNN folder, or one that holds {TRACKER}"))
-    return folder
-
-
-def _key(name: str) -> str:
-    return f"checkpoint.{name}"
 
 
 def _bridge(model: Path, config: Tree) -> Any:
@@ -124,19 +102,3 @@ def _bridge(model: Path, config: Tree) -> Any:
 
     kind = getattr(torch, config["dtype"])
     return AutoBridge.from_hf_pretrained(str(model), torch_dtype=kind, trust_remote_code=config["trust_remote_code"])
-
-
-class _Plain(yaml.SafeLoader):
-    """Objects of Python in a run_config.yaml become plain data, nothing is imported or called."""
-
-
-def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return loader.construct_scalar(node)  # type: ignore[arg-type]
-
-
-_Plain.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
-_Plain.add_multi_constructor("!", _plain)
