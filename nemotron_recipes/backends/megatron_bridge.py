@@ -18,6 +18,7 @@ from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 FILE, NATIVE_FILE = "train.yaml", "megatron.yaml"
+PRECISION = "mixed_precision."
 SCHEMAS = tuple(f"megatron_bridge-{version}" for version in ("0.3.1", "0.4.0", "0.5.0", "0.6.2"))  # oldest first
 
 _TABLE = {
@@ -72,6 +73,8 @@ _OWNED = {
     "train.exit_duration_in_mins": "the deadline of the job says how long",
     "scheduler.lr_decay_iters": "train.train_iters says how long",
     "dataset.seq_length": "use data.pack_size",
+    # Megatron-Bridge copies the section mixed_precision over ddp and optimizer (MixedPrecisionConfig.setup).
+    "ddp.grad_reduce_in_fp32": "use backend.native.mixed_precision.grad_reduce_in_fp32, which would win",
     "scheduler.start_weight_decay": "use optimizer.weight_decay",
     "scheduler.end_weight_decay": "use optimizer.weight_decay",
     "logger.tensorboard_dir": "everything goes to the run folder",
@@ -156,8 +159,12 @@ def notes(config: Tree) -> tuple[str, ...]:
 def native_tree(stage: StageSpec) -> Tree:
     """What megatron.yaml holds: sections of the ConfigContainer."""
     config = stage.config
-    values = {**native_values(config), **native.flat(config["backend"]["native"], native.keys(SCHEMAS))}
-    values.pop("recipe", None)
+    given = native.flat(config["backend"]["native"], native.keys(SCHEMAS))
+    given.pop("recipe", None)
+    values = native_values(config)
+    if any(key.startswith(PRECISION) for key in given):  # its fields, and the name that they change
+        values[f"{PRECISION}recipe"] = values.pop("mixed_precision")
+    values |= given
     folder = StageDir(Path(stage.run["dir"]))
     values |= {
         "scheduler.lr_decay_iters": config["train"]["train_iters"],
@@ -222,5 +229,8 @@ def _schema_problems(config: Tree) -> Iterator[Problem]:
     recipe = given.get("recipe")
     if recipe is not None and recipe not in schema.recipes:
         yield unknown_recipe(schema, recipe)
+    if config["model"]["dtype"] == "float32" and "mixed_precision" in given:
+        what = "model.dtype=float32 has no mixed precision to set"
+        yield Problem(what, "backend.native.mixed_precision", "leave it out, or model.dtype=bfloat16")
     yield from native.unknown_keys(schema, given, native.keys(SCHEMAS))
     yield from schema.problems(given)

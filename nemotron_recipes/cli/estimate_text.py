@@ -22,7 +22,7 @@ def estimate_lines(estimate: Tree) -> list[str]:
     if memory := estimate.get("memory"):
         lines += [f"  {'memory' if not number else '':<12} {line}" for number, line in enumerate(_memory(memory))]
     if disk := estimate.get("disk"):
-        kept = f"{size(disk['kept'])} while it runs"
+        kept = f"{'at least ' if disk['least'] else ''}{size(disk['kept'])} while it runs"
         lines.append(f"  disk         {size(disk['checkpoint'])} a checkpoint, {kept}")
     if estimate:
         lines.append(f"  time         {time_text(estimate['time'])}")

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron_recipes.backends import Backend
+from nemotron_recipes.backends import Backend, nemo_rl
 from nemotron_recipes.backends.layout import Layout, layout_problems
 from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.planning.history import wall_time
-from nemotron_recipes.sizing import parameters, search, tables
+from nemotron_recipes.sizing import parameters, policy, search, tables
 from nemotron_recipes.sizing.memory import GIB, Memory, trained_parameters
 from nemotron_recipes.sizing.rules import model_problems
 from nemotron_recipes.sizing.stage import Sized, sized
@@ -38,7 +38,7 @@ def estimate(question: Question, fingerprint: str, placement: Placement, runs: P
 
     model    name, total, active and trained parameters; unverified: fields of its shape that nobody has checked
     memory   parts, needed and margin in bytes on the fullest GPU; capacity of that GPU and the verdict, or None; notes
-    disk     bytes of a checkpoint, and of all that are kept at once
+    disk     bytes of a checkpoint, and of all that are kept at once; least: there may be more, nobody knows how many
     time     processes; seconds and gpu_hours (of one GPU a process), None where nothing has measured it; run, the run
              that did, and smoke, its number of steps where that was a smoke run; limit, seconds that all jobs of the
              run may take together, or None
@@ -63,10 +63,15 @@ def estimate(question: Question, fingerprint: str, placement: Placement, runs: P
         if size is not None and not broken and not list(layout_problems(layout)):
             takes = size.memory(layout)
             told["memory"] = _memory(size, takes, capacity)
+            told["memory"]["notes"] += policy.notes(config, size.shape, takes, question.per_node)
+            if not config["plan"]["allow_oom_risk"]:
+                problems += policy.problems(config, size.shape, capacity)
             told["disk"] = _disk(config, size)
             if capacity and told["memory"]["verdict"] == "impossible" and shape.verified:
                 problems += _refusal(question, size, takes, capacity)
     known = wall_time(runs, fingerprint, config, placement)
+    if known and known.smoke and _passes(config):
+        known = None  # how many steps there will be follows from the data
     told["time"] = {
         "processes": question.processes,
         "seconds": round(known.seconds, 1) if known else None,
@@ -119,7 +124,14 @@ def _disk(config: Tree, size: Sized) -> Tree:
     """A new checkpoint is whole before the oldest one goes; saving at the end alone keeps one."""
     train, checkpoint = config["train"], config["checkpoint"]
     saves = -(-train["train_iters"] // (checkpoint["save_interval"] or train["train_iters"]))
-    return {"checkpoint": size.checkpoint_bytes, "kept": size.checkpoint_bytes * min(saves, checkpoint["keep"] + 1)}
+    least = _passes(config) and checkpoint["keep"] > 1
+    number = 2 if least else min(saves, checkpoint["keep"] + 1)
+    return {"checkpoint": size.checkpoint_bytes, "kept": size.checkpoint_bytes * number, "least": least}
+
+
+def _passes(config: Tree) -> bool:
+    """Whether the data may end the training before train.train_iters does."""
+    return config["backend"]["name"] == "nemo_rl" and nemo_rl.passes_of(config) is not None
 
 
 def _refusal(question: Question, size: Sized, takes: Memory, capacity: float) -> list[Problem]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nemotron_recipes.backends import nemo_rl
 from nemotron_recipes.spec import Tree
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -25,6 +26,8 @@ class Footprint:
 
     gradient, optimizer   of what is trained; adapters are trained in 32 bits where `adapter_weight` is 4
     logit                 of each logit that is kept until the backward pass; 0: the loss never holds them all
+    deferred              of a gradient that is shared out after the last micro batch alone: before, all of it is kept
+    gathered              of a weight of a layer that FSDP has put together for its computation
     copies                whole models in memory: 2 where a frozen one is kept to compare with
     quantized             linear layers but routed experts in 4 bits
     """
@@ -38,6 +41,8 @@ class Footprint:
     shards_optimizer: bool = False
     recompute: bool = False
     logit: float = 6
+    deferred: float = 0
+    gathered: float = 2
     copies: int = 1
     quantized: bool = False
 
@@ -54,14 +59,14 @@ def _megatron(config: Tree, processes: int) -> Footprint:
     recipes for Nemotron 3 set use_distributed_optimizer, and no recomputation."""
     native = config["backend"]["native"]
     weight = _BYTES[config["model"]["dtype"]]
-    optimizer, ddp = native.get("optimizer", {}), native.get("ddp", {})
+    optimizer, ddp, precision = (native.get(name, {}) for name in ("optimizer", "ddp", "mixed_precision"))
     moments = sum(_type_bytes(optimizer, f"{name}_dtype") for name in ("exp_avg", "exp_avg_sq"))
     copy = _type_bytes(optimizer, "main_params_dtype") if weight == 2 else 0
     offloaded = optimizer.get("optimizer_offload_fraction", 1.0)
     kept = (moments + copy) * (1 - (offloaded if isinstance(offloaded, (int, float)) else 1.0))  # the schema refuses it
     return Footprint(
         weight=weight,
-        gradient=4 if ddp.get("grad_reduce_in_fp32", True) else weight,
+        gradient=4 if precision.get("grad_reduce_in_fp32", True) else weight,
         optimizer=kept if optimizer.get("optimizer_cpu_offload") else moments + copy,
         adapter_weight=weight,
         shards_optimizer=ddp.get("use_distributed_optimizer", True),
@@ -71,8 +76,14 @@ def _megatron(config: Tree, processes: int) -> Footprint:
 
 
 def _automodel(config: Tree, processes: int) -> Footprint:
-    """FSDP2 shares out everything; torch's AdamW keeps its moments in the type of the weights (AutoModel v0.5.0)."""
+    """FSDP2 shares out everything; torch's AdamW keeps its moments in the type of the weights (AutoModel v0.5.0).
+
+    With several micro batches a step, gradients are summed up whole, in FSDP's type of reduction, unless
+    distributed.defer_fsdp_grad_sync is false (its default is true: get_sync_ctx in components/distributed/utils.py; 32
+    bits: FSDP2Config.mp_policy; to_accumulated_grad_if_needed in PyTorch's _fsdp_param.py).
+    """
     native = config["backend"]["native"]
+    distributed = native.get("distributed", {})
     weight = _BYTES[config["model"]["dtype"]]
     loss = str(native.get("loss_fn", {}).get("_target_", ""))
     return Footprint(
@@ -83,8 +94,32 @@ def _automodel(config: Tree, processes: int) -> Footprint:
         shards_weights=True,
         shards_gradients=True,
         shards_optimizer=True,
-        recompute=bool(native.get("distributed", {}).get("activation_checkpointing")),
+        recompute=bool(distributed.get("activation_checkpointing")),
         logit=0 if loss.endswith("FusedLinearCrossEntropy") else 6,
+        deferred=4 if distributed.get("defer_fsdp_grad_sync", True) else 0,
+    )
+
+
+def _nemo_rl(config: Tree, processes: int) -> Footprint | None:
+    """The policy while it is trained; what stays beside it is sizing/policy.py's. NeMo-RL v0.7.0.
+
+    DPO on DTensor: weights are loaded in 32 bits whatever `precision` is, so are gradients and both moments, FSDP2
+    shares out all of it and computes in 16 (nemo_rl/models/automodel/setup.py, lines 330 and 484). Logits come in 16
+    bits, are kept in 32, and so is their log softmax. GRPO on Megatron: 16-bit weights and gradients, a 32-bit copy and
+    two moments that the distributed optimizer shares out (examples/configs/grpo_math_1B.yaml).
+    """
+    if config["method"] == "dpo":
+        recompute = nemo_rl.setting(config, "policy.dtensor_cfg.activation_checkpointing")
+        return Footprint(4, 4, 8, 4, True, True, True, recompute=bool(recompute), logit=10)
+    if not nemo_rl.setting(config, "policy.generation.colocated.enabled"):
+        return None  # how many GPUs are left to the policy is said elsewhere
+    section = "policy.megatron_cfg."
+    return Footprint(
+        weight=2,
+        gradient=4 if nemo_rl.setting(config, f"{section}distributed_data_parallel_config.grad_reduce_in_fp32") else 2,
+        optimizer=12,
+        shards_optimizer=bool(nemo_rl.setting(config, f"{section}optimizer.use_distributed_optimizer")),
+        recompute=bool(nemo_rl.setting(config, f"{section}activation_checkpointing")),
     )
 
 
@@ -112,6 +147,7 @@ def _trl(config: Tree, processes: int) -> Footprint | None:
 _OF_BACKEND: dict[str, Callable[[Tree, int], Footprint | None]] = {
     "megatron_bridge": _megatron,
     "automodel": _automodel,
+    "nemo_rl": _nemo_rl,
     "trl": _trl,
     "unsloth": _trl,  # the same trainers
 }

@@ -101,11 +101,15 @@ def _stage(shape: Shape, layout: Layout, batch: Batch, print_: Footprint, lora: 
     last = number == layout.pipeline - 1
     logits = tokens * shape.vocab / layout.tensor * print_.logit if last else 0.0
     buffers = tokens * activations.dispatched(shape) if layout.expert > 1 and "E" in pattern else 0.0
-    if print_.shards_weights and layout.world > layout.tensor * layout.pipeline:
-        buffers += 2 * print_.weight * _largest(shape, layout, pattern)  # one is used while the next one comes
+    spread = layout.world > layout.tensor * layout.pipeline
+    if print_.shards_weights and spread:
+        buffers += 2 * print_.gathered * _largest(shape, layout, pattern)  # one is used while the next one comes
+    gradients = _shared(trained, layout, print_.gradient, print_.shards_gradients)
+    if spread and batch.number > 1:
+        gradients = max(gradients, _shared(trained, layout, print_.deferred, False))
     parts = {
         "weights": weights + extra,
-        "gradients": _shared(trained, layout, print_.gradient, print_.shards_gradients),
+        "gradients": gradients,
         "optimizer": _shared(trained, layout, print_.optimizer, print_.shards_optimizer),
         "activations": tokens * each * in_flight,
         "logits": logits,

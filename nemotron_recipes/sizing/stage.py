@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.backends import nemo_rl
 from nemotron_recipes.backends.layout import Layout
 from nemotron_recipes.sizing.footprint import Footprint, footprint
 from nemotron_recipes.sizing.lora import Lora
@@ -46,19 +47,23 @@ def sized(config: Tree, shape: Shape, processes: int, data: Artifact | None) -> 
     if print_ is None:
         return None
     train = config["train"]
-    predicts = config["backend"]["name"] not in _TRANSFORMERS  # which leaves multi-token prediction out
+    pairs = 2 if (config["backend"]["name"], config["method"]) == ("nemo_rl", "dpo") else 1  # it counts pairs
+    # Transformers leaves multi-token prediction out, and so does NeMo-RL (mtp_num_layers 0 in its examples).
+    predicts = config["backend"]["name"] not in (*_TRANSFORMERS, "nemo_rl")
     return Sized(
         shape if predicts else replace(shape, mtp_pattern=""),
         print_,
         _lora(config),
         sequence_of(config, data),
-        train["micro_batch_size"],
-        train["global_batch_size"],
+        train["micro_batch_size"] * pairs,
+        train["global_batch_size"] * pairs,
     )
 
 
 def sequence_of(config: Tree, data: Artifact | None) -> int:
-    """Tokens of one sequence that goes through at once: of a pack, where rows are packed; else 0."""
+    """Tokens of one sequence that goes through at once: of a pack, where rows are packed, or at most; else 0."""
+    if config["backend"]["name"] == "nemo_rl":
+        return int(nemo_rl.setting(config, "policy.max_total_sequence_length") or 0)
     packed: Any = config["backend"]["native"].get("packed_sequence", {})
     told = config["data"]["pack_size"] or packed.get("packed_sequence_size")
     if told or data is None or data.source not in ("store", "path") or config["method"] != "sft":

@@ -34,6 +34,8 @@ def test_what_was_read_from_the_packages():
         (NANO, "+backend.native.train.train_itres=4", "did you mean 'backend.native.train.train_iters'?"),
         (NANO, "+backend.native.model.recompute_granularty=full", "did you mean 'backend.native.model.recompute_gran"),
         (NANO, "+backend.native.optimizer.lr=1e-5", "set optimizer.lr instead"),
+        (NANO, "+backend.native.mixed_precision=bf16_mixed", "set model.dtype instead"),
+        (NANO, "+backend.native.mixed_precision.grad_reduce_fp32=true", "native.mixed_precision.grad_reduce_in_fp32'?"),
         (NANO, "+backend.native.rng.seed=1", "set train.seed instead"),
         (NANO, "+train.train_itres=4", "did you mean 'train.train_iters'?"),
         (
@@ -76,6 +78,12 @@ def problems_of(path, *overrides, nproc=16):
         (NANO, ("+backend.native.train.manual_gc=often",), "'backend.native.train.manual_gc' should be bool"),
         (NANO, ("backend.native.model.recompute_granularity=7",), "should be"),
         (NANO, ("+backend.native.checkpoint.save=/x",), "can't be set: everything goes to the run folder"),
+        (
+            NANO,
+            ("+backend.native.ddp.grad_reduce_in_fp32=false",),
+            "use backend.native.mixed_precision.grad_reduce_in_",
+        ),
+        (NANO, ("model.dtype=float32", "+backend.native.mixed_precision.fp8=e4m3"), "has no mixed precision to set"),
         (NANO, ("data.pack_size=null",), "data.pack_size=4096"),
         (NANO, ("checkpoint.pretrained_checkpoint=null",), "none is named"),
         (NANO, ("evaluation.rows=5",), "evaluation.rows=0"),

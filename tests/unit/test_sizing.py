@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.backends.layout import Layout
-from nemotron_recipes.sizing import parameters, tables
+from nemotron_recipes.sizing import parameters, policy, tables
 from nemotron_recipes.sizing.footprint import NF4_BYTES, Footprint, footprint
 from nemotron_recipes.sizing.lora import Lora
 from nemotron_recipes.sizing.memory import GIB, Batch, memory
 from nemotron_recipes.sizing.rules import model_problems, tensor_sizes
 from nemotron_recipes.sizing.shape import from_hf_config
+from nemotron_recipes.sizing.stage import sequence_of
 from nemotron_recipes.spec import Artifact
 from nemotron_recipes.tiny.tokenizer import vocabulary_size
 from tests.helpers.training import ARCH
@@ -226,3 +227,56 @@ def test_what_a_backend_shares_out_by_itself_is_not_guessed() -> None:
     whole = footprint(config, 8)
     native["optimizer"] = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": "abc"}
     assert footprint(config, 8) == whole, "the schema refuses it, not the estimate"
+
+
+def test_gradients_wait_for_the_last_micro_batch_unless_fsdp_shares_them_out_before() -> None:
+    """AutoModel on 8 GPUs with EP 8, the layout of NVIDIA's page on sizes: 14.5 GiB more than with one micro batch."""
+    shape, layout = tables.shapes()["nano3"], Layout(8, expert=8)
+    config: dict[str, Any] = {"method": "sft", "peft": None, "model": {"dtype": "bfloat16"}}
+    config["backend"] = {"name": "automodel", "native": {}}
+    waiting = footprint(config, 8)
+    config["backend"]["native"] = {"distributed": {"defer_fsdp_grad_sync": False}}
+    shared = footprint(config, 8)
+    assert waiting is not None and shared is not None
+    one, several, at_once = (
+        memory(shape, layout, Batch(2048, 1, number), print_, None).gradients
+        for number, print_ in ((1, waiting), (4, waiting), (4, shared))
+    )
+    assert one == at_once
+    routed = 23 * 128 * 2 * 2688 * 1856
+    assert several == pytest.approx(4 * (parameters.total(shape) - routed + routed / 8))
+    assert (several - one) / GIB == pytest.approx(14.5, abs=0.1)
+    alone = memory(shape, Layout(1), Batch(2048, 1, 4), waiting, None)
+    assert alone.gradients == 2 * parameters.total(shape), "one GPU shares nothing out"
+
+
+def nemo_rl_config(method: str, base: str, **native: Any) -> dict[str, Any]:
+    told = {"base": f"examples/configs/{base}", **native}
+    config: dict[str, Any] = {"method": method, "peft": None, "model": {"dtype": "bfloat16"}, "run": {}}
+    config["backend"] = {"name": "nemo_rl", "image": "nvcr.io/nvidia/nemo-rl:v0.7.0", "native": told}
+    return config | {"grpo": {"kl_beta": 0.01}, "data": {"pack_size": None}}
+
+
+def test_what_nemo_rl_keeps_of_a_policy_and_beside_it() -> None:
+    shape = tables.shapes()["super3"]
+    dpo = nemo_rl_config("dpo", "dpo.yaml")
+    told = footprint(dpo, 8)
+    assert told is not None and (told.weight, told.gradient, told.optimizer) == (4, 4, 8)
+    assert sequence_of(dpo, None) == 1024
+    grpo = nemo_rl_config("grpo", "grpo_math_1B_megatron.yaml")
+    told = footprint(grpo, 8)
+    assert told is not None and (told.weight, told.gradient, told.optimizer, told.shards_optimizer) == (2, 2, 12, True)
+    takes = memory(shape, Layout(64, expert=32), Batch(512, 1, 1), told, None)
+    found = "; ".join(policy.notes(grpo, shape, takes, 8))
+    assert "512 tokens" in found and "60% of each GPU, 224.8 GiB of it weights" in found
+    host = 8 * (2 * takes.weights + takes.gradients + takes.optimizer) / GIB
+    assert f"beside that: {host:.0f} GiB" in found
+    without = "; ".join(policy.notes(grpo | {"grpo": {"kl_beta": 0.0}}, shape, takes, 8))
+    assert f"beside that: {host - 8 * takes.weights / GIB:.0f} GiB" in without, "no penalty, no reference model"
+    (problem,) = policy.problems(grpo, shape, 80 * GIB)
+    assert "224.8 GiB of each GPU, of which it gets 48.0" in problem.what
+    assert problem.fix == "backend.native.policy.generation.vllm_cfg.tensor_parallel_size=8"
+    wide = {"generation": {"vllm_cfg": {"tensor_parallel_size": 8}}}
+    assert not list(policy.problems(nemo_rl_config("grpo", "grpo_math_1B_megatron.yaml", policy=wide), shape, 80 * GIB))
+    elsewhere = {"generation": {"colocated": {"enabled": False}}}
+    assert footprint(nemo_rl_config("grpo", "grpo_math_1B_megatron.yaml", policy=elsewhere), 8) is None

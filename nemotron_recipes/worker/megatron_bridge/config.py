@@ -38,8 +38,11 @@ class Paths:
 def build_config(recipe: Tree, method: str, pack_size: int, overrides: Tree, paths: Paths) -> Any:
     """The recipe's config with every override applied. UserError: a key that this version does not have."""
     config = _recipe(recipe)()
-    own_data = overrides.get("dataset", {})
-    _set(config, {name: section for name, section in overrides.items() if name != "dataset"})
+    overrides = dict(overrides)
+    own_data = overrides.pop("dataset", {})
+    if isinstance(precision := overrides.get("mixed_precision"), dict):
+        overrides["mixed_precision"] = _mixed_precision(precision)
+    _set(config, overrides)
     if method == "pretrain":
         _use_pretraining_data(config, paths.data, pack_size)
     else:
@@ -99,6 +102,15 @@ def _set(section: Any, values: Tree, prefix: str = "") -> None:
             setattr(section, name, getattr(torch, value.removeprefix("torch.")))
         else:
             setattr(section, name, value)
+
+
+def _mixed_precision(given: Tree) -> Any:
+    """A named recipe of mixed precision with fields of its own."""
+    fields = dict(given)
+    module = importlib.import_module("megatron.bridge.training.mixed_precision")
+    config = module.get_mixed_precision_config(fields.pop("recipe"))
+    _set(config, fields, "mixed_precision.")
+    return config
 
 
 def _packed_dataset(config: Any, data: Path, pack_size: int) -> Any:

@@ -1,0 +1,65 @@
+"""What NeMo-RL keeps beside the policy that it trains. Pure; read from a validated config. NeMo-RL v0.7.0.
+
+The reference model lies in the host's memory, pinned, and changes places with the policy for its log probabilities
+(setup_reference_model_state in nemo_rl/models/automodel/setup.py and nemo_rl/models/megatron/setup.py). While vLLM
+generates on the same GPUs, the policy, its gradients and its optimizer wait in the host's memory; while the policy is
+trained, vLLM sleeps (level 1, nemo_rl/models/generation/vllm/vllm_worker.py). So a GPU never holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemotron_recipes.backends import nemo_rl
+from nemotron_recipes.errors import Problem
+from nemotron_recipes.sizing import parameters
+from nemotron_recipes.sizing.memory import GIB, Memory
+from nemotron_recipes.sizing.shape import Shape
+from nemotron_recipes.spec import Tree
+
+_VLLM = "policy.generation.vllm_cfg."
+
+
+def notes(config: Tree, shape: Shape, takes: Memory, per_node: int) -> Iterator[str]:
+    """For people: what the figures assume, what vLLM takes, and what waits in the memory of a node."""
+    if config["backend"]["name"] != "nemo_rl":
+        return
+    longest = nemo_rl.setting(config, "policy.max_total_sequence_length")
+    if longest:
+        yield f"sequences counted as long as they may be: {longest} tokens (policy.max_total_sequence_length)"
+    host = takes.weights if _compares(config) else 0.0
+    if config["method"] == "grpo":
+        share, tensor = (nemo_rl.setting(config, _VLLM + name) for name in _GENERATION)
+        yield f"while vLLM generates: {share:.0%} of each GPU, {_weights(shape, tensor) / GIB:.1f} GiB of it weights"
+        host += takes.weights + takes.gradients + takes.optimizer
+    if host:
+        yield f"in the memory of a node beside that: {host * per_node / GIB:.0f} GiB (reference model, waiting policy)"
+
+
+def problems(config: Tree, shape: Shape, capacity: float | None) -> Iterator[Problem]:
+    """Whether vLLM's share of a GPU has room for its weights at all."""
+    if config["backend"]["name"] != "nemo_rl" or config["method"] != "grpo" or not capacity:
+        return
+    share, tensor = (nemo_rl.setting(config, _VLLM + name) for name in _GENERATION)
+    weights = _weights(shape, tensor)
+    if shape.verified and weights > share * capacity:
+        what = f"vLLM's weights take {weights / GIB:.1f} GiB of each GPU, of which it gets {share * capacity / GIB:.1f}"
+        least = -(-weights * tensor // (share * capacity))
+        fix = f"backend.native.{_VLLM}tensor_parallel_size={_power(int(least))}"
+        yield Problem(what, f"backend.native.{_VLLM}tensor_parallel_size", fix)
+
+
+_GENERATION = ("gpu_memory_utilization", "tensor_parallel_size")
+
+
+def _compares(config: Tree) -> bool:
+    """DPO always has a reference; GRPO loads one unless its penalty is 0 (nemo_rl/algorithms/grpo.py)."""
+    return config["method"] == "dpo" or bool(config["grpo"]["kl_beta"])
+
+
+def _weights(shape: Shape, tensor: int) -> float:
+    return 2 * parameters.total(shape) / tensor
+
+
+def _power(least: int) -> int:
+    return 1 << (least - 1).bit_length()
