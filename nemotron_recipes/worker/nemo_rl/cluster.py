@@ -31,6 +31,7 @@ MEETING = 600.0  # seconds for all nodes to join
 GRACE = 30.0  # seconds for Ray to end its processes
 # torchrun's word for this process; what Ray starts gets its own.
 _OURS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL")
+_HEADS = "head"  # in Ray's folder on the disk of the head
 _COUNT = """
 import sys, time, ray
 address, wanted, end = sys.argv[1], int(sys.argv[2]), time.time() + float(sys.argv[3])
@@ -87,6 +88,7 @@ def head(context: Context, ray: Tree, environ: Mapping[str, str] = os.environ) -
     meeting.mkdir(parents=True)
     # As short as Ray's own default: the paths of its sockets must not be longer than 107 bytes.
     temp = tempfile.mkdtemp(prefix="ray-", dir=environ.get("RAY_TMPDIR", "/tmp"))
+    (Path(temp) / _HEADS).touch()
     place = Place(_host(environ, ray["nodes"]), _free_port(), temp)
     with _node(ray["head"], ray, place, context, environ) as node:
         up = Head(place.address, node)
@@ -156,17 +158,18 @@ def _node(
         except subprocess.TimeoutExpired:
             node.kill()
             node.wait()
-        _keep_logs(Path(place.temp), _logs(context))
+        _keep_logs(Path(place.temp), _logs(context), mine=context.is_main)
 
 
-def _keep_logs(temp: Path, target: Path) -> None:
+def _keep_logs(temp: Path, target: Path, mine: bool) -> None:
     """Ray's own logs of this node, which lie on its disk, go to the stage's folder; what is left there goes away."""
-    for logs in temp.glob("session_[0-9]*/logs"):
-        try:
+    try:
+        for logs in temp.glob("session_[0-9]*/logs"):
             shutil.copytree(logs, target, dirs_exist_ok=True, ignore_dangling_symlinks=True)
-        except OSError as error:  # a full disk must not hide how the stage ended
-            print(f"warning: not all logs of Ray were kept: {error}", file=sys.stderr)
-    shutil.rmtree(temp, ignore_errors=True)
+    except OSError as error:  # a full disk must not hide how the stage ended
+        print(f"warning: not all logs of Ray were kept: {error}", file=sys.stderr)
+    if mine or not (temp / _HEADS).exists():  # nodes that share a machine share it, and the head may still be writing
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def _open_files(wanted: int) -> None:
