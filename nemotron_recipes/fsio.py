@@ -64,6 +64,16 @@ def file_digest(path: Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
+def digest_of_start(path: Path, size: int) -> str:
+    """The same of its first `size` bytes; of all where there are fewer."""
+    digest, left = hashlib.sha256(), size
+    with open(path, "rb") as handle:
+        while left and (piece := handle.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+    return "sha256:" + digest.hexdigest()
+
+
 def files_below(root: Path) -> list[Path]:
     """Every regular file below `root`, in a stable order (by relative POSIX path)."""
     return _ordered(root, (Path(folder, name) for folder, _, files in os.walk(root) for name in files))

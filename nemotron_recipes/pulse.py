@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemotron_recipes.rundir import TRACKER, StageDir, read_json, read_jsonl
+from nemotron_recipes.seals import sealed
 from nemotron_recipes.spec import Tree
 
 DEFAULT_FACTOR = 20.0  # how many median steps nothing may move
@@ -54,7 +55,7 @@ class Beat:
     world: int = 1  # how many ranks there are
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(sealed(asdict(self), "beat"))
 
 
 @dataclass(frozen=True)

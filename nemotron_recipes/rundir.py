@@ -5,6 +5,7 @@
         code/  code.patch         the sources that the workers run; what git had not committed of them
         events.jsonl              what the launcher did: submitted, stage-started, stage-exited, cancelled, ...
         driver.log                what the launcher printed
+        closed.json               digests of what stands in files without a seal, when the run had ended (closing.py)
         <stage>/
             files/                the exact files of the Plan (train.yaml, ...)
             events/attempt-1.rank-0.jsonl    append-only, one writer each
@@ -29,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.fsio import fsync_folder, write_atomic
+from nemotron_recipes.fsio import digest_of_start, fsync_folder, write_atomic
 from nemotron_recipes.seals import opened, opened_line, sealed, sealed_line
 
 TORN = "torn"
+COPIED = ".copied.json"  # in a run folder that is a copy of one on another machine: what of it is here
 TRACKER = "latest_checkpointed_iteration.txt"
 ATTEMPT_ENV = "NEMOTRON_ATTEMPT"
 DEADLINE_ENV = "NEMOTRON_DEADLINE"  # seconds since the epoch: by then a worker must have saved and ended
@@ -210,16 +212,16 @@ def read_jsonl(path: Path, strict: bool = False) -> Iterator[dict[str, Any]]:
         raise Damaged(path, "this line isn't what was written", bad)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path | str) -> dict[str, Any] | None:
     """A JSON object written by `write_atomic` or `write_sealed`, or None when the file is not there. Damaged: it is no
     JSON, or its seal does not fit."""
     try:
-        with open(path, encoding="utf-8") as handle:
-            return opened(json.load(handle))
+        with open(path, "rb", buffering=0) as handle:  # there may be 10,000 of them
+            return opened(json.loads(handle.read()))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise Damaged(path, str(error)) from None
+        raise Damaged(Path(path), str(error)) from None
 
 
 def write_sealed(path: Path, tree: dict[str, Any], kind: str = "") -> None:
@@ -232,8 +234,30 @@ def write_record(stage: StageDir, record: dict[str, Any]) -> None:
     """The stage's last word. Keys: run, stage, attempt, fingerprint, state ("succeeded" | "failed" | "cancelled"),
     exit_code, started, ended (seconds since the epoch), parents (list of {input, <fields of the exact Artifact>}),
     outputs (slot -> {name, version, digest, uri}), results (name -> number; null: not finite), error (text or None),
-    rank (of the failure or None), host, world_size, python, versions (library -> version)."""
-    write_sealed(stage.record, record)
+    rank (of the failure or None), host, world_size, python, versions (library -> version). `files` is added: what
+    metrics.jsonl is now."""
+    files = {path.name: mark(path) for path in [stage.metrics] if path.exists()}
+    write_sealed(stage.record, {**record, "files": files})
+
+
+def mark(path: Path, limit: float = float("inf")) -> list[Any]:
+    """What a file holds now, for `check_mark`: [bytes, their digest]; of more than `limit` bytes no digest ("")."""
+    size = path.stat().st_size
+    return [size, digest_of_start(path, size) if size <= limit else ""]
+
+
+def check_mark(path: Path, marked: list[Any]) -> None:
+    """Damaged: the file does not begin with what was marked. What was added since is not looked at."""
+    size, digest = marked
+    try:
+        now = path.stat().st_size
+        changed = digest and now >= size and digest_of_start(path, size) != digest
+    except FileNotFoundError:
+        raise Damaged(path, "it is gone") from None
+    if now < size:
+        raise Damaged(path, f"of its {size} bytes {now} are left")
+    if changed:
+        raise Damaged(path, "it isn't what was written")
 
 
 def latest_checkpoint(root: Path) -> Path | None:

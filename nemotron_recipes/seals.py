@@ -13,13 +13,14 @@ import re
 from nemotron_recipes.spec import Tree, sha256_text
 
 SEAL, KIND, LINE_SEAL = "sealed", "sealed_as", "sum"
+_SORTED = json.JSONEncoder(sort_keys=True)
 _LINE_SEAL = re.compile("[0-9a-f]{12}")
 CHANGED = "it isn't what was written"
 
 
 def digest(tree: Tree) -> str:
     """Of the values, however they are laid out in the file."""
-    return sha256_text(json.dumps(tree, sort_keys=True))
+    return sha256_text(_SORTED.encode(tree))
 
 
 def sealed(tree: Tree, kind: str) -> Tree:

@@ -20,9 +20,8 @@ from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, UserError
 from nemotron_recipes.executors import get_executor
-from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.lifecycle import Prepared
-from nemotron_recipes.rundir import RunDir, read_json
+from nemotron_recipes.rundir import RunDir, read_json, write_sealed
 from nemotron_recipes.spec import JobHandle, Plan, Request, sha256_text, to_json
 
 Values = frozenset[str]  # the overrides that the sweep has set for a run
@@ -106,7 +105,7 @@ def submit(sweep: Sweep, preflight: bool = True) -> list[JobHandle]:
     with _alone(sweep):
         runs = [{"run": member.run, "values": list(member.values)} for member in sweep.members]
         tree = {"id": sweep.id, "command": sweep.title, "at_once": sweep.at_once, "runs": runs}
-        write_atomic(sweep.file, json.dumps(tree, indent=2))
+        write_sealed(sweep.file, tree, kind="sweep")
         for member in sweep.left:
             try:
                 handles.append(lifecycle.submit(_prepared(member), preflight=False))

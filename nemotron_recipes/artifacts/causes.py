@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemotron_recipes import closing
 from nemotron_recipes.container_words import BAD_MOUNT, CONTAINER, MISSING_IMAGE, MISSING_PYXIS, line_pattern
 from nemotron_recipes.errors import printable
-from nemotron_recipes.rundir import RunDir, StageDir, read_jsonl
+from nemotron_recipes.rundir import Damaged, RunDir, StageDir, read_jsonl
 from nemotron_recipes.spec import Tree
 
 TAIL_BYTES = 256 * 1024  # of a log's end: what ended a process stands there
@@ -229,6 +230,10 @@ def _files(run: RunDir, folder: StageDir, attempt: int, first: int | None) -> It
 
 
 def _tail(file: Path) -> list[Line]:
+    try:
+        closing.check(file)
+    except Damaged as error:
+        return [Line(str(file), 0, problem.what) for problem in error.problems]
     with open(file, "rb") as handle:
         size = handle.seek(0, 2)
         handle.seek(max(0, size - TAIL_BYTES))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes import closing
 from nemotron_recipes.artifacts.owner import fate
 from nemotron_recipes.artifacts.reconcile import Evidence, State, exit_text, judge
 from nemotron_recipes.errors import Problem, UserError, nearest, printable
@@ -130,12 +131,18 @@ class _Opened:
 def _open(run: RunDir) -> _Opened:
     try:
         plan, handle = read_json(run.plan), read_json(run.handle)
-        events = list(read_jsonl(run.events, strict=True))
+        events = _events(run.events)
     except Damaged as error:
         return _Opened(run, {}, None, [], str(error))
     if plan is None:
         raise UserError(Problem(f"{run.path} is not a run folder", fix="it has no plan.json"))
     return _Opened(run, plan, JobHandle(**handle) if handle else None, events)
+
+
+def _events(path: Path) -> list[Tree]:
+    """Damaged: a line, or the end, is not what was written."""
+    closing.check(path)
+    return list(read_jsonl(path, strict=True))
 
 
 def _view(opened: _Opened, liveness: Ask | None, settle: Settle | None) -> RunView:
@@ -156,7 +163,7 @@ def _whole_view(opened: _Opened, liveness: Ask | None, settle: Settle | None) ->
     alive = _liveness(events, handle, liveness)
     if alive in ("ended", "lost") and handle and settle and not _end_is_recorded(events):
         missing = settle(handle)
-        events = list(read_jsonl(run.events, strict=True))  # meanwhile the end may have been recorded by whoever
+        events = _events(run.events)  # meanwhile the end may have been recorded by whoever
         if not _end_is_recorded(events):
             events += [{"time": time.time(), **event} for event in missing]
     stages = tuple(_stage_view(stage, run.stage(stage["name"]), events, alive) for stage in plan["stages"])
@@ -311,7 +318,7 @@ def _requeued(events: list[Tree], name: str, attempt: int) -> str:
 
 def _last_event(folder: StageDir, attempt: int, kind: str) -> Tree | None:
     """Rank 0's newest event of this kind."""
-    found = [event for event in read_jsonl(folder.events(attempt, 0)) if event["event"] == kind]
+    found = [event for event in _events(folder.events(attempt, 0)) if event["event"] == kind]
     return found[-1] if found else None
 
 
@@ -340,7 +347,7 @@ def _silent_rank(folder: StageDir, attempt: int) -> int | None:
     """The lowest rank that started and then neither finished nor failed nor stopped when asked."""
     ranks = []
     for path in (folder.path / "events").glob(f"attempt-{attempt}.rank-*.jsonl"):
-        last = [event["event"] for event in read_jsonl(path)][-1:]
+        last = [event["event"] for event in _events(path)][-1:]
         if last and last[0] not in ("finished", "failed", "cancelled"):
             ranks.append(int(path.name.split(".rank-")[1].removesuffix(".jsonl")))
     return min(ranks, default=None)
@@ -357,14 +364,17 @@ def _killed_by(launcher_log: Path, rank: int) -> str:
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log, however long it is; none when there is no log."""
+    """The last lines of a log, however long it is; none when there is no log, and what is wrong with a damaged one."""
     try:
+        closing.check(log)
         with open(log, "rb") as handle:
             handle.seek(0, 2)
             handle.seek(max(0, handle.tell() - TAIL_BYTES))
             text = handle.read().decode("utf-8", "replace")
     except FileNotFoundError:
         return []
+    except Damaged as error:
+        return str(error).splitlines()
     return [line.rsplit("\r", 1)[-1] for line in text.rstrip().split("\n")[-lines:] if line.strip()]
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from nemotron_recipes.artifacts.owner import fate, this_process
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.fsio import write_atomic
+from nemotron_recipes.rundir import Damaged, read_json, write_sealed
 
 OLD = 14 * 24 * 3600  # seconds without a change after which staging of an unprovable owner counts as left behind
 
@@ -41,7 +40,7 @@ def create(root: Path, name: str) -> Staged:
     """A fresh private folder below `<root>/.staging`, owned by this process."""
     staged = Staged(name, root / ".staging" / f"{name}-{uuid.uuid4().hex}")
     staged.folder.mkdir(parents=True)
-    write_atomic(staged.folder / "owner.json", json.dumps(this_process()))
+    write_sealed(staged.folder / "owner.json", this_process())
     staged.content.mkdir(parents=True)
     return staged
 
@@ -96,8 +95,8 @@ def own_files(content: Path) -> list[Path]:
 
 def _left_behind(folder: Path, now: float) -> bool:
     try:
-        owner = json.loads((folder / "owner.json").read_text())
-    except FileNotFoundError:
+        owner = read_json(folder / "owner.json") or {}
+    except Damaged:  # whose it is, nobody knows
         owner = {}
     if fate(owner) == "gone":
         return True

@@ -73,13 +73,13 @@ class Store:
         """Numbers of the whole versions, oldest first."""
         return [n for n in self._numbers(name) if os.path.isfile(self._manifest_path(name, n))]
 
-    def newest(self) -> Iterator[tuple[Artifact, Tree, list[int]]]:
-        """Of every name: (its newest version, that one's manifest, the numbers of all). Each file is read once."""
+    def newest(self) -> Iterator[tuple[Artifact, Tree]]:
+        """Of every name: (its newest version, that one's manifest). No other file is looked at."""
         for name in _listdir(self.root):
-            if _NAME.fullmatch(name) and (versions := self.versions(name)):
-                manifest = self._manifest(name, versions[-1])
-                assert manifest is not None, "it was there"
-                yield self._of(name, versions[-1], manifest), manifest, versions
+            for version in reversed(self._numbers(name)) if _NAME.fullmatch(name) else ():
+                if (manifest := self._manifest(name, version)) is not None:
+                    yield self._of(name, version, manifest), manifest
+                    break
 
     def aliases(self, name: str) -> dict[str, int]:
         """The user's aliases of a name and the versions that they mean."""
@@ -110,7 +110,7 @@ class Store:
 
     def content(self, artifact: Artifact) -> Path:
         """The folder with the data of a registered version."""
-        return self._manifest_path(artifact.name, artifact.version or 0).parent / "content"
+        return Path(self._manifest_path(artifact.name, artifact.version or 0)).parent / "content"
 
     def find(self, fingerprint: str, slot: str, name: str) -> Artifact | None:
         """The newest whole version of `name` that a stage with this fingerprint made as this output."""
@@ -223,7 +223,7 @@ class Store:
         found = []
         for entry in _listdir(folder):
             name, _, number = entry.rpartition("@v")
-            if not number.isdigit() or not self._manifest_path(name, int(number)).is_file():
+            if not number.isdigit() or not os.path.isfile(self._manifest_path(name, int(number))):
                 continue
             artifact = self._artifact(name, int(number))
             if artifact.producer and (artifact.producer.fingerprint, artifact.producer.slot) == (fingerprint, slot):
@@ -257,14 +257,15 @@ class Store:
             if manifest is None or manifest.keys() == KEYS:
                 return manifest
             reason = "it says neither what it is nor who made it"
-        fix = f"restore the file, or remove the folder {path.parent}"
-        raise UserError(Problem(f"the manifest of {name}:v{version} is damaged: {reason}", str(path), fix))
+        fix = f"restore the file, or remove the folder {os.path.dirname(path)}"
+        raise UserError(Problem(f"the manifest of {name}:v{version} is damaged: {reason}", path, fix))
 
     def _numbers(self, name: str) -> list[int]:
-        return sorted(int(found[1]) for entry in _listdir(self.root / name) if (found := _VERSION.fullmatch(entry)))
+        entries = _entries(f"{self.root}/{name}")
+        return sorted(int(found[1]) for entry in entries if (found := _VERSION.fullmatch(entry)))
 
-    def _manifest_path(self, name: str, version: int) -> Path:
-        return Path(f"{self.root}/{name}/v{version}/artifact.json")
+    def _manifest_path(self, name: str, version: int) -> str:
+        return f"{self.root}/{name}/v{version}/artifact.json"
 
 
 def check_name(name: str, what: str = "artifact name") -> None:
@@ -297,8 +298,12 @@ def _is_taken(error: OSError, version: Path) -> bool:
 
 def _listdir(folder: Path) -> list[str]:
     """Sorted names, read from the folder itself (a network file system may deny a new file until it is listed)."""
+    return sorted(_entries(folder))
+
+
+def _entries(folder: str | Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
 

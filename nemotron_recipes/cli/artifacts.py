@@ -34,8 +34,8 @@ def list_command(as_json: bool) -> None:
     rows = list(store.newest())
     if as_json:
         lines = [
-            json.dumps({**manifest, "versions": len(versions), "aliases": store.aliases(a.name), "uri": a.uri})
-            for a, manifest, versions in rows
+            json.dumps({**m, "versions": len(store.versions(a.name)), "aliases": store.aliases(a.name), "uri": a.uri})
+            for a, m in rows
         ]
         click.echo("[\n  " + ",\n  ".join(lines) + "\n]" if lines else "[]")
     elif not rows:
@@ -49,7 +49,7 @@ def list_command(as_json: bool) -> None:
                 age(_iso(m["created"])),
                 (m["producer"] or {}).get("run", ""),
             )
-            for a, m, _ in rows
+            for a, m in rows
         ]
         click.echo(table(("ARTIFACT", "KIND", "SIZE", "CREATED", "MADE BY"), cells))
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from nemotron_recipes import closing
 from nemotron_recipes.cli.tail import Tail
 from nemotron_recipes.cli.text import clock, duration
 from nemotron_recipes.errors import UserError, printable
-from nemotron_recipes.rundir import RunDir, StageDir
+from nemotron_recipes.rundir import Damaged, RunDir, StageDir
 from nemotron_recipes.spec import JobFacts, Outlook
 
 BAR = 24  # characters
@@ -172,5 +173,9 @@ def show_logs(run: RunDir, stage: str, rank: int | None) -> None:
         raise UserError(what + (f"; there are ranks {known}" if known else " yet"))
     for each in known if rank is None else [rank]:
         tag = f"[rank {each}] " if rank is None else ""
+        try:
+            closing.check(folder.log(attempt, each))
+        except Damaged as error:
+            click.echo(f"warning: {printable(str(error))}", err=True)
         for line in Tail(folder.log(attempt, each)).lines(whole=False):
             click.echo(tag + printable(line))

@@ -57,6 +57,10 @@ HELP = {
     "env": "Show the profiles of env.toml.",
     "doctor": "Look at what a profile's machine or cluster can do.",
 }
+LOOKS = {("lineage",), ("report",), ("gc",), ("env",), ("data", "show"), ("plan", "layouts")} | {
+    *(("artifacts", word) for word in ("list", "show", "alias")),
+    *(("runs", word) for word in ("list", "show", "logs", "explain", "diff", "compare", "tensorboard")),
+}
 
 
 class ReaderGone(Exception):
@@ -122,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         root = Root(Catalog(config_roots(config_dirs)), config_dirs)
         if arguments and not {"--help", "--version"} & set(arguments):
             reach.check()
+            if argv is None and only_looks(arguments):
+                reach.guard()
         code = root.main(arguments, prog_name="nemotron", standalone_mode=False)
         _mirror_in_background(arguments)
         sys.exit(code if isinstance(code, int) else 0)
@@ -159,6 +165,16 @@ def _mirror_in_background(arguments: list[str]) -> None:
 
     with suppress(OSError, UserError):  # the command itself is done, and `artifacts sync` says what is wrong
         sync.in_background(read_environment().output)
+
+
+def only_looks(arguments: list[str]) -> bool:
+    """Whether a command may be ended in the middle and nothing is lost: it submits, follows and stops nothing."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if {"--dry-run", "-d"} & {*arguments}:
+        return True
+    if {"--follow", "-f"} & {*arguments}:
+        return False
+    return tuple(words[:1]) in LOOKS or tuple(words[:2]) in LOOKS
 
 
 def take_config_dirs(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:

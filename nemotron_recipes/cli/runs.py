@@ -45,12 +45,18 @@ def list_command(as_json: bool, number: int) -> None:
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
 @click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page.")
-def show(run: str, as_json: bool, page: Path | None) -> int:
+@click.option("--verify", is_flag=True, help="Read all its files and outputs, and compare with the recorded digests.")
+def show(run: str, as_json: bool, page: Path | None, verify: bool) -> int:
     """Show a run: states, inputs, outputs, results, and why it failed.
 
     Exit code 1 while it can't be told whether the scheduler has accepted it.
     """
     view = lifecycle.load(_find(run))
+    if verify:
+        from nemotron_recipes.report.verify import damage
+
+        if problems := damage(view):
+            raise UserError(*problems)
     decided = view.handle is None or view.state != "pending" or lifecycle.look(view.handle).accepted
     if page is not None:
         from nemotron_recipes.report.html import run_page
@@ -62,6 +68,8 @@ def show(run: str, as_json: bool, page: Path | None) -> int:
         click.echo(json.dumps({**summary.as_tree(view), "differences": differences}, indent=2))
     else:
         click.echo(summary.describe(view, differences))
+        if verify:
+            click.echo("\nverified: its files and outputs are what was written")
     return 0 if decided else 1
 
 

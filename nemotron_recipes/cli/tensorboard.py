@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from nemotron_recipes import lifecycle
+from nemotron_recipes import closing, lifecycle
 from nemotron_recipes.artifacts.records import RunView, find_run
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
-from nemotron_recipes.rundir import RunDir, read_jsonl
+from nemotron_recipes.rundir import RunDir
 
 LEFT_OUT = ("step", "steps", "time")
 
@@ -42,14 +42,14 @@ class _Writer:
     """One stage. What an earlier call wrote is replaced: two files with the same steps would draw zigzags."""
 
     def __init__(self, view: RunView, stage: str):
-        folder = RunDir(Path(view.path)).stage(stage)
+        self.stage = RunDir(Path(view.path)).stage(stage)
         # `tensorboard` may hold what a trainer has written itself.
-        self.metrics, self.folder = folder.metrics, folder.path / "metrics-tensorboard"
+        self.folder = self.stage.path / "metrics-tensorboard"
         self.rows = 0
         self._writer: Any = None
 
     def poll(self) -> None:
-        rows = list(read_jsonl(self.metrics))
+        rows = closing.metrics(self.stage)
         if rows and self._writer is None:
             for old in self.folder.glob("events.out.tfevents.*"):
                 old.unlink()

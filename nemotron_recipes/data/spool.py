@@ -6,7 +6,7 @@ ids, mask    the sequences one after another: int32 ids; uint8 masks aligned to 
 payload      JSON Lines of what rows carry besides (held-out rows; preference and RL rows)
 bad.jsonl    line, reason, detail of bad rows
 signatures-N of corpus gate N: uint8 [kept rows, width]
-facts.json   lines and rows read, reasons, what row gates counted
+facts.json   lines and rows read, reasons, what row gates counted; sealed, with sizes and checksums of the other files
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import uuid
+import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 
 from nemotron_recipes.fsio import fsync_folder, fsync_tree
+from nemotron_recipes.seals import opened, sealed
 
 BUFFER = 1 << 20  # bytes
 KEPT = -1  # status of a row that goes on; else an index into `reasons`
@@ -108,9 +110,11 @@ class SpoolWriter:
             "bad_rows": self.bad_rows,
             "reasons": list(self._reasons),
             "gates": tally.counts,
-            "sizes": {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())},
+            "files": {path.name: _checked(path) for path in sorted(self._folder.iterdir())},
         }
-        (self._folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=True), encoding="ascii")
+        (self._folder / "facts.json").write_text(
+            json.dumps(sealed(facts, "spool"), ensure_ascii=True), encoding="ascii"
+        )
         fsync_tree(self._folder)
         try:
             os.rename(self._folder, self._place)
@@ -135,12 +139,21 @@ class SpoolWriter:
 
 
 def is_whole(folder: Path) -> bool:
-    """It is renamed into place with everything in it; whoever cleans up by hand may stop half-way."""
+    """It is renamed into place with everything in it; whoever cleans up by hand may stop half-way, and disks forget."""
     try:
-        sizes = Spool(folder).facts["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        files = Spool(folder).facts["files"]
+        return all(_checked(folder / name) == known for name, known in files.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _checked(path: Path) -> list[int]:
+    """[bytes, their CRC-32]: enough against accidents, and many times faster than what filled the file."""
+    size = check = 0
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 20):
+            size, check = size + len(piece), zlib.crc32(piece, check)
+    return [size, check]
 
 
 def remove_spool(folder: Path) -> None:
@@ -158,7 +171,7 @@ class Spool:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="ascii"))
+        self.facts: dict[str, Any] = opened(json.loads((folder / "facts.json").read_text(encoding="ascii")))
 
     def index(self) -> dict[str, np.ndarray]:
         with np.load(self.folder / "index.npz", allow_pickle=False) as columns:

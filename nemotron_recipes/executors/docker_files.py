@@ -7,12 +7,10 @@ secrets.json                          mode 0600; there while a stage runs
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import RunDir, StageDir, read_json
+from nemotron_recipes.rundir import RunDir, StageDir, read_json, write_sealed
 
 NODE_ENV = "PET_NODE_RANK"  # torchrun's, too: which of several hosts it is
 KILLED = 137  # the exit code of a container whose first process could not say how it ended
@@ -32,7 +30,7 @@ def secrets(run: RunDir) -> Path:
 
 
 def write_report(stage: StageDir, attempt: int, report: Report, node: int = 0) -> None:
-    write_atomic(_report(stage, attempt, node), json.dumps(asdict(report)))
+    write_sealed(_report(stage, attempt, node), asdict(report), kind="container")
 
 
 def read_report(stage: StageDir, attempt: int, node: int = 0) -> Report | None:

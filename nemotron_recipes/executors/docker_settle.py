@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from nemotron_recipes.closing import close
 from nemotron_recipes.executors import docker_files, hosts_copy, torchrun, transport
 from nemotron_recipes.executors.docker_control import Container, Docker, Refused, Unreachable
 from nemotron_recipes.executors.docker_places import daemon_of, hosts_of
@@ -37,6 +38,7 @@ def settle(handle: JobHandle) -> list[Tree]:
     with suppress(OSError, Refused, Unreachable, transport.Unreachable):  # somebody else's run: only read
         for event in missing:
             append_event(run.events, **event)
+        close(run)
         docker_files.secrets(run).unlink(missing_ok=True)
         for host, docker, container in found:
             if container:

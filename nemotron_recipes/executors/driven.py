@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nemotron_recipes.closing import end
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, Executor, Liveness, checks, memory
 from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event, read_json, read_jsonl
@@ -164,7 +165,7 @@ class DrivenExecutor:
         if survivors:
             raise JobFailed(f"run {handle.run}: processes {survivors} did not end, not even on SIGKILL")
         if not has_ended(handle):  # the driver was killed before it could say so
-            append_event(RunDir(Path(handle.run_dir)).events, "cancelled", stage=None, attempt=None)
+            end(RunDir(Path(handle.run_dir)), "cancelled", stage=None, attempt=None)
 
     def _unfit(self, plan: Plan) -> Iterator[Problem]:
         """What the machine can't do of the plan, looked at before anything is started."""

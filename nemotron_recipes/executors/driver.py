@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from nemotron_recipes import sources
+from nemotron_recipes.closing import close
 from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, memory, process_tree, torchrun
 from nemotron_recipes.executors.verdict import failure_cause, is_done
 from nemotron_recipes.rundir import RunDir, StageDir, append_event, latest_checkpoint, read_json, write_sealed
@@ -158,7 +160,7 @@ class Driver:
 
     def _run_stage(self, stage: RenderedStage, folder: StageDir, attempt: int) -> str:
         """ "" when it succeeded; why it is to be started again when it was ended from outside."""
-        _check_files(stage)
+        self._check_what_runs(stage)
         log = folder.launcher_log(attempt)
         log.parent.mkdir(parents=True)  # takes the number: a driver that dies from here on has used it up
         begun = time.monotonic()
@@ -189,6 +191,15 @@ class Driver:
         if cause and not interrupted:
             raise StageFailed(cause)
         return interrupted if cause else ""
+
+    def _check_what_runs(self, stage: RenderedStage) -> None:
+        """It is what was shown: StageFailed when a file, or the code, is not as planned any more."""
+        for name, text in stage.files.items():
+            path = Path(name)
+            if not path.is_file() or path.read_bytes() != text.encode():
+                raise StageFailed(f"{path} was changed after it had been planned")
+        if other := sources.changed(self.run.path, self.plan["code"]["digest"]):
+            raise StageFailed(f"the code in {other} was changed after it had been planned")
 
     def _wait(self, started: Started, options: Tree) -> str:
         """Until it has ended or must; why for lack of memory, "" otherwise. Then it has been asked to save and end."""
@@ -262,14 +273,7 @@ def _drive(run: RunDir, plan: Tree, rendered: Tree, inherited: dict[str, str]) -
         raise
     finally:
         runner.close()
-
-
-def _check_files(stage: RenderedStage) -> None:
-    """What runs is what was shown: StageFailed when a file is not as rendered any more."""
-    for name, text in stage.files.items():
-        path = Path(name)
-        if not path.is_file() or path.read_bytes() != text.encode():
-            raise StageFailed(f"{path} was changed after it had been planned")
+        close(run)
 
 
 def _is_over(folder: Path) -> bool:

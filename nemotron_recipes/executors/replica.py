@@ -8,7 +8,6 @@ gives it to the next file at once. What is known of the folder there lies beside
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +18,8 @@ from typing import Any
 from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import there
 from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import read_json
+from nemotron_recipes.rundir import COPIED, read_json, write_sealed
 
-_KNOWN = ".copied.json"  # name -> inode, size, time, digest of the end: there.changes
 _NOTHING = [0, 0, 0, ""]
 Call = Callable[..., Any]
 
@@ -31,7 +29,7 @@ class Untrusted(NemotronError):
 
 
 def refresh(
-    call: Call, far: str, near: Path, mark: str = _KNOWN, wanted: Callable[[str], bool] = lambda name: True
+    call: Call, far: str, near: Path, mark: str = COPIED, wanted: Callable[[str], bool] = lambda name: True
 ) -> None:
     """Bring here what has changed there. Unreachable, or OSError; what has come until then stays.
 
@@ -62,12 +60,13 @@ def refresh(
             new = {name for name, _, offset, _ in said["files"] if offset == 0}
             more = said["more"] and not new & begun  # one that changes faster than it comes waits for the next time
             begun |= new
-            write_atomic(near / mark, json.dumps({"files": known, "time": time.time()}))
+            # name -> inode, size, time, digest of the end: there.changes
+            write_sealed(near / mark, {"files": known, "time": time.time()}, kind="copied")
 
 
 def age(near: Path) -> float | None:
     """Seconds since the copy was last complete; None: it never was."""
-    told = read_json(near / _KNOWN)
+    told = read_json(near / COPIED)
     return time.time() - told["time"] if told else None
 
 

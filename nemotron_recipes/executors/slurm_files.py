@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron_recipes.fsio import write_atomic
-from nemotron_recipes.rundir import RunDir, StageDir, read_json
+from nemotron_recipes.rundir import RunDir, StageDir, read_json, write_sealed
 
 LAUNCH = "launch.json"
 SCRIPT = "sbatch.sh"
@@ -98,7 +97,7 @@ def meeting(stage: StageDir, attempt: int) -> Path:
 
 
 def write_report(stage: StageDir, attempt: int, report: NodeReport) -> None:
-    write_atomic(stage.logs(attempt) / f"node-{report.node}.json", json.dumps(asdict(report), sort_keys=True))
+    write_sealed(stage.logs(attempt) / f"node-{report.node}.json", asdict(report), kind="node")
 
 
 def read_reports(stage: StageDir, attempt: int) -> list[NodeReport]:

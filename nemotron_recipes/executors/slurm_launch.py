@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from nemotron_recipes import sources
+from nemotron_recipes.closing import end
 from nemotron_recipes.errors import Unfinished
 from nemotron_recipes.executors import slurm_files, slurm_meeting, slurm_requeue, torchrun, watchdog
 from nemotron_recipes.executors.slurm_files import NodeReport
@@ -145,8 +147,13 @@ class Node:
                 path = Path(name)
                 if not path.is_file() or path.read_bytes() != text.encode():
                     return f"{path} was changed after it had been planned"
-            return ""
+            return self._changed_code() if self.number == 0 else ""
         return f"{self.run.rendered} does not name stage {self.launch['stage']}"
+
+    def _changed_code(self) -> str:
+        plan = read_json(self.run.plan)
+        other = sources.changed(self.run.path, plan["code"]["digest"]) if plan else ""
+        return f"the code in {other} was changed after it had been planned" if other else ""
 
     def _meet(self) -> str:
         """Agree on a port with the other nodes; why that did not work, else ""."""
@@ -284,7 +291,7 @@ class Node:
     def _finish(self, state: str, **fields: object) -> None:
         """The run's end. First its secrets go: whoever hears of the end may submit again, with secrets of its own."""
         slurm_files.secrets(self.run).unlink(missing_ok=True)
-        append_event(self.run.events, "finished", state=state, **fields)
+        end(self.run, "finished", state=state, **fields)
 
     def _wait_for_others(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nemotron_recipes.closing import close
 from nemotron_recipes.executors import folders
 from nemotron_recipes.executors.left_behind import remove_secrets
 from nemotron_recipes.fsio import fsync_folder, write_atomic
@@ -168,8 +169,10 @@ def forget_secrets(run_dir: str, file: str) -> None:
 
 
 def event(path: str, name: str, fields: Mapping[str, Any]) -> None:
-    """Append one event to the events of a run."""
+    """Append one event to the events of a run; its last one closes it."""
     append_event(Path(path), name, **fields)
+    if name in ("finished", "cancelled"):
+        close(RunDir(Path(path).parent))
 
 
 def remove(path: str) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes import closing
 from nemotron_recipes.fsio import fsync_folder
 from nemotron_recipes.rundir import append_event, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import Plan, Tree
@@ -75,12 +76,12 @@ class Journal:
 
     def entries(self) -> list[Tree]:
         """What happened, in order, each key once."""
-        lines = list(read_jsonl(self.entries_file, strict=True))
+        lines = _lines(self.entries_file)
         return list({entry["key"]: entry for entry in reversed(lines)}.values())[::-1]
 
     def done(self) -> dict[str, Tree]:
         """Acknowledged keys -> what W&B said."""
-        return {entry["key"]: entry for entry in read_jsonl(self.done_file, strict=True) if entry["event"] == "done"}
+        return {entry["key"]: entry for entry in _lines(self.done_file) if entry["event"] == "done"}
 
     def acknowledge(self, key: str, **said: Any) -> None:
         """W&B has it: durable when this returns."""
@@ -92,7 +93,7 @@ class Journal:
 
     def last_failure(self) -> str:
         """Why the newest replay ended early; "" when it did not."""
-        last = list(read_jsonl(self.done_file, strict=True))[-1:]
+        last = _lines(self.done_file)[-1:]
         return last[0]["error"] if last and last[0]["event"] == "failed" else ""
 
     def reads(self) -> set[str]:
@@ -108,6 +109,11 @@ class Journal:
 
     def _append(self, event: str, key: str, **fields: Any) -> None:
         append_event(self.entries_file, event, key=key, **fields)
+
+
+def _lines(path: Path) -> list[Tree]:
+    closing.check(path)
+    return list(read_jsonl(path, strict=True))
 
 
 def open_journal(plan: Plan, output: Path) -> None:

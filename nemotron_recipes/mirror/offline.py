@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Tree
@@ -20,7 +21,7 @@ from nemotron_recipes.spec import Tree
 MAGIC, VERSION = b":W&B", 0
 BLOCK = 32 * 1024
 PART = struct.Struct("<IHB")  # checksum, length in bytes, kind
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+FULL, MIDDLE, LAST = 1, 3, 4
 
 
 @dataclass
@@ -94,11 +95,15 @@ def _records(path: Path) -> Iterator[bytes]:
             at += left
         if at + PART.size > len(data):
             return
-        _, length, kind = PART.unpack_from(data, at)
+        check, length, kind = PART.unpack_from(data, at)
         at += PART.size
-        if kind not in (FULL, FIRST, MIDDLE, LAST) or at + length > len(data):
+        if at + length > len(data):
             return
         part = data[at : at + length]
+        if not (check or length or kind):  # room that the SDK has not used
+            return
+        if crc32(bytes([kind]) + part) != check:
+            raise ValueError(f"{path} is damaged: what stands at byte {at - PART.size} isn't what the SDK wrote")
         at += length
         record = record + part if kind in (MIDDLE, LAST) else part
         if kind in (FULL, LAST):

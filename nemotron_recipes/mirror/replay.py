@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes import closing
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror.journal import Journal, Target
@@ -30,7 +31,7 @@ from nemotron_recipes.mirror.names import Named, named
 from nemotron_recipes.mirror.offline import Logged, offline_files, read_offline
 from nemotron_recipes.mirror.sync import BUSY
 from nemotron_recipes.redact import scrub, secret_values
-from nemotron_recipes.rundir import RunDir, read_json, read_jsonl
+from nemotron_recipes.rundir import RunDir, read_json
 from nemotron_recipes.spec import Artifact, Tree
 
 FOLLOW_SECONDS = 5.0  # between looks at a run that is followed
@@ -131,7 +132,7 @@ class Replay:
                 self._tell_config(run, stage, logged)
                 steps.update(logged.rows)
         else:
-            for row in read_jsonl(self.run.stage(stage).metrics):
+            for row in closing.metrics(self.run.stage(stage)):
                 told = {key: value for key, value in row.items() if value is not None and key != "time"}
                 steps.setdefault(row["step"], {}).update(told)
         last = max(steps, default=0)

@@ -6,7 +6,6 @@ later runs what its Plan says, whatever was edited meanwhile.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,13 +17,10 @@ from pathlib import Path
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import transport
 from nemotron_recipes.fsio import fsync_tree
+from nemotron_recipes.sources import LARGEST, SNAPSHOT, digest_of, snapshot_of, sorted_out
 from nemotron_recipes.spec import Code, sha256_text
 
 PACKAGE = Path(__file__).resolve().parent.parent
-TRAVELS = {".py", ".typed", ".jinja", ".json", ".toml"}
-DATA = ("conf", "containers")  # folders of the installed package that hold no code
-LARGEST = 1_000_000  # bytes; no source file comes near, data that was left there does
-SNAPSHOT = "code"  # folder in the run folder; it goes on the workers' PYTHONPATH
 
 
 def describe_code() -> Code:
@@ -42,17 +38,8 @@ def describe_code() -> Code:
         git_commit=commit.strip() if commit else None,
         git_diff_digest=sha256_text(diff) if diff else None,
         uncommitted=tuple(sorted(line[3:] for line in (changed or "").splitlines())),
-        left_behind=tuple(f"{name}: {reason}" for name, reason in _sorted_out(PACKAGE)[1]),
+        left_behind=tuple(f"{name}: {reason}" for name, reason in sorted_out(PACKAGE)[1]),
     )
-
-
-def digest_of(package: Path) -> str:
-    """Digest of the names and contents of a package's source files."""
-    digest = hashlib.sha256()
-    for path in _sorted_out(package)[0]:
-        name = path.relative_to(package).as_posix()
-        digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return "sha256:" + digest.hexdigest()
 
 
 def snapshot(run_dir: Path, code: Code, source: Path | None = None) -> None:
@@ -66,18 +53,13 @@ def snapshot(run_dir: Path, code: Code, source: Path | None = None) -> None:
     if target.is_dir() and digest_of(target) == code.digest:
         return
     shutil.rmtree(target.parent, ignore_errors=True)
-    for path in _sorted_out(source)[0]:
+    for path in sorted_out(source)[0]:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     if digest_of(target) != code.digest:
         raise UserError(Problem("the code changed while the plan was being submitted", str(source), "run it again"))
     fsync_tree(target.parent)
-
-
-def snapshot_of(run_dir: Path) -> Path:
-    """The copy of the package in a run folder."""
-    return run_dir / SNAPSHOT / PACKAGE.name
 
 
 def python_path(run_dir: Path) -> str:
@@ -106,24 +88,6 @@ def git_diff() -> str | None:
         add = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
         _git(*add, env=environment, stdin="\0".join(kept))
         return _git("diff", "HEAD", "--binary", env=environment)
-
-
-def _sorted_out(package: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """(files that travel, (name, why not) of those that don't), in a stable order; caches are not worth a word."""
-    travel: list[Path] = []
-    left: list[tuple[str, str]] = []
-    for folder, folders, names in os.walk(package):
-        data = DATA if folder == str(package) else ()
-        folders[:] = sorted(f for f in folders if f != "__pycache__" and f not in data)
-        for name in sorted(names):
-            path = Path(folder, name)
-            if path.suffix not in TRAVELS:
-                left.append((path.relative_to(package).as_posix(), "no source file"))
-            elif path.stat().st_size > LARGEST:
-                left.append((path.relative_to(package).as_posix(), f"larger than {LARGEST} bytes"))
-            else:
-                travel.append(path)
-    return travel, left
 
 
 def _belongs_in_a_patch(path: Path) -> bool:

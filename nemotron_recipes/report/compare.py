@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes import closing
 from nemotron_recipes.artifacts.records import RunView, StageView
-from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
+from nemotron_recipes.rundir import RunDir, StageDir, read_json
 from nemotron_recipes.spec import Artifact, Tree
 
 ABSENT = None
@@ -44,7 +45,7 @@ def config_of(view: RunView) -> Tree:
 
 def metrics_of(view: RunView, stage: str) -> list[Tree]:
     """The rows of metrics.jsonl."""
-    return list(read_jsonl(RunDir(Path(view.path)).stage(stage).metrics))
+    return closing.metrics(RunDir(Path(view.path)).stage(stage))
 
 
 def environment_of(view: RunView, stage: StageView) -> Tree:

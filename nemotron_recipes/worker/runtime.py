@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import os
 import platform
@@ -31,10 +30,9 @@ from typing import Any
 from nemotron_recipes.artifacts.owner import this_process
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, Unfinished, UserError
-from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.mirror.journal import Journal
 from nemotron_recipes.mirror.sync import follow
-from nemotron_recipes.rundir import latest_checkpoint, read_jsonl, write_record
+from nemotron_recipes.rundir import latest_checkpoint, read_json, read_jsonl, write_record, write_sealed
 from nemotron_recipes.spec import Artifact, Producer
 from nemotron_recipes.worker import room
 from nemotron_recipes.worker.context import Context
@@ -133,11 +131,11 @@ class Attempt:
         context.dir.failure(context.attempt, context.rank).unlink(missing_ok=True)  # torchrun restarted this attempt
         if context.is_main:
             stale = context.dir.record
-            if stale.exists() and json.loads(stale.read_text())["attempt"] == context.attempt:
+            if (read_json(stale) or {}).get("attempt") == context.attempt:
                 stale.unlink()
         context.event("started", world_size=context.world_size, **this_process())
         if context.is_main:
-            write_atomic(context.dir.environment(context.attempt), json.dumps(collect(), indent=2))
+            write_sealed(context.dir.environment(context.attempt), collect(), kind="environment")
         began = time.monotonic()
         context.inputs, context.artifacts = resolve_inputs(self.file.inputs, context.store, verify=context.is_main)
         labels = {key: artifact.label for key, artifact in context.artifacts.items()}
@@ -237,7 +235,7 @@ class Attempt:
             context.store.discard(staged)
         try:
             if word == "failed":
-                write_atomic(context.dir.failure(context.attempt, context.rank), json.dumps(failure, indent=2))
+                write_sealed(context.dir.failure(context.attempt, context.rank), failure, kind="failure")
             if context.is_main and not unfinished:  # the record is the stage's last word, and it goes on
                 self._record(word, code, text)
             context.event(word, error=text, exit_code=code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from urllib.parse import quote
 
 import pytest
 
+from nemotron_recipes.artifacts.records import load_run
 from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror.journal import pending
+from nemotron_recipes.report.verify import damage
 from nemotron_recipes.rundir import RunDir, read_json
 from tests.helpers.cli import ROOT, nemotron
 from tests.helpers.fake_wandb import KEY, FakeWandb
@@ -115,6 +119,87 @@ def test_wandb_shows_the_same_graph_and_curves(place: Path, wandb: FakeWandb) ->
         assert told.complete and told.exit_code == 0 and told.group == run["id"]
     sent = [*wandb.bodies, *wandb.blobs.values()]
     assert leaks(PLANTED, [], sent) == [] and leaks(KEY, [], sent) == []
+
+
+# Every kind of file below the output folder: those that a digest guards, and those that nothing reads back.
+GUARDED = (
+    r"runs/[^/]+/(plan|rendered|handle|closed)\.json",
+    r"runs/[^/]+/(events\.jsonl|driver\.log|code\.patch)",
+    r"runs/[^/]+/code/nemotron_recipes/.*",
+    r"runs/[^/]+/mirror/(target\.json|journal\.jsonl|done\.jsonl)",
+    r"runs/[^/]+/[^/]+/(record\.json|metrics\.jsonl)",
+    r"runs/[^/]+/[^/]+/files/.*",
+    r"runs/[^/]+/[^/]+/events/.*\.jsonl",
+    r"runs/[^/]+/[^/]+/environment/.*\.json",
+    r"runs/[^/]+/[^/]+/logs/attempt-1/(rank-0|launcher)\.log",
+    r"store/[^/]+/v\d+/artifact\.json",
+    r"store/[^/]+/v\d+/content/.*",
+    r"store/[^/]+/\.aliases/.*",
+)
+NOT_READ = (
+    r".*/__pycache__/.*|.*\.lock",
+    r"runs/[^/]+/mirror/(lock|replay\.log)",
+    r"runs/[^/]+/[^/]+/(curves\.png|metrics-tensorboard/.*)",
+    r"runs/[^/]+/nemo_run/.*",  # NeMo-Run's own
+    r"store/\.spools/.*",  # data prep's cache: what is damaged is made anew (tests/unit/test_data_prepare.py)
+    r"runs/[^/]+/[^/]+/heartbeats/.*",  # of a run that goes on: sealed, and a damaged one counts as none
+    r"runs/[^/]+/[^/]+/checkpoints/.*",  # TRL's, when training goes on: tests/unit/test_trl_checkpoints.py
+    r"store/\.index/.*|mirror/(attempted|pending/.*)",  # empty
+)
+
+CUT_IS_HARMLESS = "done.jsonl"  # what was told after the end of the run: it is told once more, which is as good as once
+
+
+def test_a_byte_changed_or_cut_in_any_kind_of_file_is_named(place: Path) -> None:
+    output = place / "nemotron-output"
+    Store(output / "store").alias("nano3-tiny-sft", "best", 1)
+    first = RunDir(Path(runs(place)[1]["run_dir"]))
+    kinds: dict[str, Path] = {}
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if path.is_dir() or any(re.fullmatch(pattern, name) for pattern in NOT_READ):
+            continue
+        assert any(re.fullmatch(pattern, name) for pattern in GUARDED), f"a kind of file that nobody guards: {name}"
+        if path.stat().st_size and (
+            first.path in path.parents or re.match(r"store/nano3-tiny-sft/(v1|\.aliases)/", name)
+        ):
+            kinds[re.sub(r"(?<=code/nemotron_recipes/).*|(?<=content/).*", "", name)] = path
+    assert len(kinds) >= 18, kinds
+    assert named(first) == ""
+    for path in kinds.values():
+        whole, mode = path.read_bytes(), path.stat().st_mode
+        path.chmod(0o644)
+        for spoilt in (
+            flipped(whole),
+            *(() if path.name == CUT_IS_HARMLESS else (whole[: len(whole) // 2], whole.rstrip()[:-1])),
+        ):
+            path.write_bytes(spoilt)
+            told = named(first)
+            assert any(
+                str(place) in told
+                for place in (path, *path.parents)
+                if place.name in (path.name, "content", "nemotron_recipes")
+            ), (path, told)
+        path.write_bytes(whole)
+        path.chmod(mode)
+    assert named(first) == ""
+
+
+def flipped(whole: bytes) -> bytes:
+    """One digit, else one letter, in the middle is another one."""
+    place = next(n for n in sorted(range(len(whole)), key=lambda n: abs(n - len(whole) // 2)) if whole[n] > 47)
+    return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
+def named(run: RunDir) -> str:
+    """What is said to be wrong with a run and the model that it made."""
+    store = Store(run.path.parents[1] / "store")
+    found = [str(problem) for problem in damage(load_run(run.path))]
+    try:
+        store.verify(store.resolve("nano3-tiny-sft:best"))
+    except UserError as error:
+        found.append(str(error))
+    return "\n".join(found)
 
 
 def test_compare_shows_figures_and_draws_one_picture(place: Path) -> None:

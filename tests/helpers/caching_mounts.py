@@ -1,6 +1,6 @@
 """One folder behind two caching network mounts: sshfs over the protocol of a real sftp-server, without ssh between.
 
-    unshare --mount --propagation private python -m tests.helpers.caching_mounts FOLDER PROCESSES|blocked
+    unshare --mount --propagation private python -m tests.helpers.caching_mounts FOLDER PROCESSES|blocked|falls-silent
 
 What one mount has written the other may deny for a while, as on NFS. Needs root, /dev/fuse, sshfs and sftp-server.
 """
@@ -8,11 +8,14 @@ What one mount has written the other may deny for a while, as on NFS. Needs root
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +32,52 @@ ABLE = os.geteuid() == 0 and shutil.which("sshfs") and SERVER and Path("/dev/fus
 TURNS = 3
 
 
+class Line(threading.Thread):
+    """Between a mount and its server: passes on what both say, and falls silent after so many bytes when told to."""
+
+    def __init__(self, ends: tuple[socket.socket, socket.socket]):
+        super().__init__(daemon=True)
+        self.other = {ends[0]: ends[1], ends[1]: ends[0]}
+        self.left: int | None = None  # bytes until it falls silent
+        self.silent, self.speaks = threading.Event(), threading.Event()
+        self.speaks.set()
+
+    def falls_silent_after(self, size: int) -> None:
+        self.silent.clear()
+        self.speaks.clear()
+        self.left = size
+
+    def speaks_again(self) -> None:
+        self.left = None
+        self.speaks.set()
+
+    def run(self) -> None:
+        while True:
+            for end in select.select([*self.other], [], [])[0]:
+                data = end.recv(1 << 16)
+                if not data:
+                    return
+                if self.left is not None:
+                    self.left -= len(data)
+                    if self.left < 0:
+                        self.silent.set()
+                        self.speaks.wait()
+                self.other[end].sendall(data)
+
+
 @contextmanager
-def mounted(folder: Path, point: Path, options: str = CACHING) -> Iterator[subprocess.Popen[bytes]]:
-    """`folder` at `point`; yields the sftp-server, which may be stopped."""
+def mounted(
+    folder: Path, point: Path, options: str = CACHING, line: bool = False
+) -> Iterator[tuple[subprocess.Popen[bytes], Line | None]]:
+    """`folder` at `point`; yields the sftp-server, which may be stopped, and the line to it where one is wanted."""
     point.mkdir()
     ours, theirs = socket.socketpair()
+    between = None
+    if line:
+        ours, near = socket.socketpair()
+        far, theirs = socket.socketpair()
+        between = Line((near, far))
+        between.start()
     server = subprocess.Popen([str(SERVER)], stdin=ours, stdout=ours)
     client = subprocess.Popen(
         ["sshfs", "-f", "-o", f"passive,{options}", f":{folder}", str(point)], stdin=theirs, stdout=theirs
@@ -44,7 +88,7 @@ def mounted(folder: Path, point: Path, options: str = CACHING) -> Iterator[subpr
         while not point.is_mount():
             assert client.poll() is None, "sshfs ended"
             os.sched_yield()
-        yield server
+        yield server, between
     finally:
         subprocess.run(["umount", "--lazy", str(point)], check=False)
         server.kill()
@@ -113,7 +157,7 @@ def blocked(folder: Path) -> None:
     store.commit(staged, kind="data")
     (folder / "env.toml").write_text(f'[artifacts]\nstore = "{folder}/a/store"\n')
     command = [sys.executable, "-m", "nemotron_recipes"]
-    with mounted(shared, folder / "a") as server:
+    with mounted(shared, folder / "a") as (server, _):
 
         def run(*words: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, timeout=120)
@@ -130,8 +174,45 @@ def blocked(folder: Path) -> None:
     print("no command hung")
 
 
+def falls_silent(folder: Path) -> None:
+    """AssertionError: a command that has begun hangs when the store falls silent, or says something else."""
+    shared = folder / "shared"
+    (shared / "store").mkdir(parents=True)
+    store, parents = Store(shared / "store"), {}
+    for number in range(40):
+        staged = store.stage(f"rows-{number}")
+        (staged.content / "a.txt").write_text("x")
+        parents = {"data": store.commit(staged, kind="data", parents=parents)}
+    (folder / "env.toml").write_text(f'[artifacts]\nstore = "{folder}/a/store"\n')
+    commands = (("artifacts", "list"), ("lineage", "rows-39"), ("gc", "--dry-run"), ("artifacts", "list", "--json"))
+    with mounted(shared, folder / "a", options="cache=no", line=True) as (_, line):
+        assert line is not None
+        for words in commands:
+            for size in (8_000, 16_000, 32_000):
+                line.falls_silent_after(size)
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "nemotron_recipes", *words],
+                    cwd=folder,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                assert line.silent.wait(300), (words, size, "it did not read that much")
+                began = time.monotonic()
+                said = process.communicate(timeout=300)  # also the ends of both pipes
+                seconds = time.monotonic() - began
+                line.speaks_again()
+                assert process.returncode == 2 and "did not answer for 8 s" in said[1], (words, size, said)
+                print(f"{' '.join(words)}, silent after {size} bytes: ended after {seconds:.1f} s")
+        listed = [sys.executable, "-m", "nemotron_recipes", "artifacts", "list"]
+        assert "rows-39:v1" in subprocess.run(listed, cwd=folder, capture_output=True, text=True, timeout=300).stdout
+    print("no command hung")
+
+
+MODES = {"blocked": blocked, "falls-silent": falls_silent}
+
 if __name__ == "__main__":
-    if sys.argv[2] == "blocked":
-        blocked(Path(sys.argv[1]))
+    if sys.argv[2] in MODES:
+        MODES[sys.argv[2]](Path(sys.argv[1]))
     else:
         main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.data.job import Job, Progress
+from nemotron_recipes.data.spool import is_whole
 from nemotron_recipes.data.spools import UNFINISHED, Spools
 from nemotron_recipes.errors import UserError
 from tests.helpers.data_jobs import cut, job, run, varied
@@ -41,6 +42,23 @@ def test_what_is_done_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def bytes_of_fresh(made: Job, output: Path) -> dict[str, bytes]:
     run(made, output)
     return bytes_of(output)
+
+
+def test_a_byte_of_it_that_has_changed_is_noticed_and_it_is_made_anew(tmp_path: Path) -> None:
+    spools = tmp_path / "spools"
+    file = write_rows(tmp_path / "rows.jsonl", varied(20))
+    assert run(job(file, spools), tmp_path / "first").reused == 0
+    (spool,) = (path.parent for path in spools.glob("[!.]*/facts.json"))
+    for path in sorted(spool.iterdir()):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :] if whole else b"x"
+        for damaged in {flipped, whole[:-1]} - {whole}:
+            path.write_bytes(damaged)
+            assert not is_whole(spool), path.name
+        path.write_bytes(flipped)
+        assert run(job(file, spools), tmp_path / path.name).reused == 0
+        assert is_whole(spool) and bytes_of(tmp_path / path.name) == bytes_of(tmp_path / "first")
 
 
 def test_a_change_of_anything_is_noticed(tmp_path: Path) -> None:

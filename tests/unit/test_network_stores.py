@@ -55,5 +55,7 @@ def test_locks_that_lie_change_nothing(tmp_path: Path) -> None:
     assert "32 processes" in run(tmp_path, "32", LD_PRELOAD=str(library))
 
 
-def test_a_server_that_falls_silent_hangs_no_command(tmp_path: Path) -> None:
-    assert "no command hung" in run(tmp_path, "blocked")
+@pytest.mark.parametrize("when", ["blocked", "falls-silent"])
+def test_a_server_that_falls_silent_hangs_no_command(tmp_path: Path, when: str) -> None:
+    """Before a command begins, and in the middle of one."""
+    assert "no command hung" in run(tmp_path, when)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from nemotron_recipes.cli import reach
+from nemotron_recipes.cli.main import only_looks
 from nemotron_recipes.errors import UserError
+from tests.helpers.cli import ROOT
 
 
 def test_a_folder_that_never_answers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +32,52 @@ def test_a_folder_that_never_answers_is_named(tmp_path: Path, monkeypatch: pytes
             reach.check(seconds=0.2)
     finally:
         hangs.set()
+
+
+GUARDED = """
+import os, sys, time
+from nemotron_recipes.cli import reach
+
+answers, hangs = os.listdir, len(sys.argv) > 1
+def listdir(folder):
+    if hangs and os.getpid() != worker:
+        time.sleep(600)
+    return answers(folder)
+os.listdir = listdir
+worker = 0
+reach.PAUSE = 0.01
+reach.guard(seconds=0.2 if hangs else 60)
+worker = os.getpid()
+print("it works", flush=True)
+print("beside it", file=sys.stderr, flush=True)
+if hangs:
+    time.sleep(600)
+os.write(1, b"x" * 200_000)
+sys.exit(7)
+"""
+
+
+def guarded(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", GUARDED, *words]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux lets one wait for a process and for more")
+def test_a_folder_that_falls_silent_ends_the_command_that_reads_it(tmp_path: Path) -> None:
+    done = guarded(tmp_path, "hangs")
+    assert done.returncode == 2 and "nemotron-output/store did not answer for 0 s" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux lets one wait for a process and for more")
+def test_a_guarded_command_ends_as_it_would_alone(tmp_path: Path) -> None:
+    done = guarded(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "it works\n" + "x" * 200_000, "beside it\n")
+
+
+def test_what_only_looks_is_guarded(tmp_path: Path) -> None:
+    for line in ("lineage x", "artifacts list --json", "runs show x", "nano3 sft -c tiny --dry-run", "gc"):
+        assert only_looks(line.split()), line
+    for line in ("nano3 sft -c tiny", "runs logs x -f", "runs cancel x", "artifacts sync", "runs watch", "apply f"):
+        assert not only_looks(line.split()), line

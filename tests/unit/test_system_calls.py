@@ -59,6 +59,6 @@ def check(folder: Path, said: list[str], acknowledged: list[str]) -> None:
         if what == "version":
             assert int(rest) in versions
         if what == "record":
-            assert record == {"attempt": int(rest)}
+            assert record == {"attempt": int(rest), "files": {}}
     keys = [entry["key"] for entry in Journal(folder).entries()]
     assert set(acknowledged) <= set(keys)
