@@ -25,7 +25,7 @@ from nemotron_recipes.seals import SEAL, digest
 
 NEMOTRON = [sys.executable, "-m", "nemotron_recipes"]
 LIMIT = 1.0  # seconds of wall time
-CASES = (
+CASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("names", ("artifacts", "list")),
     ("names", ("artifacts", "list", "--json")),
     ("versions", ("artifacts", "list")),

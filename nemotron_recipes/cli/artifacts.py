@@ -12,7 +12,7 @@ import click
 from nemotron_recipes.artifacts.lineage import RENDERERS
 from nemotron_recipes.artifacts.lineage import lineage as read_lineage
 from nemotron_recipes.artifacts.store import Store
-from nemotron_recipes.cli.text import age, short, size, table, write_page
+from nemotron_recipes.cli.text import ago, short, size, table, write_page
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
 from nemotron_recipes.mirror.journal import Journal, mark
@@ -46,7 +46,7 @@ def list_command(as_json: bool) -> None:
                 f"{a.name}:v{a.version}",
                 a.kind,
                 size(m["size"]),
-                age(_iso(m["created"])),
+                ago(m["created"]),
                 (m["producer"] or {}).get("run", ""),
             )
             for a, m in rows

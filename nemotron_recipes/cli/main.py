@@ -6,6 +6,7 @@ nothing heavy is imported for `--help`.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -128,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             reach.check()
             if argv is None and only_looks(arguments):
                 reach.guard()
+                gc.disable()  # it is over soon; going through 10,000 manifests again and again takes time
         code = root.main(arguments, prog_name="nemotron", standalone_mode=False)
         _mirror_in_background(arguments)
         sys.exit(code if isinstance(code, int) else 0)

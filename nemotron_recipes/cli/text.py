@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -63,12 +64,18 @@ def clock(moment: float) -> str:
 def age(created: str) -> str:
     """How long ago an ISO 8601 time was: `just now`, `5 min ago`, `3 h ago`, then the date."""
     try:
-        then = datetime.fromisoformat(created)
+        return ago(datetime.fromisoformat(created).timestamp())
     except ValueError:
         return "?"
-    seconds = (datetime.now(timezone.utc) - then).total_seconds()
+
+
+def ago(moment: float) -> str:
+    """The same; `moment` is in seconds since the epoch."""
+    seconds = time.time() - moment
     if seconds < 60:
         return "just now"
     if seconds < 3600:
         return f"{seconds // 60:.0f} min ago"
-    return f"{seconds // 3600:.0f} h ago" if seconds < 86400 else then.strftime("%Y-%m-%d %H:%M")
+    if seconds < 86400:
+        return f"{seconds // 3600:.0f} h ago"
+    return datetime.fromtimestamp(moment, timezone.utc).strftime("%Y-%m-%d %H:%M")

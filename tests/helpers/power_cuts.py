@@ -81,8 +81,9 @@ def cut_often(disk: Disk, cuts: int) -> None:
             finally:
                 os._exit(0)
         os.close(writer)
-        time.sleep(seed.uniform(0.02, 0.15))
-        lines = _said_so_far(reader)  # a process that outlives the power, as this one does, may be told anything
+        said = _lines(reader, seed.randrange(8))
+        time.sleep(seed.uniform(0.0, 0.03))  # somewhere in what follows
+        lines = [*said, *_said_so_far(reader)]  # a process that outlives the power, as this one does, may be told anything
         disk.cut()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -92,8 +93,18 @@ def cut_often(disk: Disk, cuts: int) -> None:
         disk.unmount()
         disk.mount()
         _check(disk.path, lines, told)
-    assert acknowledged > cuts / 2, "the cuts have to come between commits, not before all of them"
+    assert acknowledged > 3 * cuts, "the cuts have to come between commits, not before all of them"
     print(f"{cuts} cuts, {acknowledged} acknowledged writes")
+
+
+def _lines(reader: int, number: int) -> list[str]:
+    """The next `number` lines, waited for."""
+    text = b""
+    while text.count(b"\n") < number:
+        piece = os.read(reader, 1)
+        assert piece, "the writer has ended"
+        text += piece
+    return text.decode().splitlines()
 
 
 def _said_so_far(reader: int) -> list[str]:
