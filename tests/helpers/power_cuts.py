@@ -83,7 +83,7 @@ def cut_often(disk: Disk, cuts: int) -> None:
         os.close(writer)
         said = _lines(reader, seed.randrange(8))
         time.sleep(seed.uniform(0.0, 0.03))  # somewhere in what follows
-        lines = [*said, *_said_so_far(reader)]  # a process that outlives the power, as this one does, may be told anything
+        lines = [*said, *_said_so_far(reader)]  # whoever outlives the power, as this process does, may be told anything
         disk.cut()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
