@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 from collections.abc import Iterable, Mapping
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "[hidden]"
 SHORTEST = 8  # characters; shorter values would match by chance
@@ -25,7 +28,25 @@ def secret_values(environ: Mapping[str, str], named: Iterable[str] = ()) -> list
 
 
 def scrub(text: str, values: Iterable[str]) -> str:
-    """`text` without these values and without passwords in URLs."""
+    """`text` without these values, however they are written, and without passwords in URLs."""
     for value in values:
-        text = text.replace(value, HIDDEN)
+        for form in forms(value):
+            text = text.replace(form, HIDDEN)
     return _IN_URL.sub(HIDDEN, text)
+
+
+def forms(value: str) -> list[str]:
+    """The texts that give a value away, longest first: plain, and as JSON, URLs and base64 write it."""
+    found = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+    raw = value.encode("utf-8", "surrogateescape")
+    found |= {quote(raw), quote(raw, safe=""), quote_plus(raw)}
+    for before in range(3):  # base64 depends on where it begins; the letters at both ends on what stands beside it
+        text = base64.b64encode(bytes(before) + raw).decode()
+        core = text[(0, 2, 3)[before] : (before + len(raw)) * 8 // 6]
+        found |= {core, core.replace("+", "-").replace("/", "_")}
+    return sorted(found, key=len, reverse=True)
+
+
+def holds_a_password(text: str) -> bool:
+    """Whether a URL in it has one."""
+    return _IN_URL.search(text) is not None

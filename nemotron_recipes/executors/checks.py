@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.redact import SHORTEST, reads_like_a_secret
+from nemotron_recipes.redact import SHORTEST, forms, holds_a_password, reads_like_a_secret
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV
 from nemotron_recipes.spec import StagePlan
 
@@ -16,9 +17,12 @@ _LONGEST_ARGUMENT = 128 * 1024  # bytes; MAX_ARG_STRLEN of Linux, which counts t
 
 
 def secret_problems(stage: StagePlan) -> Iterator[Problem]:
-    """Secrets that are not set here, or whose value stands in what would be written."""
+    """Secrets that are not set here, or whose value stands in what would be written, in whichever form."""
     written = [*stage.launch.files.values(), *stage.launch.args, *stage.launch.env.values()]
-    written += stage.placement.options.get("env", {}).values()
+    written += [*stage.placement.options.get("env", {}).values(), *_texts(stage.config)]
+    if any(map(holds_a_password, written)):
+        what, fix = "a URL in the config holds a password", "take it out: plans and run folders are kept in plain text"
+        yield Problem(what, where(stage), fix)
     for name in dict.fromkeys([*stage.placement.secrets, *filter(reads_like_a_secret, os.environ)]):
         value = os.environ.get(name)
         if not value and name in stage.placement.secrets:
@@ -26,7 +30,8 @@ def secret_problems(stage: StagePlan) -> Iterator[Problem]:
                 f"secret {name} is not set", where(stage, "secrets"), f"export {name}=... where you start the run"
             )
         shortest = SHORTEST if name in stage.placement.secrets else UNDECLARED
-        if value and len(value) >= shortest and any(value in text for text in written):
+        told = forms(value) if value and len(value) >= shortest else ()
+        if any(form in text for text in written for form in told):
             yield Problem(
                 f"the value of secret {name} stands in the config in plain text",
                 where(stage, "secrets"),
@@ -69,6 +74,18 @@ def text_problems(stage: StagePlan, argv: Sequence[str]) -> Iterator[Problem]:
     for name, text in stage.launch.files.items():
         if not _is_utf8(text):
             yield Problem(f"the text of {name} is not valid UTF-8", where(stage), "write it in UTF-8")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All keys and values of a config that are text."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
 
 
 def where(stage: StagePlan, key: str = "") -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -375,6 +377,30 @@ def test_secrets_are_names_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "PLANTED_TOKEN" in text
     assert "s3cr3t-value" not in text
     assert os.environ["PLANTED_TOKEN"] == "s3cr3t-value"
+
+
+@pytest.mark.parametrize("form", ["plain", "base64", "inside base64", "URL", "JSON", "password"])
+def test_a_secret_in_the_config_is_refused_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    secret = 'planted/secret+"4711"~x'
+    monkeypatch.setenv("SOME_API_KEY", secret)
+    written = {
+        "plain": secret,
+        "base64": base64.b64encode(secret.encode()).decode(),
+        "inside base64": base64.b64encode(f"user:{secret}!".encode()).decode(),
+        "URL": f"https://example.com/?key={quote(secret, safe='')}",
+        "JSON": json.dumps({"key": secret}),
+        "password": "https://user:another@example.com/x",
+    }
+    overrides = (f"run.env={{NOTE: {json.dumps(written[form], ensure_ascii=False)}}}",)
+    harmless = ("run.env={NOTE: https://example.com/a:b}", "data.rows=3")  # the second one is wrong
+    assert not {"secret", "password"} & {*problems_of(tmp_path, "data", "prep", "sft", overrides=harmless).split()}
+    told = problems_of(tmp_path, "data", "prep", "sft", overrides=overrides)
+    assert (
+        "a URL in the config holds a password" if form == "password" else "SOME_API_KEY stands in the config"
+    ) in told
+    assert secret not in told
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "db_password", "AWS_SECRET_ACCESS_KEY"])
