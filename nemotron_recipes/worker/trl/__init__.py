@@ -9,7 +9,8 @@ order.py        the order of the data, a function of the seed alone
 packed.py       packs -> batches in which no conversation sees another
 trainers.py     TRL's trainers on prepared data
 rewards.py      rewards of GRPO
-sandbox.py      code of completions in a process of its own (sandbox_child.py is that process)
+sandbox.py      code of completions in a process of its own (sandbox_child.py is that process, sandbox_walls.py what
+                closes it)
 panel.py        a panel of judges as a reward
 callbacks.py    progress, stopping, checkpoints
 checkpoints.py  checkpoint folders that are whole or absent

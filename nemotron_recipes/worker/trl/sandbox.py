@@ -1,10 +1,10 @@
 """Code of a completion against tests, in a process of its own with little to break.
 
 What holds it: a time-out, limits on memory, CPU time and files, an empty folder as home, an environment without
-secrets, and where the kernel allows it namespaces without a network, with process ids of their own and a limit on
-processes. When it has ended, or its time has, whatever it started is killed. What does not: it may read what its user
-may read, and write what its user may write, and without namespaces it may end its supervisor and live on, so let it run
-in a container.
+secrets. Where the kernel knows how (Landlock, seccomp: sandbox_walls.py), it can read no file but its own and Python's,
+write none elsewhere, has no network, and reaches no other process; where the kernel allows namespaces it has process
+ids of its own, too, and a limit on processes. When it has ended, or its time has, whatever it started is killed.
+`left_open` says what this machine could not close.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,13 @@ GRACE = 30.0  # seconds that the supervisor has beyond the program's own
 
 @dataclass(frozen=True)
 class Outcome:
-    """finished: it got to the end, tests included; output: what it printed, at most 64 KiB; network: it had one."""
+    """finished: it got to the end, tests included; output: what it printed, at most 64 KiB; left_open: which of
+    "files", "network" and "signals" (to other processes) it could have reached."""
 
     finished: bool
     timed_out: bool
     output: str
-    network: bool
+    left_open: Sequence[str] = ()
 
 
 def share_passed(code: str, tests: str | list[dict[str, str]], seconds: float, memory: int) -> float:
@@ -60,12 +62,27 @@ def run(code: str, seconds: float, memory: int, tests: str = "", typed: str = ""
                 said, trouble = supervisor.communicate(json.dumps(request).encode(), timeout=seconds + GRACE)
             except subprocess.TimeoutExpired:
                 os.killpg(supervisor.pid, signal.SIGKILL)
-                return Outcome(False, True, "", True)  # where there are no namespaces, the program may have stopped it
+                return Outcome(False, True, "", ["signals"])  # the program has stopped it
         if supervisor.returncode < 0:
-            return Outcome(False, False, "", True)  # or ended it
+            return Outcome(False, False, "", ["signals"])  # or ended it
         if supervisor.returncode:
             raise RuntimeError(f"the supervisor of a program failed: {trouble.decode(errors='replace')[-2000:]}")
         return Outcome(**json.loads(said))
+
+
+def walls() -> str:
+    """What a program can't reach on this machine, and what it can; a sentence for people."""
+    said = {
+        "files": "files beside its own and Python's",
+        "network": "the network",
+        "signals": "other processes",
+    }
+    open_here = run("", 60.0, 512 << 20).left_open
+    closed = [words for name, words in said.items() if name not in open_here]
+    left = [words for name, words in said.items() if name in open_here]
+    text = f"programs of completions can't reach {', '.join(closed)}" if closed else ""
+    warning = f"they can reach {', '.join(left)}: this kernel, or the container's filter, has no way to close it"
+    return "; ".join([*([text] if text else []), *([f"warning: {warning}"] if left else [])])
 
 
 def _lines(text: str) -> list[str]:

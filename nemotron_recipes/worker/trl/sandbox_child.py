@@ -6,6 +6,7 @@ The supervisor reads the request, forks, waits, and kills whatever is left. The 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -14,12 +15,15 @@ import secrets
 import signal
 import sys
 import time
+import types
 
+WALLS = "sandbox_walls.py"
 OUTPUT = 64 << 10  # bytes that are kept of what is printed
 FILE = 16 << 20  # bytes of the largest file
 PROCESSES = 64
 POLL = 0.005  # seconds
-NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000  # linux/sched.h
+NEW_USER, NEW_PID, NEW_NET, NEW_IPC = 0x10000000, 0x20000000, 0x40000000, 0x08000000  # linux/sched.h
+ALONE = NEW_USER | NEW_PID | NEW_NET | NEW_IPC
 PARENT_DEATH_SIGNAL, SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -29,8 +33,9 @@ def main() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl"):
         libc.prctl(SUBREAPER, 1)  # what the program leaves behind becomes ours, and is found
-    alone = hasattr(libc, "unshare") and libc.unshare(NEW_USER | NEW_PID | NEW_NET) == 0
+    alone = hasattr(libc, "unshare") and libc.unshare(ALONE) == 0
     reader, writer = os.pipe()
+    walls_told, walls = os.pipe()
     token = secrets.token_hex(16).encode()
     with open("typed", "w", encoding="utf-8") as typed:
         typed.write(request["typed"])
@@ -41,25 +46,32 @@ def main() -> None:
     if pid == 0:
         os.close(reader)
         os.close(read_end)
+        os.close(walls_told)
         if hasattr(libc, "prctl"):
             libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        _program(request, write_end, writer, token, alone)
+        _program(request, write_end, writer, token, walls, alone)
     os.close(writer)
+    os.close(walls)
+    left_open = {*json.loads(os.read(walls_told, 256))} - ({"signals", "network"} if alone else set())
     timed_out = _wait(pid, request["seconds"])
     _kill_the_rest()
     finished = os.read(reader, 64) == token
     output = os.pread(read_end, OUTPUT, 0).decode("utf-8", "replace")
-    json.dump({"finished": finished, "timed_out": timed_out, "output": output, "network": not alone}, sys.stdout)
+    told = {"finished": finished, "timed_out": timed_out, "output": output, "left_open": sorted(left_open)}
+    json.dump(told, sys.stdout)
 
 
-def _program(request: dict, printed: int, writer: int, token: bytes, alone: bool) -> None:
-    """Never returns. The token is written after the last test: a program that ends early has not finished."""
+def _program(request: dict, printed: int, writer: int, token: bytes, walls: int, alone: bool) -> None:
+    """Never returns. The token is written after the last test: a program that ends early has not finished. What could
+    not be closed goes to `walls` before a line of the program is read."""
     status = 1
     try:
         for number, file in ((0, os.open("typed", os.O_RDONLY)), (1, printed), (2, os.open(os.devnull, os.O_WRONLY))):
             os.dup2(file, number)
             os.close(file)
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  the old one has seen the request's end
+        os.write(walls, json.dumps(_walls().close(os.getcwd())).encode())
+        os.close(walls)
         _limit(request["seconds"], request["memory"], alone and counts_by_namespace(os.uname().release))
         names: dict = {"__name__": "__main__"}
         exec(compile(request["code"], "completion.py", "exec"), names)
@@ -76,6 +88,15 @@ def _program(request: dict, printed: int, writer: int, token: bytes, alone: bool
         pass
     finally:
         os._exit(status)
+
+
+def _walls() -> types.ModuleType:
+    """sandbox_walls.py beside this file; the program itself finds none of our modules."""
+    spec = importlib.util.spec_from_file_location("sandbox_walls", os.path.join(os.path.dirname(__file__), WALLS))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def counts_by_namespace(release: str) -> bool:

@@ -24,6 +24,7 @@ from nemotron_recipes.worker.trl.evaluate import exact_match, label_accuracy, pr
 from nemotron_recipes.worker.trl.learning import LeavesLn2, require_targets
 from nemotron_recipes.worker.trl.models import base_folders, load_tokenizer, load_weights, write_output
 from nemotron_recipes.worker.trl.rewards import final_answer
+from nemotron_recipes.worker.trl.sandbox import walls
 from nemotron_recipes.worker.trl.trainers import build_trainer
 
 
@@ -37,6 +38,9 @@ def run_stage(settings: TrlSettings, context: Context, engine: Engine) -> None:
     if context.is_main:
         context.facts["trained_with"] = context.metadata["trained_with"] = engine.words
         print(f"training with {engine.words}", flush=True)
+        if settings.method == "grpo" and "code_tests" in settings.rewards:
+            context.facts["code_sandbox"] = walls()
+            print(context.facts["code_sandbox"], flush=True)
     adapters = settings.peft is not None
     if context.is_main:
         for folder in quarantine(context.dir.checkpoints, adapters):
