@@ -14,11 +14,15 @@ SHOWN = 12  # valid names listed where none is near
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: what it is, where it came from, what to do about it."""
+    """One thing that is wrong: what it is, where it came from, what to do about it.
+
+    refuses   False: it is told before a run starts, and keeps nothing from starting
+    """
 
     what: str
     where: str = ""
     fix: str = ""
+    refuses: bool = True
 
     def __str__(self) -> str:
         text = self.what

@@ -142,6 +142,8 @@ class Launch:
     # leaves behind is taken over, what it doesn't is done by `module`: it may be killed, or never be started.
     part_module: str | None = None
     writes_together: bool = False  # its ranks write into one checkpoint: all nodes must see the run folder
+    # What the module needs of an image, beside Python's own library: names to import, tried before anything is queued.
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

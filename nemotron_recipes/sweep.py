@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,22 +85,28 @@ def prepare(request: Request, at_once: int | None, anew: bool = False) -> Sweep:
     return Sweep(sweep_id, plans[0].title, environment.output, _ordered(members, at_once), at_once, known, anew)
 
 
-def submit(sweep: Sweep, preflight: bool = True) -> list[JobHandle]:
-    """Submit what is left, in order. UserError, before anything is started: what can't run of any of them.
+def submit(
+    sweep: Sweep, preflight: bool = True, tell: Callable[[list[Problem]], None] | None = None
+) -> list[JobHandle]:
+    """Submit what is left, in order. UserError, before anything is started: what can't run of any of them; `tell`
+    hears before that what is no reason to refuse them.
 
     JobFailed or UserError in the middle says what was submitted; the same command again continues.
     """
     problems: list[Problem] = []
+    remarks: list[Problem] = []
     asked: set[str] = set()
     for member in sweep.left:
         place = to_json([asdict(stage.placement) for stage in _prepared(member).plan.stages])
         try:  # of what is placed alike a cluster has to be asked once
-            lifecycle.check(_prepared(member), preflight and place not in asked)
+            remarks += lifecycle.check(_prepared(member), preflight and place not in asked)
             asked.add(place)
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*dict.fromkeys(problems))
+    if remarks and tell is not None:
+        tell([*dict.fromkeys(remarks)])
     handles: list[JobHandle] = []
     with _alone(sweep):
         runs = [{"run": member.run, "values": list(member.values)} for member in sweep.members]

@@ -8,6 +8,7 @@ from nemotron_recipes.errors import Problem
 from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 FILE = "prep.yaml"
+IMPORTS = ("numpy", "tokenizers", "jinja2", "orjson", "yaml", "huggingface_hub")
 
 
 class DataPrepBackend:
@@ -40,5 +41,6 @@ class DataPrepBackend:
             files={FILE: worker_file(self.name, stage, method=config["method"], data=config["data"])},
             launcher="plain",
             part_module=PART_MODULE,
+            imports=IMPORTS,
             env={"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_TELEMETRY": "1"},
         )

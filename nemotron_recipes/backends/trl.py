@@ -22,6 +22,7 @@ METHODS = frozenset({"sft", "dpo", "kto", "grpo"})
 # worker/trl/rewards.py; a test holds them equal
 REWARDS = frozenset({"exact_match", "format", "code_tests", "json_schema", "judges"})
 BUILTIN_MODEL = "tiny"
+IMPORTS = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "jinja2", "orjson", "yaml")
 NOT_TRL = frozenset({"require_unsloth"})  # native keys of a backend that are no fields of TRL's classes
 
 _COMMON = {
@@ -141,6 +142,7 @@ class TrlBackend:
             args=worker_args(stage, FILE),
             files={FILE: text},
             launcher="torchrun",
+            imports=self.imports(config),
             env={
                 # More threads than one made the tiny model 4 to 18 times slower; a GPU run needs none either.
                 "OMP_NUM_THREADS": "1",
@@ -148,6 +150,10 @@ class TrlBackend:
                 "HF_HUB_DISABLE_TELEMETRY": "1",
             },
         )
+
+    def imports(self, config: Tree) -> tuple[str, ...]:
+        """What the worker needs of its image."""
+        return (*IMPORTS, *(("bitsandbytes",) if config["model"]["load_in_4bit"] else ()))
 
     def _worker_keys(self, native: Tree) -> Tree:
         """Keys of the worker file beside those that both backends of this worker have."""

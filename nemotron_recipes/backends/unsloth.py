@@ -33,6 +33,11 @@ class UnslothBackend(TrlBackend):
         }
         return replace(launch, env=env)
 
+    def imports(self, config: Tree) -> tuple[str, ...]:
+        """Unsloth before all others, as the worker has it."""
+        required = config["backend"]["native"].get(REQUIRE, True)
+        return (*(("unsloth",) if required else ()), *super().imports(config))
+
     def _own(self, method: str) -> dict[str, str]:
         return {**super()._own(method), REQUIRE: "bool"}
 

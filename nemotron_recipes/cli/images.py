@@ -11,6 +11,7 @@ import click
 from nemotron_recipes.cli.text import short, table
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
+from nemotron_recipes.executors.enroot import architecture
 
 
 @click.group()
@@ -87,44 +88,89 @@ def check(references: tuple[str, ...], arch: str | None, as_json: bool) -> None:
 @click.argument("written", metavar="IMAGE")
 @click.option("--to", "target", type=click.Path(file_okay=False, path_type=Path), help="Folder for the .sqsh file.")
 @click.option("-r", "--run", "profile", metavar="PROFILE", help="Let a node of this Slurm profile do it.")
+@click.option("--partition", metavar="NAME", help="With --run: of nodes without GPUs; unset: the profile's own.")
+@click.option("--arch", metavar="NAME", help="amd64 or arm64; unset: this machine's, or that of the profile's nodes.")
 @click.option("--docker", "by_docker", is_flag=True, help="Pull it into this machine's docker, by its digest.")
-def import_image(written: str, target: Path | None, profile: str | None, by_docker: bool) -> None:
+def import_image(
+    written: str,
+    target: Path | None,
+    profile: str | None,
+    partition: str | None,
+    arch: str | None,
+    by_docker: bool,
+) -> None:
     """Bring an image here once, pinned to the digest that its tag has now: as a .sqsh file, or into docker."""
     from nemotron_recipes.executors import images as catalogue
     from nemotron_recipes.executors import registry
     from nemotron_recipes.executors.enroot import Reference
 
-    if by_docker and (target or profile):
-        raise UserError(Problem("--docker takes neither --to nor --run", "command line", "the image goes to docker"))
-    if not by_docker and target is None:
-        raise UserError(Problem("where to?", "command line", "--to FOLDER, which all nodes see; or --docker"))
+    _refuse_mixed(by_docker, target, profile, partition, arch)
     image = catalogue.reference(written)
+    before = _srun(profile, partition) if profile else []
+    machine = arch or (_of_nodes(profile) if profile else _this_machine())
     found = registry.look_up(image)
     listed = catalogue.find(written, catalogue.known_images()) or catalogue.Image(written, (), ())
-    problems = [*catalogue.differences(listed, found, None if profile else _this_machine())]
+    problems = [*catalogue.differences(listed, found, machine)]
     if problems:
         raise UserError(*problems)
+    pinned = Reference(image.registry, image.repository, image.tag, found.digest, image.user)
     if by_docker:
-        pinned = Reference(image.registry, image.repository, "", found.digest).for_docker
-        catalogue.pull(pinned)
-        click.echo(f"container_image = {json.dumps(pinned)}")
+        catalogue.pull(pinned.for_docker)
+        click.echo(f"container_image = {json.dumps(pinned.for_docker)}")
         return
     assert target is not None
-    before = _srun(profile) if profile else []
-    file = catalogue.import_squashfs(image, found.digest, target.absolute(), before)
+    file = catalogue.import_squashfs(image, found.digest, machine, target.absolute(), before)
     click.echo(f"container_image = {json.dumps(str(file))}")
 
 
-def _srun(name: str) -> list[str]:
-    """One task on one node, without GPUs where the profile names a partition for that."""
+def _refuse_mixed(
+    by_docker: bool, target: Path | None, profile: str | None, partition: str | None, arch: str | None
+) -> None:
+    problems = []
+    if by_docker and (target or profile or partition or arch):
+        what = "--docker takes neither --to, --run, --partition nor --arch"
+        problems.append(Problem(what, "command line", "the image goes to this machine's docker"))
+    if not by_docker and target is None:
+        problems.append(Problem("where to?", "command line", "--to FOLDER, which all nodes see; or --docker"))
+    if partition and not profile:
+        problems.append(Problem("--partition goes with --run PROFILE", "command line", "add it, or import it here"))
+    if arch not in (None, "amd64", "arm64"):
+        problems.append(Problem(f"--arch is amd64 or arm64, not {printable(str(arch))!r}", "command line"))
+    if problems:
+        raise UserError(*problems)
+
+
+def _srun(name: str, partition: str | None) -> list[str]:
+    """One task on one node of the cluster that the profile is for."""
     profile = read_environment().profile(name)
     if profile["executor"] != "slurm":
         what = f"profile {name} is of executor {profile['executor']}"
         raise UserError(Problem(what, "command line", "leave --run out: the image is imported here"))
-    flags = [f"--{key}={profile[key]}" for key in ("account", "partition", "qos") if profile.get(key)]
+    if profile.get("tunnel"):
+        what = f"profile {name} is of a cluster behind ssh, and its enroot writes there"
+        raise UserError(Problem(what, "command line", "run the same command on the cluster's login node"))
+    given = {key: profile[key] for key in ("account", "partition", "qos", "time") if profile.get(key)}
+    given |= {"partition": partition} if partition else {}
+    flags = [f"--{key}={value}" for key, value in given.items()]
     return ["srun", "--nodes=1", "--ntasks=1", "--job-name=nemotron-images", *flags]
 
 
+def _of_nodes(name: str) -> str:
+    """The architecture of the nodes that will run what the profile submits."""
+    from nemotron_recipes.executors import slurm_control, slurm_site
+
+    try:
+        site = slurm_site.read_site()
+    except (slurm_control.Unreachable, slurm_site.Unreadable) as error:
+        raise UserError(
+            Problem(f"the nodes' architecture is not known: {error}", fix="--arch amd64, or arm64")
+        ) from None
+    found = sorted(site.architectures(read_environment().profile(name).get("partition")))
+    if len(found) != 1:
+        what = f"the profile's partition has nodes of {', '.join(found) or 'no known architecture'}"
+        raise UserError(Problem(what, f"profile [{name}]", "say for which: --arch amd64, or arm64"))
+    return found[0]
+
+
 def _this_machine() -> str:
-    machine = platform.machine().lower()
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, printable(machine))
+    return printable(architecture(platform.machine()))

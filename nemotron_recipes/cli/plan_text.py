@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 
+import click
+
 from nemotron_recipes.cli.estimate_text import estimate_lines
 from nemotron_recipes.cli.text import short
 from nemotron_recipes.config.tree import flatten
-from nemotron_recipes.errors import SHOWN, printable
+from nemotron_recipes.errors import SHOWN, Problem, printable
 from nemotron_recipes.lifecycle import Prepared
 from nemotron_recipes.spec import Artifact, Code, JobHandle, RenderedStage, StagePlan
 
@@ -48,6 +50,12 @@ def note(handle: JobHandle) -> str:
     """A line on what was left to do after its jobs were in the queue; "" where nothing was."""
     said = handle.native.get("note")
     return printable(f"note: {said}") + "\n" if said else ""
+
+
+def tell(remarks: list[Problem]) -> None:
+    """Say on standard error what whoever submits should know; it is no reason to refuse."""
+    for remark in remarks:
+        click.echo(printable(f"warning: {remark}"), err=True)
 
 
 def nothing_to_do(prepared: Prepared, as_json: bool) -> str:

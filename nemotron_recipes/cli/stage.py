@@ -236,7 +236,7 @@ def carry_out(prepared: Any, as_json: bool, wait: bool = False, all_ranks: bool 
     if prepared.done:
         click.echo(plan_text.nothing_to_do(prepared, as_json))
         return 0
-    handle = lifecycle.submit(prepared, preflight)
+    handle = lifecycle.submit(prepared, preflight, plan_text.tell)
     click.echo(plan_text.note(handle), err=True, nl=False)
     detach = prepared.plan.request.mode == "batch"
     if detach and not (wait and as_json):  # programs get one document: the end

@@ -29,7 +29,7 @@ def carry_out(request: Request, options: dict[str, Any]) -> int:
         return 0
     if not as_json:
         click.echo(printable(_table(found)))
-    handles = sweep.submit(found, not options["skip_preflight"])
+    handles = sweep.submit(found, not options["skip_preflight"], plan_text.tell)
     click.echo("".join(map(plan_text.note, handles)), err=True, nl=False)
     detached = request.mode == "batch"
     if detached and not options["wait"]:

@@ -73,16 +73,24 @@ class DockerExecutor(DrivenExecutor):
         return super().submit(plan, rendered)
 
     def _unfit(self, plan: Plan) -> Iterator[Problem]:
-        """A daemon can't be reached, or can't do what a stage asks for; hosts can't work together."""
+        """A daemon can't be reached, or can't do what a stage asks for; an image lacks what a worker imports; hosts
+        can't work together."""
+        alike: dict[tuple[object, ...], list[StagePlan]] = {}  # stages share a machine, and mostly an image
         for stage in (stage for stage in plan.stages if stage.reused is None):
             profile = _profile(stage)
+            key = (stage.placement.nodes, profile.docker_host, profile.container_image, profile.user, profile.python)
+            alike.setdefault(key, []).append(stage)
+        for stages in alike.values():
+            stage, profile = stages[0], _profile(stages[0])
+            modules = tuple(dict.fromkeys(name for each in stages for name in each.launch.imports))
+            ask = partial(_unfit_on, profile, stage, modules, plan.request.offline)
             try:
                 if stage.placement.nodes > 1:
                     from nemotron_recipes.executors import hosts_preflight
 
-                    yield from hosts_preflight.problems(plan, stage, profile, partial(_unfit_on, profile, stage))
+                    yield from hosts_preflight.problems(plan, stage, profile, ask)
                 else:
-                    yield from _unfit_on(profile, stage, transport.HERE)
+                    yield from ask(transport.HERE)
             except UserError as error:  # nothing more can be asked
                 yield from error.problems
                 return
@@ -265,6 +273,10 @@ def _mounts(plan: Plan, stage: StagePlan, profile: DockerProfile, host: hosts.Ho
         if not any(Path(real).is_relative_to(folder) for folder in (*written, *given)):
             given.append(real)
             yield _bind(host.place(real), real, readonly=True)
+    yield from _profile_mounts(profile)
+
+
+def _profile_mounts(profile: DockerProfile) -> Iterator[str]:
     for mount in profile.mounts:
         source, target, *options = mount.split(":")
         yield _bind(source, target, readonly=options == ["ro"])
@@ -287,8 +299,11 @@ def _hf_cache(profile: DockerProfile) -> str:
     return os.path.abspath(os.path.expanduser(found))
 
 
-def _unfit_on(profile: DockerProfile, stage: StagePlan, where: transport.Transport) -> Iterator[Problem]:
-    """Of the daemon there. UserError: it can't be asked, or it is none that a run could use."""
+def _unfit_on(
+    profile: DockerProfile, stage: StagePlan, modules: Sequence[str], offline: bool, where: transport.Transport
+) -> Iterator[Problem]:
+    """Of the daemon there, and of the image, which must be able to import `modules`. UserError: it can't be asked, or
+    it is none that a run could use."""
     try:
         docker = Docker(endpoint(profile.docker_host, where), where)
         if not docker.host.startswith("unix://"):
@@ -297,32 +312,43 @@ def _unfit_on(profile: DockerProfile, stage: StagePlan, where: transport.Transpo
         if docker.is_podman():
             what = f"{docker.host} is Podman's socket, on which this executor is not proved"
             raise UserError(Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon"))
-        yield from _misfits(docker, profile, stage)
+        found = [*_misfits(docker, profile, stage, offline)]
+        yield from found
+        if modules and not any(problem.refuses for problem in found):
+            yield from _trial(docker, profile, stage, modules)
     except Unreachable as error:
         what = f"docker can't be used: {error}"
         raise UserError(Problem(what, checks.where(stage), _how_to_reach(str(error)))) from None
 
 
-def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan) -> Iterator[Problem]:
+def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan, offline: bool) -> Iterator[Problem]:
     """What the daemon could not do of the plan, before anything is started."""
+    from nemotron_recipes.executors import image_check
+
     info = docker.info()
     rootless = any("rootless" in option for option in info.get("SecurityOptions") or [])
     if rootless and profile.user is None and os.getuid() != 0:
         what = "the daemon is rootless: your own user is 0:0 in its containers"
         yield Problem(what, checks.where(stage, "user"), 'set user = "0:0"')
-    image = docker.image(profile.container_image)
-    if image is None:
-        what = f"image {profile.container_image} is not on this machine"
-        yield Problem(what, checks.where(stage, "container_image"), f"docker pull {profile.container_image}")
-    elif not _same_architecture(str(image["Architecture"]), str(info["Architecture"])):
-        what = f"image {profile.container_image} is for {image['Architecture']}, this machine is {info['Architecture']}"
-        yield Problem(what, checks.where(stage, "container_image"), "choose one for this machine")
+    here, machine = docker.image(profile.container_image), str(info["Architecture"])
+    place = checks.where(stage, "container_image")
+    yield from image_check.of_docker(profile.container_image, here, machine, place, offline)
 
 
-def _same_architecture(image: str, machine: str) -> bool:
-    """Images have Go's words for architectures, machines the kernel's."""
-    words = {"x86_64": "amd64", "aarch64": "arm64"}
-    return words.get(image, image) == words.get(machine, machine)
+def _trial(docker: Docker, profile: DockerProfile, stage: StagePlan, modules: Sequence[str]) -> Iterator[Problem]:
+    """What can't be imported in the image, with the flags that decide it."""
+    from nemotron_recipes.executors import docker_trial
+
+    gpus = _gpus(profile)
+    given = [
+        *("--user", profile.user or f"{os.getuid()}:{os.getgid()}", "--ipc", profile.ipc, *gpus),
+        *(word for limit in profile.ulimits for word in ("--ulimit", limit)),
+        *(word for mount in _profile_mounts(profile) for word in ("--mount", mount)),
+        *(word for name, value in profile.env.items() for word in ("--env", f"{name}={value}")),
+        *profile.options,
+    ]
+    where = checks.where(stage, "container_image")
+    yield from docker_trial.problems(docker, given, profile.container_image, profile.python, modules, bool(gpus), where)
 
 
 def _how_to_reach(words: str) -> str:

@@ -158,6 +158,15 @@ class Docker:
                 raise
 
 
+def advice(words: str) -> str:
+    """What to do where docker can't start a container, and says so in these words; "" where nothing is known."""
+    if "could not select device driver" in words or "nvidia" in words.lower():
+        return 'install the NVIDIA container toolkit and restart docker, or set gpus = "none"'
+    if "rlimit" in words:
+        return "this host allows no such limit: set ulimits in the profile"
+    return ""
+
+
 def endpoint(given: str | None, where: transport.Transport = transport.HERE) -> str:
     """Where docker commands go there: `given`, $DOCKER_HOST, or the current context. Unreachable: no docker command."""
     try:

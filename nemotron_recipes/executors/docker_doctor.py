@@ -11,6 +11,7 @@ from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import links, memory, there
 from nemotron_recipes.executors.docker_control import Docker, Refused, Unreachable, endpoint
 from nemotron_recipes.executors.docker_profile import DockerProfile
+from nemotron_recipes.executors.enroot import architecture
 from nemotron_recipes.executors.memory import GIB
 from nemotron_recipes.executors.transport import HERE, Transport
 from nemotron_recipes.spec import Finding
@@ -82,8 +83,7 @@ def _daemon(profile: DockerProfile, gpu: bool, where: Transport) -> Iterator[Fin
 
 
 def _image(profile: DockerProfile, image: dict[str, Any], info: dict[str, Any]) -> tuple[str, str]:
-    words = {"x86_64": "amd64", "aarch64": "arm64"}
-    machine = words.get(info["Architecture"], info["Architecture"])
+    machine = architecture(info["Architecture"])
     told = dict(line.partition("=")[::2] for line in image["Config"].get("Env") or [])
     cuda = f", CUDA {told['CUDA_VERSION']}" if told.get("CUDA_VERSION") else ""
     fits = image["Architecture"] == machine

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import docker_files, memory, process_tree
-from nemotron_recipes.executors.docker_control import Docker, HostAway, Refused, Unreachable, endpoint
+from nemotron_recipes.executors.docker_control import Docker, HostAway, Refused, Unreachable, advice, endpoint
 from nemotron_recipes.executors.driver import Blamed, StageFailed, Started
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir
@@ -79,7 +79,8 @@ def start(docker: Docker, argv: Sequence[str], attempt: int, more: Mapping[str, 
     except (Refused, Unreachable) as error:
         with suppress(Refused, Unreachable):
             docker.remove(name)  # created, but not started
-        raise StageFailed(f"docker can't start it: {error}{_advice(str(error))}") from None
+        fix = advice(str(error))
+        raise StageFailed(f"docker can't start it: {error}" + (f"\n    fix:  {fix}" if fix else "")) from None
 
 
 class StageContainer:
@@ -242,11 +243,3 @@ def _answers(docker: Docker, seconds: float) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(_RETRY_SECONDS)
-
-
-def _advice(words: str) -> str:
-    if "could not select device driver" in words or "nvidia" in words.lower():
-        return '\n    fix:  install the NVIDIA container toolkit and restart docker, or set gpus = "none"'
-    if "rlimit" in words:
-        return "\n    fix:  this host allows no such limit: set ulimits in the profile"
-    return ""

@@ -1,8 +1,9 @@
 """What Pyxis and enroot take for an image and for a mount. Pure: no path is looked at.
 
-An image is the path of a squashfs file, or [USER@][REGISTRY#]IMAGE[:TAG][@DIGEST], which Pyxis hands to `enroot import`
+An image is the path of a squashfs file, or [USER@][REGISTRY#]IMAGE[:TAG], which Pyxis hands to `enroot import`
 (https://github.com/NVIDIA/pyxis, https://github.com/NVIDIA/enroot/blob/master/doc/cmd/import.md). enroot before 4.1
-takes `nvcr.io/nvidia/nemo:TAG` for a repository of Docker Hub, so the registry is always set off by `#`.
+takes `nvcr.io/nvidia/nemo:TAG` for a repository of Docker Hub, so the registry is always set off by `#`; and before 4.0
+it refuses `IMAGE@sha256:...`, while `IMAGE:sha256:...` asks every version since 3.0.1 for just that digest (docker.sh).
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ class Reference:
 
     @property
     def for_pyxis(self) -> str:
-        """As Pyxis and enroot take it."""
+        """As Pyxis and every enroot take it: a digest stands in the place of the tag, which would say nothing more."""
         user, registry = self.user and f"{self.user}@", self.registry and f"{self.registry}#"
-        return f"{user}{registry}{self.repository}{self.version}"
+        version = f":{self.digest}" if self.digest else self.version
+        return f"{user}{registry}{self.repository}{version}"
 
     @property
     def for_docker(self) -> str:
@@ -96,7 +98,7 @@ def image_for_pyxis(written: str) -> str:
 def parse_reference(written: str) -> Reference:
     """An image in a registry, in any of the forms that docker, enroot and Pyxis take. Unusable: it is none."""
     rest = written.removeprefix("docker://")
-    body, at, digest = rest.partition("@sha256:")
+    body, at, digest = re.sub(rf":({_DIGEST})$", r"@\1", rest).partition("@sha256:")
     digest = f"{at}{digest}"
     user, at, body = body.rpartition("@")
     registry, separator, repository = body.partition("#")
@@ -116,6 +118,11 @@ def parse_reference(written: str) -> Reference:
         hint = "; a repository's name is in lower case" if repository.lower() != repository else ""
         raise Unusable(f"{written!r} is no image", f"write /PATH/IMAGE.sqsh or REGISTRY/IMAGE:TAG{hint}")
     return Reference(registry, found[1], found[2] or "", digest.removeprefix("@"), user)
+
+
+def architecture(machine: str) -> str:
+    """What images call it: they have Go's words (amd64, arm64), kernels and Slurm their own (x86_64, aarch64)."""
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine.lower(), machine.lower())
 
 
 def parse_mount(written: str) -> Mount:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
@@ -54,7 +55,7 @@ def _named(host: Host, found: Iterator[Problem]) -> Iterator[Problem]:
     """Each with the host's name. UserError: the same, of one that ends all."""
     try:
         for problem in found:
-            yield Problem(f"{host.name}: {problem.what}", problem.where, problem.fix)
+            yield replace(problem, what=f"{host.name}: {problem.what}")
     except UserError as error:
         raise UserError(*(Problem(f"{host.name}: {p.what}", p.where, p.fix) for p in error.problems)) from None
 

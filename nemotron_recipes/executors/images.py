@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +21,11 @@ from nemotron_recipes import image_list
 from nemotron_recipes.errors import JobFailed, Problem, UserError, nearest
 from nemotron_recipes.executors.enroot import Reference, Unusable, parse_reference
 from nemotron_recipes.executors.registry import Found
+from nemotron_recipes.executors.squashfs import is_whole
+from nemotron_recipes.fsio import fsync_folder
 from nemotron_recipes.spec import Tree
 
-_MAGIC = b"hsqs"  # https://dr-emann.github.io/squashfs/#_the_superblock
-_HEAD = 96  # bytes of the superblock; the size that is used stands at 40
+_KERNELS_WORDS = {"amd64": "x86_64", "arm64": "aarch64"}  # enroot's --arch takes these
 _FIELDS = ("reference", "backends", "stages", "digest", "architectures", "versions", "nearest", "recipe", "sources")
 
 
@@ -90,44 +94,96 @@ def differences(image: Image, found: Found, architecture: str | None) -> Iterato
         yield Problem(what, fix="choose one for this machine")
 
 
-def squashfs_name(image: Reference, digest: str) -> str:
-    """`nvidia+nemo+26.04.00@sha256-<hex>.sqsh`"""
-    name = image.repository.replace("/", "+") + (f"+{image.tag}" if image.tag else "")
-    return f"{name}@{digest.replace(':', '-')}.sqsh"
+def squashfs_name(image: Reference, digest: str, architecture: str) -> str:
+    """`nvidia+nemo+26.04.00@sha256-<hex>.arm64.sqsh`"""
+    return f"{_stem(image)}@{digest.replace(':', '-')}.{architecture}.sqsh"
 
 
-def import_squashfs(image: Reference, digest: str, target: Path, before: Sequence[str] = ()) -> Path:
+@dataclass(frozen=True)
+class Named:
+    """What the name of an imported file tells."""
+
+    stem: str
+    digest: str
+    architecture: str  # "": it was imported before files told it
+
+    def is_of(self, image: Reference) -> bool:
+        """Whether it was made of that image and tag; the registry is not in the name."""
+        return self.stem == _stem(image)
+
+
+def read_squashfs_name(file: str) -> Named | None:
+    """The inverse of `squashfs_name`; None for other names."""
+    found = re.fullmatch(r"(.+)@(sha256)-([0-9a-f]{64})(?:\.([a-z0-9]+))?\.sqsh", os.path.basename(file))
+    return Named(found[1], f"{found[2]}:{found[3]}", found[4] or "") if found else None
+
+
+def _stem(image: Reference) -> str:
+    return image.repository.replace("/", "+") + (f"+{image.tag}" if image.tag else "")
+
+
+def import_squashfs(image: Reference, digest: str, architecture: str, target: Path, before: Sequence[str] = ()) -> Path:
     """The image as a squashfs file in the folder `target`, made by `enroot import` unless it is there.
 
     before   words in front of the command: `srun ...`, to have it done on a node
-    Of several imports at once one works, the others wait for it. What is not whole never has the file's name.
+    Of several imports at once one works, the others wait for it; where the file system has no locks each works for
+    itself. What is not whole never has the file's name. UserError: `target` can't be written, or there is no enroot;
     JobFailed: enroot's own words.
     """
-    final = target / squashfs_name(image, digest)
-    target.mkdir(parents=True, exist_ok=True)
-    with open(final.with_suffix(".lock"), "ab") as lock:
-        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-        if final.exists():
-            return final
-        partial = final.with_suffix(".partial")
-        partial.unlink(missing_ok=True)  # of an import that was killed: the lock is ours
-        pinned = Reference(image.registry, image.repository, "", digest, image.user)
-        argv = [*before, "enroot", "import", "--output", str(partial), f"docker://{pinned.for_pyxis}"]
-        try:
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        except FileNotFoundError:
-            what = f"there is no {argv[0]} here"
-            fix = "run it where enroot is, on a node with --run PROFILE, or use docker: nemotron images import --docker"
-            raise UserError(Problem(what, fix=fix)) from None
-        try:
-            if done.returncode:
-                raise JobFailed(f"{' '.join(argv)} ended with {done.returncode}:\n{done.stderr.strip()[-2000:]}")
-            if not is_whole(partial):
-                raise JobFailed(f"{argv[0]} ended well, but what it wrote is no whole squashfs file")
-            os.replace(partial, final)
-        finally:
-            partial.unlink(missing_ok=True)
+    final = target / squashfs_name(image, digest, architecture)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with _alone(final) as alone:
+            if is_whole(final):
+                return final
+            if alone:  # of imports that were killed
+                for left in target.glob(f"{_literal(final.stem)}.*.partial"):
+                    left.unlink(missing_ok=True)
+            # Its own name: where a lock lies, two imports do the same work twice, but never write into one file.
+            partial = final.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
+            try:
+                pinned = Reference(image.registry, image.repository, "", digest, image.user)
+                _enroot_import(pinned, architecture, partial, before)
+                with open(partial, "rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(partial, final)
+                fsync_folder(target)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(Problem(f"{error.filename or target} can't be written: {error.strerror}", "--to")) from None
     return final
+
+
+def _enroot_import(pinned: Reference, architecture: str, partial: Path, before: Sequence[str]) -> None:
+    arch = _KERNELS_WORDS.get(architecture, architecture)
+    argv = [*before, "enroot", "import", "--arch", arch, "--output", str(partial), f"docker://{pinned.for_pyxis}"]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    except FileNotFoundError:
+        what = f"there is no {argv[0]} here"
+        fix = "run it where enroot is, on a node with --run PROFILE, or use docker: nemotron images import --docker"
+        raise UserError(Problem(what, fix=fix)) from None
+    if done.returncode:
+        raise JobFailed(f"{' '.join(argv)} ended with {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+    if not is_whole(partial):
+        raise JobFailed(f"{argv[0]} ended well, but what it wrote is no whole squashfs file")
+
+
+@contextmanager
+def _alone(final: Path) -> Iterator[bool]:
+    """Hold the lock on that name, waiting for it; False where the file system has none."""
+    with open(final.with_suffix(".lock"), "ab") as lock:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def pull(pinned: str) -> None:
@@ -139,15 +195,3 @@ def pull(pinned: str) -> None:
         raise UserError(Problem(what, fix="install docker: https://docs.docker.com/engine/install")) from None
     if done.returncode:
         raise JobFailed(f"docker pull {pinned} ended with {done.returncode}")
-
-
-def is_whole(file: Path) -> bool:
-    """Whether it is a squashfs file, and as long as it says."""
-    try:
-        with open(file, "rb") as handle:
-            head = handle.read(_HEAD)
-    except OSError:
-        return False
-    return (
-        len(head) == _HEAD and head.startswith(_MAGIC) and int.from_bytes(head[40:48], "little") <= file.stat().st_size
-    )

@@ -37,7 +37,7 @@ def plan_problems(plan: Plan) -> list[Problem]:
     run = [stage for stage in plan.stages if stage.reused is None]
     order = [*_order_problems(plan, run[0])] if run and plan.after else []
     found = (stage_problems(stage, profile_of(stage), site, plan.request.mode, plan.run_dir) for stage in run)
-    problems = [*order, *(problem for problems in found for problem in problems)]
+    problems = [*order, *(problem for problems in found for problem in problems), *_image_problems(run, site, plan)]
     return problems + ([*policy_problems(run, site, policy, plan.request.mode)] if policy else [])
 
 
@@ -200,6 +200,27 @@ def _over(
             yield Problem(
                 f"{what}, and {said} is asked for", checks.where(stage, field), "ask for less, or another QOS"
             )
+
+
+def _image_problems(stages: list[StagePlan], site: Site, plan: Plan) -> Iterator[Problem]:
+    """What is known of images; of one that several stages run in, once."""
+    from nemotron_recipes.executors import image_check
+
+    looked = set()
+    for stage in stages:
+        profile, where = profile_of(stage), checks.where(stage, "container_image")
+        partitions = profile.partition_for(plan.request.mode)
+        # A container that is kept by name needs no image any more.
+        if profile.image is None or profile.container_name or (profile.image, partitions) in looked:
+            continue
+        looked.add((profile.image, partitions))
+        machines = site.architectures(partitions)
+        if profile.image.startswith("/"):
+            whole = transport.call(there.whole_image, profile.image)
+            if whole is not None:
+                yield from image_check.of_squashfs(profile.image, whole, machines, where)
+        else:
+            yield from image_check.of_registry(profile.image, machines, where, plan.request.offline)
 
 
 def _host_problems(stage: StagePlan, profile: SlurmProfile, run_dir: str) -> Iterator[Problem]:

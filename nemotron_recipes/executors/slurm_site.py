@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import slurm_control, there, transport
+from nemotron_recipes.executors.enroot import architecture
 from nemotron_recipes.executors.slurm_profile import limit_seconds
 
 _NO_LIMIT = ("UNLIMITED", "INFINITE", "NONE", "(null)", "N/A")
@@ -43,7 +44,8 @@ class Partition:
 
 @dataclass(frozen=True)
 class NodeKind:
-    """Nodes that are alike, with how many there are. memory in MB; state without what is only of the moment."""
+    """Nodes that are alike, with how many there are. memory in MB; state without what is only of the moment;
+    architecture as images have it (amd64, arm64), "" of nodes that have not said theirs yet."""
 
     partitions: tuple[str, ...]
     cpus: int
@@ -51,6 +53,7 @@ class NodeKind:
     gpus: int
     gpu_type: str
     down: bool
+    architecture: str = ""
     count: int = 1
 
 
@@ -83,6 +86,11 @@ class Site:
 
     def nodes_of(self, partition: str) -> tuple[NodeKind, ...]:
         return tuple(kind for kind in self.nodes if partition in kind.partitions)
+
+    def architectures(self, partitions: str | None) -> frozenset[str]:
+        """Of the nodes in any of these partitions ("a,b"; None: the default one), as far as they have said it."""
+        names = [found.name for name in (partitions or "").split(",") if (found := self.partition(name))]
+        return frozenset(k.architecture for name in names for k in self.nodes_of(name) if k.architecture)
 
     @property
     def enforces_accounts(self) -> bool:
@@ -192,14 +200,15 @@ def _partition(line: str) -> Partition:
     )
 
 
-def _node(line: str) -> tuple[tuple[str, ...], int, int, int, str, bool]:
+def _node(line: str) -> tuple[tuple[str, ...], int, int, int, str, bool, str]:
     said = _fields(line)
     state = _needed(said, "State")
     words = re.split(r"[+*~#!%$@^-]+", state)
     gpus, kind = parse_gpus(said.get("Gres", "(null)"))
     partitions = tuple(name for name in said.get("Partitions", "").split(",") if name)
     down = bool({"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FUTURE", "NOT_RESPONDING"} & {*words})
-    return partitions, _number(said, "CPUTot"), _number(said, "RealMemory"), gpus, kind, down
+    speaks = architecture(said.get("Arch", ""))
+    return partitions, _number(said, "CPUTot"), _number(said, "RealMemory"), gpus, kind, down, speaks
 
 
 def _fields(line: str) -> dict[str, str]:

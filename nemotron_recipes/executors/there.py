@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemotron_recipes.closing import close
-from nemotron_recipes.executors import folders
+from nemotron_recipes.executors import folders, squashfs
 from nemotron_recipes.executors.left_behind import remove_secrets
 from nemotron_recipes.fsio import fsync_folder, write_atomic
 from nemotron_recipes.redact import reads_like_a_secret
@@ -311,6 +311,11 @@ def room(path: str) -> tuple[str, int]:
 def missing(paths: Sequence[str], run_dir: str) -> list[str]:
     """Those that are not there, as far as this machine can know: where nodes would see the same as it."""
     return [path for path in paths if not os.path.exists(path) and folders.shared(os.path.realpath(path), run_dir)]
+
+
+def whole_image(path: str) -> bool | None:
+    """Whether it is a whole squashfs file; None where this machine does not see it."""
+    return squashfs.is_whole(path) if os.path.exists(path) else None
 
 
 def unreadable(paths: Sequence[str]) -> list[tuple[str, str]]:

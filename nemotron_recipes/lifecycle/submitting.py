@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -19,24 +19,29 @@ from nemotron_recipes.rundir import RunDir, append_event, write_sealed
 from nemotron_recipes.spec import JobHandle, Plan
 
 
-def check(prepared: Prepared, preflight: bool = True) -> None:
-    """What `submit` refuses before it writes anything. UserError: all of it."""
+def check(prepared: Prepared, preflight: bool = True) -> list[Problem]:
+    """What `submit` refuses before it writes anything. UserError: all of it. Returns what it does not refuse, and
+    whoever submits should know."""
     _refuse_unpinned(prepared.plan)
     refuse_rerun(RunDir(transport.current().near(prepared.plan.run_dir)))
-    if preflight:
-        refuse_unfit(prepared)
+    return refuse_unfit(prepared) if preflight else []
 
 
-def submit(prepared: Prepared, preflight: bool = True) -> JobHandle:
+def submit(
+    prepared: Prepared, preflight: bool = True, tell: Callable[[list[Problem]], None] | None = None
+) -> JobHandle:
     """Write the run folder and hand it to the executor. UserError: an input is unpinned, or the plan has run already;
-    or, unless `preflight` is False, all that the executor and the folders can't do, before anything is written.
+    or, unless `preflight` is False, all that the executor and the folders can't do, before anything is written. `tell`
+    hears, before that as well, what `check` returns.
 
     A plan whose run failed, was cancelled or got lost may be submitted again: that is its next attempt.
     """
     plan = prepared.plan
     where = sites.of_profile(plan.stages[0].placement.options, prepared.home, plan.run_dir)
     with speaking_to(where):
-        check(prepared, preflight)
+        remarks = check(prepared, preflight)
+        if remarks and tell is not None:
+            tell(remarks)
         return _submit(prepared, RunDir(where.near(plan.run_dir)))
 
 
@@ -131,8 +136,9 @@ def _refuse_unpinned(plan: Plan) -> None:
         raise UserError(*unpinned)
 
 
-def refuse_unfit(prepared: Prepared) -> None:
-    """All at once: folders that are closed or too full, and what the executor knows that would not work."""
+def refuse_unfit(prepared: Prepared) -> list[Problem]:
+    """All at once: folders that are closed or too full, and what the executor knows that would not work. Returns what
+    is no reason to refuse it."""
     from nemotron_recipes.planning.disk import disk_problems
 
     plan = prepared.plan
@@ -143,9 +149,11 @@ def refuse_unfit(prepared: Prepared) -> None:
     problems = [Problem(said, where) for where, said in told.items() if said]
     problems += () if problems else disk_problems(plan)
     problems += _unreadable(plan)
-    problems += get_executor(prepared.executor).preflight(plan)
+    found = get_executor(prepared.executor).preflight(plan)
+    problems += [problem for problem in found if problem.refuses]
     if problems:
         raise UserError(*problems)
+    return [problem for problem in found if not problem.refuses]
 
 
 def _unreadable(plan: Plan) -> Iterator[Problem]:

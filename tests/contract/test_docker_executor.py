@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -203,7 +204,8 @@ def test_what_the_daemon_can_not_do_is_refused_before_anything_starts(
     daemon.load_foreign_image("nemotron-test:other", other)
     refused(tmp_path / "r1", {"container_image": "nemotron-test:other"}, f"is for {other}")
     refused(
-        tmp_path / "r2", {"container_image": "no.such/image:1"}, "not on this machine", "docker pull no.such/image:1"
+        *(tmp_path / "r2", {"container_image": "no.such/image:1"}),
+        *("not on this machine", "nemotron images import no.such/image:1 --docker"),
     )
     refused(tmp_path / "r3", {"docker_host": f"unix://{tmp_path}/nobody"}, "can't be used", "start the daemon")
     monkeypatch.setenv("DOCKER_HOST", "tcp://192.0.2.1:2375")
@@ -235,6 +237,27 @@ def test_podman_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PATH", str(fake_docker.parent), prepend=os.pathsep)
     monkeypatch.setenv("DOCKER_HOST", "unix:///run/user/1000/podman/podman.sock")
     refused(tmp_path / "run", {}, "is Podman's socket", "use docker's own daemon")
+
+
+def test_what_an_image_can_not_import_is_told_before_anything_starts(daemon: docker.Daemon, tmp_path: Path) -> None:
+    """One container for all stages of the image; both problems at once."""
+    stages = [
+        replace(stage, launch=replace(stage.launch, imports=imports))
+        for stage, imports in (
+            (stage_of("first"), ("json", "no_such_package")),
+            (stage_of("second"), ("json", "this.x")),
+        )
+    ]
+    problems = EXECUTOR.preflight(plan_of(tmp_path / "run", *stages))
+    assert len(problems) == 2
+    assert f"no_such_package, which image {docker.IMAGE} (Python {platform.python_version()})" in problems[0].what
+    assert "ModuleNotFoundError" in problems[1].what
+    assert EXECUTOR.preflight(plan_of(tmp_path / "run", replace(stages[0], launch=stage_of().launch))) == []
+    without = replace(stages[0], placement=placement(EXECUTOR, python="/no/such/python"))
+    (problem,) = EXECUTOR.preflight(plan_of(tmp_path / "run", without))
+    assert "/no/such/python" in problem.what
+    assert not (tmp_path / "run").exists()
+    assert daemon.docker("ps", "--all", "--quiet", "--filter", "name=nemotron-trial") == ""
 
 
 def refused(run_dir: Path, fields: dict[str, Any], *told: str) -> None:

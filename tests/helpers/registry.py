@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +26,7 @@ USER, PASSWORD = "$oauthtoken", "s3cr3t-of-the-registry"
 _HTPASSWD = "$2y$05$9VFkvbqxXKk2incHJ1gQkOOXN2WbomcphWqglK.HISsqIR.gJrEPC"  # bcrypt of PASSWORD
 _CONFIG = "application/vnd.oci.image.config.v1+json"
 _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 _INDEX = "application/vnd.oci.image.index.v1+json"
 
 
@@ -38,12 +42,18 @@ class Registry:
         return base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 
     def put_image(self, name: str, tag: str, *architectures: str, note: str = "") -> str:
-        """An image without layers, of one architecture or an index of several; its digest. `note` makes it another."""
+        """An image that is empty, of one architecture or an index of several; its digest. `note` makes it another."""
         entries = []
+        content = io.BytesIO()
+        tarfile.open(fileobj=content, mode="w").close()
+        rootfs = {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(content.getvalue()).hexdigest()]}
+        packed = gzip.compress(content.getvalue(), mtime=0)
+        layer = {"mediaType": _LAYER, "digest": self._blob(name, packed), "size": len(packed)}
         for architecture in architectures:
-            config = json.dumps({"architecture": architecture, "os": "linux", "note": note}).encode()
+            tree = {"architecture": architecture, "os": "linux", "config": {"Labels": {"note": note}}, "rootfs": rootfs}
+            config = json.dumps(tree).encode()
             blob = self._blob(name, config)
-            manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "layers": []}
+            manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "layers": [layer]}
             manifest["config"] = {"mediaType": _CONFIG, "digest": blob, "size": len(config)}
             body = json.dumps(manifest).encode()
             digest = self._manifest(name, f"{tag}-{architecture}" if len(architectures) > 1 else tag, body, _MANIFEST)

@@ -7,6 +7,7 @@ import pytest
 from nemotron_recipes.executors.enroot import Mount, Unusable, image_for_pyxis, parse_mount
 
 DIGEST = "@sha256:" + "0a" * 32
+AS_TAG = DIGEST.replace("@", ":")  # which enroot 3 takes as well
 
 
 @pytest.mark.parametrize(
@@ -18,8 +19,9 @@ DIGEST = "@sha256:" + "0a" * 32
         ("docker://nvcr.io/nvidia/nemo:25.07", "nvcr.io#nvidia/nemo:25.07"),
         ("docker://nvcr.io#nvidia/nemo:25.07", "nvcr.io#nvidia/nemo:25.07"),
         ("nvcr.io/nvidia/nemo", "nvcr.io#nvidia/nemo"),
-        (f"nvcr.io/nvidia/nemo{DIGEST}", f"nvcr.io#nvidia/nemo{DIGEST}"),
-        (f"nvcr.io/nvidia/nemo:25.07{DIGEST}", f"nvcr.io#nvidia/nemo:25.07{DIGEST}"),
+        (f"nvcr.io/nvidia/nemo{DIGEST}", f"nvcr.io#nvidia/nemo{AS_TAG}"),
+        (f"nvcr.io/nvidia/nemo:25.07{DIGEST}", f"nvcr.io#nvidia/nemo{AS_TAG}"),
+        (f"ubuntu{DIGEST}", f"ubuntu{AS_TAG}"),
         ("$oauthtoken@nvcr.io/nvidia/nemo:25.07", "$oauthtoken@nvcr.io#nvidia/nemo:25.07"),
         ("me@example.org@nvcr.io#nvidia/nemo", "me@example.org@nvcr.io#nvidia/nemo"),
         ("nvcr.io/nvidia/nemo-rl:v0.4.0.nemotron_3_nano", "nvcr.io#nvidia/nemo-rl:v0.4.0.nemotron_3_nano"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ import pytest
 
 from nemotron_recipes import image_list
 from nemotron_recipes.backends import REGISTRY as BACKENDS
-from nemotron_recipes.errors import UserError
-from nemotron_recipes.executors import images
-from nemotron_recipes.executors.enroot import Reference, parse_reference
-from nemotron_recipes.executors.registry import Found, find_credentials, look_up
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.executors import image_check, images
+from nemotron_recipes.executors.credentials import find_credentials
+from nemotron_recipes.executors.docker_control import Docker
+from nemotron_recipes.executors.enroot import Reference, architecture, parse_reference
+from nemotron_recipes.executors.registry import Found, look_up
+from nemotron_recipes.executors.squashfs import is_whole
+from tests.helpers import docker
 from tests.helpers.cli import ROOT, nemotron
 from tests.helpers.executor_harness import wait_for
 from tests.helpers.registry import PASSWORD, USER, Registry, registry
 
 pytestmark = pytest.mark.docker
+HERE = architecture(platform.machine())
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,20 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the list of images one of these alone: reference, and what else is known of it."""
+    (tmp_path / "containers").mkdir()
+    monkeypatch.setattr(image_list, "folder", lambda: tmp_path / "containers")
+
+    def write(reference: str, **facts: str) -> None:
+        lines = [f"{key} = {json.dumps(value)}" for key, value in {"reference": reference, **facts}.items()]
+        text = "\n".join(["[[image]]", *lines, "backends = []", "stages = []"])
+        (tmp_path / "containers" / "images.toml").write_text(text + "\n")
+
+    return write
+
+
+@pytest.fixture
 def fake_enroot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fake of enroot, which packs a folder as a real squashfs file; it waits while the file `hold` is there."""
     folder = tmp_path / "fake_enroot"
@@ -56,10 +76,10 @@ def fake_enroot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if packs is None:
         pytest.skip("no mksquashfs here; make test-system")
     (folder / "enroot").write_text(
-        f'#!/bin/sh\necho "$@" >> \'{folder}/calls\'\nhead -c 100 /dev/zero > "$3"\n'
+        f'#!/bin/sh\necho "$@" >> \'{folder}/calls\'\nhead -c 100 /dev/zero > "$5"\n'
         f"while [ -e '{folder}/hold' ]; do sleep 0.05; done\n"
         f"[ -e '{folder}/half' ] && exit 0\n"
-        f"rm \"$3\"; exec '{packs}' '{folder}/content' \"$3\" -quiet -no-progress\n"
+        f"rm \"$5\"; exec '{packs}' '{folder}/content' \"$5\" -quiet -no-progress\n"
     )
     (folder / "enroot").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -136,6 +156,47 @@ def test_credentials_are_found_and_never_shown(private: Registry, tmp_path: Path
     assert PASSWORD not in repr(key)
 
 
+def test_a_credential_helper_is_asked_and_says_nothing_of_it(
+    private: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docker's helpers are programs; this fake one speaks their protocol."""
+    private.put_image("team/helped", "1", "amd64")
+    image = parse_reference(f"{private.host}/team/helped:1")
+    helper = tmp_path / "bin" / "docker-credential-fake"
+    helper.parent.mkdir()
+    monkeypatch.setenv("PATH", str(helper.parent), prepend=os.pathsep)
+    config = tmp_path / "home" / ".docker" / "config.json"
+    config.parent.mkdir(parents=True)
+
+    def says(text: str, code: int = 0) -> None:
+        helper.write_text(f"#!/bin/sh\ncat > '{tmp_path}/asked'\ncat << 'END'\n{text}\nEND\nexit {code}\n")
+        helper.chmod(0o755)
+
+    for entry in ({"credHelpers": {private.host: "fake"}}, {"credsStore": "fake", "auths": {private.host: {}}}):
+        config.write_text(json.dumps(entry))
+        says(json.dumps({"ServerURL": private.host, "Username": USER, "Secret": PASSWORD}))
+        assert look_up(image).architectures == ("amd64",)
+        assert (tmp_path / "asked").read_text() == private.host
+        says("credentials not found in native keychain", 1)
+        assert find_credentials(private.host) is None
+    for text, code, told in (
+        ("no such keyring " + PASSWORD, 1, "ended with 1"),
+        ("not JSON " + PASSWORD, 0, "does not answer as such"),
+        (json.dumps({"Username": "<token>", "Secret": PASSWORD}), 0, "identity token"),
+    ):
+        says(text, code)
+        with pytest.raises(UserError, match=told) as refused:
+            look_up(image)
+        assert PASSWORD not in str(refused.value)
+    helper.unlink()
+    with pytest.raises(UserError, match="docker-credential-fake, which can't be run"):
+        look_up(image)
+    config.write_text('{"auths": {"' + PASSWORD)
+    with pytest.raises(UserError, match="can't be read") as refused:
+        look_up(image)
+    assert PASSWORD not in str(refused.value)
+
+
 def test_a_moved_tag_and_a_wrong_architecture_are_told() -> None:
     pinned = images.Image("r.io/a:1", (), (), digest="sha256:old", architectures=("amd64", "arm64"))
     told = [str(problem) for problem in images.differences(pinned, Found("sha256:new", ("amd64",)), "arm64")]
@@ -161,13 +222,19 @@ def test_an_import_carries_the_digest_in_its_name(public: Registry, tmp_path: Pa
     for note in ("first", "second", "second"):
         digest = public.put_image("team/import", "1", "amd64", "arm64", note=note)
         said = nemotron(tmp_path, "images", "import", f"{public.host}/team/import:1", "--to", "images")
-        file = tmp_path / "images" / f"team+import+1@{digest.replace(':', '-')}.sqsh"
+        file = tmp_path / "images" / f"team+import+1@{digest.replace(':', '-')}.{HERE}.sqsh"
         assert said == f'container_image = "{file}"\n'
-        assert images.is_whole(file)
+        assert is_whole(file)
     calls = (fake_enroot / "calls").read_text().splitlines()
     assert len(calls) == 2, "what is there already is not imported again"
-    assert f"docker://{public.host}#team/import@{digest}" in calls[-1]
+    assert f"docker://{public.host}#team/import:{digest}" in calls[-1], "as every version of enroot takes it"
+    assert f"--arch {platform.machine()} " in calls[-1]
     assert len([*(tmp_path / "images").glob("*.sqsh")]) == 2, "a moved tag does not hide behind the old file"
+    other = "arm64" if HERE == "amd64" else "amd64"
+    nemotron(tmp_path, "images", "import", f"{public.host}/team/import:1", "--to", "images", "--arch", other)
+    named = [images.read_squashfs_name(str(path)) for path in (tmp_path / "images").glob("*.sqsh")]
+    assert sorted(name.architecture for name in named if name) == sorted([HERE, HERE, other])
+    assert all(name and name.is_of(parse_reference("team/import:1")) for name in named)
 
 
 def test_of_imports_at_once_one_works_and_a_killed_one_leaves_nothing_to_use(tmp_path: Path, fake_enroot: Path) -> None:
@@ -184,7 +251,7 @@ def test_of_imports_at_once_one_works_and_a_killed_one_leaves_nothing_to_use(tmp
     assert [process.wait(120) for process in waiting] == [0, 0, 0]
     assert len((fake_enroot / "calls").read_text().splitlines()) == 2
     (made,) = target.glob("*.sqsh")
-    assert images.is_whole(made)
+    assert is_whole(made)
     assert not [*target.glob("*.partial")]
 
 
@@ -197,9 +264,104 @@ def test_half_a_file_is_no_import(tmp_path: Path, fake_enroot: Path) -> None:
     assert not [path for path in (tmp_path / "images").iterdir() if path.suffix != ".lock"]
     cut = tmp_path / "cut.sqsh"
     subprocess.run(("mksquashfs", ROOT / "tests" / "helpers", cut, "-quiet", "-no-progress"), check=True)
-    assert images.is_whole(cut)
+    assert is_whole(cut)
     cut.write_bytes(cut.read_bytes()[:-5000])
-    assert not images.is_whole(cut)
+    assert not is_whole(cut)
+
+
+def told(problems: Iterator[Problem]) -> tuple[str, str]:
+    """(what refuses, what is only said)."""
+    found = [*problems]
+    return tuple("\n".join(str(p) for p in found if p.refuses is grave) for grave in (True, False))  # type: ignore
+
+
+def test_what_is_said_of_an_image_that_nodes_fetch(public: Registry, listing: Callable[..., None]) -> None:
+    name = f"{public.host}/team/fetched:1"
+    digest = public.put_image("team/fetched", "1", "arm64")
+
+    def look(written: str = name, machines: tuple[str, ...] = ("arm64",), offline: bool = False) -> tuple[str, str]:
+        return told(image_check.of_registry(written, machines, "stage sft", offline))
+
+    listing("r.io/other:1")
+    refused, said = look()
+    assert not refused
+    assert f"no digest is known for {name}" in said
+    assert f'container_image = "{name}@{digest}" pins it' in said
+    assert look(f"{name}@{digest}") == ("", ""), "a digest is the image, whatever its tag becomes"
+    assert f"{name} is for arm64, and the nodes are amd64" in look(machines=("amd64",))[0]
+    assert look(machines=("amd64", "arm64"))[0] == look(machines=())[0] == ""
+    assert "there is no image" in look(f"{public.host}/team/fetched:2")[0]
+    assert "could not be checked: --offline" in look(offline=True)[1]
+    refused, said = look("127.0.0.1:1/team/fetched:1")
+    assert not refused
+    assert "could not be checked: registry 127.0.0.1:1 does not answer" in said
+    assert look("dockerd://mine:1") == ("", "")
+    listing(name, digest=digest)
+    assert look() == ("", "")
+    public.put_image("team/fetched", "1", "arm64", note="moved")
+    refused, said = look()
+    assert f"containers/images.toml has {digest}" in refused
+    assert f'container_image = "{name}@{digest}"' in refused
+    assert look(f"{name}@{digest}") == ("", "")
+
+
+def test_what_is_said_of_a_squashfs_file(listing: Callable[..., None]) -> None:
+    now, old = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
+    listing("r.io/team/a:1", digest=now)
+
+    def look(file: str, whole: bool = True, machines: tuple[str, ...] = ("arm64",)) -> tuple[str, str]:
+        return told(image_check.of_squashfs(f"/images/{file}", whole, machines, "stage sft"))
+
+    file = images.squashfs_name(parse_reference("r.io/team/a:1"), now, "arm64")
+    assert look(file) == ("", "")
+    assert "no whole squashfs file" in look(file, whole=False)[0]
+    assert "is for arm64, and the nodes are amd64" in look(file, machines=("amd64",))[0]
+    refused, said = look(file.replace("ab", "cd"))
+    assert not refused
+    assert f"is not the r.io/team/a:1 that is listed: that is {now}" in said
+    assert look(file.replace("team+a+1", "team+b+1").replace("ab", "cd")) == ("", "")
+    assert look(f"team+a+1@{now.replace(':', '-')}.sqsh") == ("", ""), "files of before had no architecture in the name"
+    assert "its name does not tell" in look("nemo.sqsh")[1]
+    assert old not in said
+
+
+def test_what_is_said_of_an_image_of_docker(
+    public: Registry, docker_daemon: docker.Daemon, listing: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", docker_daemon.host)
+    name, other = f"{public.host}/team/pulled:1", "arm64" if HERE == "amd64" else "amd64"
+    first = public.put_image("team/pulled", "1", HERE)
+    public.put_image("team/pulled", "other", other)
+    listing("r.io/other:1")
+
+    def look(written: str = name, offline: bool = False) -> tuple[str, str]:
+        here = Docker(docker_daemon.host).image(written)
+        return told(image_check.of_docker(written, here, platform.machine(), "stage sft", offline))
+
+    assert f"nemotron images import {name} --docker" in look()[0]
+    assert f"in its registry it is for {other}, not for {HERE}" in look(f"{public.host}/team/pulled:other")[0]
+    assert "there is no image" in look(f"{public.host}/team/pulled:no")[0]
+    assert look(f"{public.host}/team/pulled:no", offline=True)[0].count("is not on this machine") == 1
+    pulled = nemotron(ROOT, "images", "import", name, "--docker").splitlines()[-1]
+    assert pulled == f'container_image = "{name}@{first}"'
+    assert look(f"{name}@{first}") == ("", ""), "as the line says that was printed"
+    docker_daemon.docker("pull", "--quiet", name)
+    refused, said = look()
+    assert not refused
+    assert f"no digest is known for {name}" in said
+    assert f'"{name}@{first}" pins the one that is here' in said
+    second = public.put_image("team/pulled", "1", HERE, note="moved")
+    refused, said = look()
+    assert not refused
+    assert f"the tag has moved: {name} is {first} here, and {second} in the registry" in said
+    assert "could not be checked: --offline" in look(offline=True)[1]
+    listing(name, digest=second)
+    assert f"containers/images.toml has {second}, this is {first}" in look()[0]
+    listing(name, digest=first)
+    assert look() == ("", "")
+    assert look(docker.IMAGE) == ("", ""), "made here: no registry knows it"
+    listing("mine:1", recipe="mine.Dockerfile")
+    assert "docker build -t mine:1 -f containers/mine.Dockerfile containers" in look("mine:1")[0]
 
 
 def _importing(target: Path, **options: Any) -> subprocess.Popen[Any]:
@@ -207,7 +369,7 @@ def _importing(target: Path, **options: Any) -> subprocess.Popen[Any]:
     code = (
         "import sys; from pathlib import Path; from nemotron_recipes.executors import images\n"
         "from nemotron_recipes.executors.enroot import Reference\n"
-        "images.import_squashfs(Reference('r.io', 'a', '1'), 'sha256:' + 'ab' * 32, Path(sys.argv[1]))"
+        "images.import_squashfs(Reference('r.io', 'a', '1'), 'sha256:' + 'ab' * 32, 'amd64', Path(sys.argv[1]))"
     )
     assert Reference("r.io", "a", "1").for_pyxis == "r.io#a:1"
     argv = [sys.executable, "-c", code, str(target)]

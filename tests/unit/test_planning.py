@@ -14,7 +14,8 @@ import pytest
 
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.store import Store
-from nemotron_recipes.errors import UserError
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.executors.local import LocalExecutor
 from nemotron_recipes.planning import code
 from nemotron_recipes.planning import plan as planning
 from nemotron_recipes.planning.resolve import Resolver
@@ -340,6 +341,30 @@ def test_an_interrupted_submission_is_recorded_as_cancelled(
     with pytest.raises(reason):
         lifecycle.submit(prepared)
     assert lifecycle.load(Path(prepared.plan.run_dir)).state == "cancelled"
+
+
+def test_what_is_no_reason_to_refuse_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remark = Problem("its tag may move", "profile desk", "pin it", refuses=False)
+    heard: list[Problem] = []
+
+    def tell(remarks: list[Problem]) -> None:
+        assert not Path(prepared.plan.run_dir).exists()
+        heard.extend(remarks)
+
+    monkeypatch.setattr(LocalExecutor, "preflight", lambda self, plan: [remark])
+    monkeypatch.setattr(LocalExecutor, "submit", lambda self, plan, rendered: "the handle")
+    monkeypatch.setattr(code, "snapshot", lambda run_dir, digest, source: None)  # `CODE` is nobody's
+    prepared = lifecycle.prepare(request_of(tmp_path, "data", "prep", "sft"))
+    assert lifecycle.submit(prepared, tell=tell) == "the handle"
+    assert heard == [remark]
+    worse = lifecycle.prepare(request_of(tmp_path, "data", "prep", "sft"))
+    monkeypatch.setattr(LocalExecutor, "preflight", lambda self, plan: [remark, Problem("no such image")])
+    with pytest.raises(UserError) as refused:
+        lifecycle.submit(worse, tell=tell)
+    assert [problem.what for problem in refused.value.problems] == ["no such image"]
+    assert not Path(worse.plan.run_dir).exists()
 
 
 def test_an_artifact_of_another_kind_or_an_empty_reference_is_refused(tmp_path: Path) -> None:

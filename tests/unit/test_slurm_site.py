@@ -50,7 +50,7 @@ def test_what_22_05_has_printed() -> None:
     assert (batch.max_nodes, batch.accounts, batch.qos) == (None, None, None)
     assert (interactive.default, interactive.max_seconds) == (False, 3600)
     (kind,) = slurm_site.parse_nodes((RECORDED / "nodes.txt").read_text())
-    assert kind == NodeKind(("batch", "interactive"), 32, 64000, 2, "", False, count=2)
+    assert kind == NodeKind(("batch", "interactive"), 32, 64000, 2, "", False, "amd64", count=2)
 
 
 def test_older_and_newer_forms() -> None:
