@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.config.catalog import Catalog, package_root
 from nemotron_recipes.config.profiles import Environment
+from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.executors import REGISTRY, get_executor
 from nemotron_recipes.planning.plan import make_plan
 from nemotron_recipes.spec import Request
@@ -109,3 +111,46 @@ def _made(family: str) -> list[tuple[str, str]]:
     kinds = ("megatron", *(f"{stage}-checkpoint" for stage in ("sft", "sft-lora", "lora", "dpo", "rl")))
     checkpoints = [f"{name}-{kind}" for name in converted for kind in kinds]
     return [*((n, "data") for n in data), *((n, "model") for n in models), *((n, "checkpoint") for n in checkpoints)]
+
+
+def test_r1_under_unsloth_and_on_megatron_is_one_training(tmp_path: Path) -> None:
+    """The same rows and values; what differs is how each says it; both ways end in a merged model."""
+    store = Store(tmp_path / "store")
+    for name, kind in _made("r1-qwen3-8b"):
+        staged = store.stage(name)
+        (staged.content / "content.txt").write_text("made by a test")
+        store.commit(staged, kind=kind)
+    environment = Environment(tmp_path, artifacts={"output": str(tmp_path), "store": str(store.root)}, profiles={})
+
+    def config_of(family: str, words: tuple[str, ...], config: str, *overrides: str) -> dict[str, Any]:
+        request = Request(family, words, config, overrides=overrides, offline=True, cwd=str(tmp_path))
+        (stage,) = make_plan(request, CATALOG, environment).stages
+        return flatten({key: value for key, value in stage.config.items() if key != "run"})
+
+    def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        return {key: (one.get(key), other.get(key)) for key in {*one, *other} if one.get(key) != other.get(key)}
+
+    lora = ("r1-qwen3-8b", ("lora",))
+    unsloth, megatron = config_of(*lora, "unsloth"), config_of(*lora, "megatron")
+    found = differing(unsloth, megatron)
+    said_differently = {
+        "data.path": ("artifact:r1-qwen3-8b-sft-data", "artifact:r1-qwen3-8b-sft-megatron-data"),
+        "peft.target_modules": ([f"*.{name}_proj" for name in "qkvo"], ["linear_qkv", "linear_proj"]),
+        "train.micro_batch_size": (2, 1),  # 8 or 16 accumulated: one global batch
+        "outputs.model": ("r1-qwen3-8b-merged", None),
+        "outputs.checkpoint": (None, "r1-qwen3-8b-lora-checkpoint"),
+    }
+    assert {key: value for key, value in found.items() if key in said_differently} == said_differently
+    of_the_backend = ("backend.", "parallel", "evaluation.", "checkpoint.pretrained_checkpoint")
+    assert [key for key in found if key not in said_differently and not key.startswith(of_the_backend)] == []
+    assert unsloth["model.dtype"] == "bfloat16"
+    rows = (("data", "prep", "sft"), SOURCES)
+    one, other = (config_of("r1-qwen3-8b", rows[0], name, rows[1]) for name in ("default", "megatron"))
+    assert differing(one, other) == {
+        "data.format": ("native", "megatron_npy"),
+        "outputs.data": ("r1-qwen3-8b-sft-data", "r1-qwen3-8b-sft-megatron-data"),
+    }
+    merge = config_of("convert", ("merge",), "r1-qwen3-8b")
+    assert merge["checkpoint.path"] == "artifact:r1-qwen3-8b-lora-checkpoint"
+    assert merge["model.path"] == unsloth["model.path"]
+    assert merge["outputs.model"] == "r1-qwen3-8b-lora-merged"
