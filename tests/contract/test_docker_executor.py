@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +259,29 @@ def test_what_an_image_can_not_import_is_told_before_anything_starts(daemon: doc
     assert "/no/such/python" in problem.what
     assert not (tmp_path / "run").exists()
     assert daemon.docker("ps", "--all", "--quiet", "--filter", "name=nemotron-trial") == ""
+
+
+def test_code_of_completions_is_closed_in_a_container_as_well(daemon: docker.Daemon) -> None:
+    """With docker's own filter of system calls, as any user."""
+    mounts = [word for mount in docker.mounts() for word in ("--volume", mount)]
+    script = "from nemotron_recipes.worker.trl.sandbox import walls; print(walls())"
+    argv = (
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--user",
+        "1234:1234",
+        *mounts,
+        docker.IMAGE,
+        sys.executable,
+        "-c",
+        script,
+    )
+    said = daemon.docker(*argv)
+    if tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 12):
+        assert "files beside its own and Python's, the network, other processes" in said
+        assert "warning" not in said
 
 
 def refused(run_dir: Path, fields: dict[str, Any], *told: str) -> None:
