@@ -17,7 +17,7 @@ from pathlib import Path
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.records import RunView
 from nemotron_recipes.config.catalog import Catalog, config_roots
-from nemotron_recipes.config.profiles import read_environment
+from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, UserError
 from nemotron_recipes.executors import get_executor
 from nemotron_recipes.lifecycle import Prepared
@@ -34,7 +34,7 @@ class Member:
 
     values: tuple[str, ...]  # the overrides that the sweep has set
     run: str
-    run_dir: str
+    run_dir: str  # on this machine
     prepared: Prepared | None = None
     view: RunView | None = None
 
@@ -71,17 +71,18 @@ def prepare(request: Request, at_once: int | None, anew: bool = False) -> Sweep:
 
     environment = read_environment(Path(request.cwd))
     found = expand(request.overrides, Catalog(config_roots(request.config_dirs, Path(request.cwd))))
-    plans = _plans(request, found)
-    name = plans[0].stages[0].placement.executor
-    sweep_id = f"{request.family}-{request.stage}-{request.config}-sweep-{_digest(request, plans, anew)}"
-    at_once = at_once or get_executor(name).at_once
-    known = _known(environment.output, sweep_id)
-    views = {Path(view.path).name: view for view in lifecycle.load_all([*known.values()])}
-    members = []
-    for plan, (_, values) in zip(plans, found, strict=True):
-        noted = known.get(frozenset(values))
-        view = views.get(noted.name) if noted else None
-        members.append(_member(replace(plan, sweep=sweep_id), values, view))
+    with lifecycle.site_of(request.profile, environment) as (site, homes):
+        plans = _plans(request, found, site)
+        name = plans[0].stages[0].placement.executor
+        sweep_id = f"{request.family}-{request.stage}-{request.config}-sweep-{_digest(request, plans, anew)}"
+        at_once = at_once or get_executor(name).at_once
+        known = _known(environment.output, sweep_id)
+        views = {Path(view.path).name: view for view in lifecycle.load_all([*known.values()])}
+        members = []
+        for plan, (_, values) in zip(plans, found, strict=True):
+            noted = known.get(frozenset(values))
+            view = views.get(noted.name) if noted else None
+            members.append(_member(replace(plan, sweep=sweep_id), values, view, homes))
     return Sweep(sweep_id, plans[0].title, environment.output, _ordered(members, at_once), at_once, known, anew)
 
 
@@ -127,12 +128,11 @@ def runs_of(output: Path, text: str) -> list[str]:
     return [folder.name for folder in _known(output, text).values() if RunDir(folder).plan.exists()]
 
 
-def _plans(request: Request, found: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> list[Plan]:
-    lifecycle.refuse_remote(request, "a sweep")
+def _plans(request: Request, found: Sequence[tuple[tuple[str, ...], tuple[str, ...]]], site: Environment) -> list[Plan]:
     plans, wrong = [], []
     for overrides, values in found:
         try:
-            plans.append(lifecycle.plan(replace(request, overrides=overrides)))
+            plans.append(lifecycle.plan(replace(request, overrides=overrides), site))
         except UserError as error:
             wrong.append((values, error.problems))
     if wrong:
@@ -154,34 +154,35 @@ def _digest(request: Request, plans: Sequence[Plan], anew: bool) -> str:
     return sha256_text(json.dumps([request.family, request.words, request.profile, runs, salt]))[7:15]
 
 
-def _member(plan: Plan, values: tuple[str, ...], view: RunView | None) -> Member:
+def _member(plan: Plan, values: tuple[str, ...], view: RunView | None, homes: Path | None) -> Member:
     if view is not None and (view.state == "succeeded" or (view.state in GOES_ON and view.handle is not None)):
         return Member(values, view.id, view.path, view=view)
     if view is not None:  # the next attempt of the same run
         plan = replace(lifecycle.load_plan(RunDir(Path(view.path)).plan), after=None)
-    if all(stage.reused for stage in plan.stages):
-        return Member(values, plan.id, plan.run_dir)
-    return Member(values, plan.id, plan.run_dir, lifecycle.rendered(plan), view)
+    home = homes / plan.id if homes else None
+    prepared = None if all(stage.reused for stage in plan.stages) else lifecycle.rendered(plan, home)
+    return Member(values, plan.id, str(home or plan.run_dir), prepared, view if prepared else None)
 
 
 def _ordered(members: list[Member], at_once: int | None) -> tuple[Member, ...]:
     """Each that is to be submitted waits for the one that comes `at_once` before it, of those that are not over."""
     if at_once is None:
         return tuple(members)
-    queue = [member.run_dir for member in members if member.prepared is None and _goes_on(member)]
+    queue = [member.view.plan["run_dir"] for member in members if member.view is not None and _goes_on(member)]
     ordered = []
     for member in members:
         if member.prepared is not None:
             after = queue[-at_once] if len(queue) >= at_once else None
-            queue.append(member.run_dir)
+            queue.append(member.prepared.plan.run_dir)
             if after is not None:
-                member = replace(member, prepared=lifecycle.rendered(replace(member.prepared.plan, after=after)))
+                after_it = replace(member.prepared.plan, after=after)
+                member = replace(member, prepared=lifecycle.rendered(after_it, member.prepared.home))
         ordered.append(member)
     return tuple(ordered)
 
 
 def _goes_on(member: Member) -> bool:
-    return member.view is not None and member.view.state in GOES_ON
+    return member.prepared is None and member.view is not None and member.view.state in GOES_ON
 
 
 def _prepared(member: Member) -> Prepared:

@@ -43,10 +43,13 @@ _VERSION = re.compile(r"v([1-9][0-9]*)")
 
 
 class Store:
-    """One store folder; it need not exist before the first `stage`."""
+    """One store folder; it need not exist before the first `stage`.
 
-    def __init__(self, root: Path):
-        self.root = Path(root)
+    named  what the folder is called where its data lie; another one than `root` where that holds the manifests alone
+    """
+
+    def __init__(self, root: Path, named: str | None = None):
+        self.root, self.named = Path(root), named or str(root)
 
     def resolve(self, ref: str) -> Artifact:
         """The version that `NAME`, `NAME:vN` or `NAME:ALIAS` means now. Raises UserError when there is none."""
@@ -55,14 +58,14 @@ class Store:
         versions = self.versions(name)
         if not versions:
             fix = nearest(name, self.names()) or "nothing is registered there yet: run what makes it, or give a path"
-            raise UserError(Problem(f"no artifact '{name}' in the store", str(self.root), fix))
+            raise UserError(Problem(f"no artifact '{name}' in the store", self.named, fix))
         if not colon or selector == LATEST:
             return self._artifact(name, versions[-1])
         number = _VERSION.fullmatch(selector)
         version = int(number[1]) if number else self.aliases(name).get(selector)
         if version is None or version not in versions:
             valid = [LATEST, *self.aliases(name), *(f"v{v}" for v in versions)]
-            raise UserError(Problem(f"artifact '{name}' has no '{selector}'", str(self.root), nearest(selector, valid)))
+            raise UserError(Problem(f"artifact '{name}' has no '{selector}'", self.named, nearest(selector, valid)))
         return self._artifact(name, version)
 
     def names(self) -> list[str]:
@@ -90,7 +93,7 @@ class Store:
         """The manifest of a registered version."""
         manifest = self._manifest(artifact.name, artifact.version or 0)
         if manifest is None:
-            raise UserError(Problem(f"{artifact.label} isn't in the store", str(self.root), "make it again"))
+            raise UserError(Problem(f"{artifact.label} isn't in the store", self.named, "make it again"))
         return manifest
 
     def verify(self, artifact: Artifact) -> None:
@@ -242,7 +245,7 @@ class Store:
             kind=manifest["kind"],
             name=name,
             version=version,
-            uri=f"{self.root}/{name}/v{version}/content",
+            uri=f"{self.named}/{name}/v{version}/content",
             digest=manifest["digest"],
             producer=Producer(made["fingerprint"], made["run"], made["stage"], made["slot"]) if made else None,
         )

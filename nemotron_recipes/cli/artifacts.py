@@ -11,7 +11,8 @@ import click
 
 from nemotron_recipes.artifacts.lineage import RENDERERS
 from nemotron_recipes.artifacts.lineage import lineage as read_lineage
-from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.cli import stores
+from nemotron_recipes.cli.stores import PROFILE, store_of
 from nemotron_recipes.cli.text import ago, short, size, table, write_page
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
@@ -27,10 +28,11 @@ def artifacts() -> None:
 
 
 @artifacts.command("list")
+@PROFILE
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
-def list_command(as_json: bool) -> None:
+def list_command(profile: str | None, as_json: bool) -> None:
     """List every artifact: newest version, kind, size, and the run that made it."""
-    store = _store()
+    store = store_of(profile)
     rows = list(store.newest())
     if as_json:
         lines = [
@@ -39,7 +41,7 @@ def list_command(as_json: bool) -> None:
         ]
         click.echo("[\n  " + ",\n  ".join(lines) + "\n]" if lines else "[]")
     elif not rows:
-        click.echo(f"no artifacts yet in {store.root}")
+        click.echo(f"no artifacts yet in {store.named}")
     else:
         cells = [
             (
@@ -57,13 +59,14 @@ def list_command(as_json: bool) -> None:
 @artifacts.command()
 @NAME
 @click.option("--verify", is_flag=True, help="Read all its data and compare with the recorded digest.")
+@PROFILE
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
-def show(name: str, verify: bool, as_json: bool) -> None:
+def show(name: str, verify: bool, profile: str | None, as_json: bool) -> None:
     """Show one version: digest, folder, producer, parents, results."""
-    store = _store()
+    store = store_of(profile)
     artifact = store.resolve(name)
     if verify:
-        store.verify(artifact)
+        stores.verify(profile, artifact)
     manifest = store.describe(artifact)
     if as_json:
         click.echo(json.dumps({**manifest, "uri": artifact.uri}, indent=2))
@@ -93,7 +96,7 @@ def show(name: str, verify: bool, as_json: bool) -> None:
 @click.argument("alias")
 def alias(name: str, alias: str) -> None:
     """Let NAME:ALIAS mean this version from now on."""
-    store = _store()
+    store = store_of(None)
     artifact = store.resolve(name)
     store.alias(artifact.name, alias, artifact.version or 0)
     output = read_environment().output
@@ -126,21 +129,18 @@ def sync(output: Path | None, as_json: bool) -> int:
 @click.option("--format", "form", type=click.Choice(sorted(RENDERERS)), default="tree", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option("--html", "page", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), help="Write a page.")
-def lineage(name: str, form: str, as_json: bool, page: Path | None) -> None:
+@PROFILE
+def lineage(name: str, form: str, as_json: bool, page: Path | None, profile: str | None) -> None:
     """Draw what an artifact came from, back to the data."""
     if ((as_json or page) and form != "tree") or (as_json and page):
         raise UserError(Problem("--json, --html and --format exclude each other", "command line"))
-    store = _store()
+    store = store_of(profile)
     if page is not None:
         from nemotron_recipes.report.html import lineage_page
 
         write_page(page, lineage_page(read_lineage(store, store.resolve(name))))
         return
     click.echo(RENDERERS["json" if as_json else form](read_lineage(store, store.resolve(name))))
-
-
-def _store() -> Store:
-    return Store(read_environment().store)
 
 
 def _iso(created: float) -> str:

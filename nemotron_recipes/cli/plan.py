@@ -38,12 +38,13 @@ def layouts(words: tuple[str, ...], config: str, profile: str | None, everything
     \b
       nemotron plan layouts nano3 sft run.nodes=4 run.gpu=H100
     """
+    from nemotron_recipes import lifecycle
     from nemotron_recipes.config.profiles import read_environment
     from nemotron_recipes.planning.layouts import layouts as find
 
     request = _request(words, config, profile)
-    environment = read_environment()
-    found = find(request, Catalog(config_roots()), environment)
+    with lifecycle.site_of(request.profile, read_environment()) as (site, _):
+        found = find(request, Catalog(config_roots()), site)
     rows = [_row(one, found.capacity) for one in found.found]
     if as_json:
         told = {"model": found.model, "nodes": found.nodes, "nproc_per_node": found.per_node, "layouts": rows}

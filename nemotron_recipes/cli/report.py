@@ -9,7 +9,7 @@ import click
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.lineage import lineage
 from nemotron_recipes.artifacts.records import RunView
-from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.cli.stores import PROFILE, store_of
 from nemotron_recipes.cli.text import write_page
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Problem, UserError
@@ -27,13 +27,14 @@ from nemotron_recipes.spec import Artifact
     default=Path("."),
     help="Where to write  [default: here]",
 )
-def report(name: str, since: str | None, output: Path) -> None:
+@PROFILE
+def report(name: str, since: str | None, output: Path, profile: str | None) -> None:
     """Write report.md (results, curves, data, config, environment, lineage), or release-notes.md with --since."""
     from nemotron_recipes.report import document
     from nemotron_recipes.report.plots import draw_metrics, has_metrics
 
     environment = read_environment()
-    store = Store(environment.store)
+    store = store_of(profile)
     artifact = store.resolve(name)
     view = _run_of(environment, artifact)
     if since is not None:

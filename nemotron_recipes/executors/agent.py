@@ -102,4 +102,8 @@ def serve(texts: dict[str, str]) -> None:
     for line in sys.stdin:
         if not line.endswith("\n"):
             break  # the connection broke within a call: nobody has asked for anything
-        threading.Thread(target=server.carry_out, args=(json.loads(line),)).start()
+        call = json.loads(line)
+        if call:
+            threading.Thread(target=server.carry_out, args=(call,)).start()
+        else:  # somebody waits, and asks for a sign of life
+            server.answer()

@@ -26,6 +26,7 @@ from nemotron_recipes.executors.docker_control import (
     RUN_LABEL,
     STAGE_LABEL,
     Docker,
+    Elsewhere,
     Refused,
     Unreachable,
     endpoint,
@@ -306,9 +307,6 @@ def _unfit_on(
     it is none that a run could use."""
     try:
         docker = Docker(endpoint(profile.docker_host, where), where)
-        if not docker.host.startswith("unix://"):
-            what = f"docker's daemon is at {docker.host}: folders of this machine can't be mounted there"
-            raise UserError(Problem(what, checks.where(stage, "docker_host"), "start the run on that machine"))
         if docker.is_podman():
             what = f"{docker.host} is Podman's socket, on which this executor is not proved"
             raise UserError(Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon"))
@@ -318,7 +316,7 @@ def _unfit_on(
             yield from _trial(docker, profile, stage, modules)
     except Unreachable as error:
         what = f"docker can't be used: {error}"
-        raise UserError(Problem(what, checks.where(stage), _how_to_reach(str(error)))) from None
+        raise UserError(Problem(what, checks.where(stage), _how_to_reach(error))) from None
 
 
 def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan, offline: bool) -> Iterator[Problem]:
@@ -351,7 +349,10 @@ def _trial(docker: Docker, profile: DockerProfile, stage: StagePlan, modules: Se
     yield from docker_trial.problems(docker, given, profile.container_image, profile.python, modules, bool(gpus), where)
 
 
-def _how_to_reach(words: str) -> str:
+def _how_to_reach(error: Unreachable) -> str:
+    words = str(error)
+    if isinstance(error, Elsewhere):
+        return "start the run on that machine"
     if "no docker command" in words:
         return "install docker: https://docs.docker.com/engine/install"
     if "permission denied" in words:

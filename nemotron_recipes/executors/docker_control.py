@@ -39,6 +39,10 @@ class HostAway(Unreachable):
     """The machine of the daemon can't be reached."""
 
 
+class Elsewhere(Unreachable):
+    """The daemon is not on the machine that its commands run on."""
+
+
 class Refused(NemotronError):
     """The daemon answered no, in these words."""
 
@@ -168,9 +172,19 @@ def advice(words: str) -> str:
 
 
 def endpoint(given: str | None, where: transport.Transport = transport.HERE) -> str:
-    """Where docker commands go there: `given`, $DOCKER_HOST, or the current context. Unreachable: no docker command."""
+    """Where docker commands go there: `given`, $DOCKER_HOST, or the current context. Unreachable: no docker command.
+
+    And Elsewhere: it is no socket of that machine. Docker would reach some by an ssh that keeps rules of its own.
+    """
+    told = given or _named(where)
+    if not told.startswith("unix://"):
+        raise Elsewhere(f"its daemon is at {told}, where folders of this machine can't be mounted")
+    return told
+
+
+def _named(where: transport.Transport) -> str:
     try:
-        told = given or where.call(there.variable, _HOST_ENV)
+        told = where.call(there.variable, _HOST_ENV)
         if told:
             return str(told)
         argv = ["docker", "context", "inspect", "--format", "{{.Endpoints.docker.Host}}"]

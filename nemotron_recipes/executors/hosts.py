@@ -14,7 +14,8 @@ from typing import Any
 from nemotron_recipes.errors import NemotronError, Problem
 from nemotron_recipes.executors import links
 from nemotron_recipes.executors.docker_profile import HCA_ENV, LINK_ENV, MEETING_ENV, DockerProfile
-from nemotron_recipes.executors.ssh import Login, Remote, connection
+from nemotron_recipes.executors.ssh import Remote, connection
+from nemotron_recipes.executors.ssh_login import Login
 from nemotron_recipes.executors.transport import Here, Transport, Unreachable
 from nemotron_recipes.spec import Tree
 

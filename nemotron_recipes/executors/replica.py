@@ -1,8 +1,9 @@
-"""The copy on this machine of a run's folder on another one: what readers read. The folder there is the truth.
+"""The copy on this machine of a run's folder on another one (or of a store's manifests): what readers read.
 
-Code, worker files and checkpoints stay there; of checkpoints the folders' names are here. A log that has grown is
-fetched from where the copy ends; any other file that has changed comes anew, for its inode tells nothing: a file system
-gives it to the next file at once. What is known of the folder there lies beside the copy: the next command goes on.
+The folder there is the truth. Code, worker files and checkpoints stay there; of checkpoints the folders' names are
+here. A log that has grown is fetched from where the copy ends; any other file that has changed comes anew, for its
+inode tells nothing: a file system gives it to the next file at once. What is known of the folder there lies beside the
+copy: the next command goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemotron_recipes.errors import NemotronError
-from nemotron_recipes.executors import there
+from nemotron_recipes.executors import there, there_changes
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import COPIED, read_json, write_sealed
 
@@ -29,12 +30,18 @@ class Untrusted(NemotronError):
 
 
 def refresh(
-    call: Call, far: str, near: Path, mark: str = COPIED, wanted: Callable[[str], bool] = lambda name: True
+    call: Call,
+    far: str,
+    near: Path,
+    mark: str = COPIED,
+    wanted: Callable[[str], bool] = lambda name: True,
+    changes: Call = there_changes.of_run,
 ) -> None:
     """Bring here what has changed there. Unreachable, or OSError; what has come until then stays.
 
     mark     name of the file that says what is known of the folder there
     wanted   whether a file or folder of that name belongs here
+    changes  what is asked there
     """
     near.mkdir(parents=True, exist_ok=True)
     with open(near / ".copying.lock", "ab") as lock:
@@ -46,7 +53,7 @@ def refresh(
         begun: set[str] = set()
         more = True
         while more:
-            said = call(there.changes, far, known)
+            said = call(changes, far, known)
             for name, now, offset, data in said["files"]:
                 if wanted(name):
                     _put(near, name, offset, data, now[2])

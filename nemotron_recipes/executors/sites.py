@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.executors.ssh import Login, Remote, connection
+from nemotron_recipes.executors.ssh import Remote, connection
+from nemotron_recipes.executors.ssh_login import Login
 from nemotron_recipes.executors.transport import Here, Transport
 from nemotron_recipes.spec import JobHandle, Tree
 

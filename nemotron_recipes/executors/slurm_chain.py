@@ -74,7 +74,7 @@ def _send(
     begun: list[str] = []
     try:
         slurm_handle.keep(handle)
-        before, hidden = _before(plan), _secret_values(plan)
+        before, hidden = _before(plan, run), _secret_values(plan)
         if hidden:
             transport.call(there.write, slurm_files.secrets(run), to_json(hidden), 0o600)
         transport.call(there.write, slurm_files.submission(run), slurm_files.attempts_text(attempts), 0o644)
@@ -106,10 +106,13 @@ def _send(
         raise
 
 
-def _before(plan: Plan) -> dict[str, str]:
+def _before(plan: Plan, run: RunDir) -> dict[str, str]:
     """The last job of the run that must be over first, by its symbol's name; {} when it is over, or never was."""
-    found = read_json(RunDir(Path(plan.after)).handle) if plan.after else None
-    if plan.after is None or found is None or slurm_outcome.has_ended(RunDir(Path(plan.after))):
+    if plan.after is None:
+        return {}
+    other = RunDir(run.path.with_name(Path(plan.after).name))  # beside this one, on whichever machine
+    found = read_json(other.handle)
+    if found is None or slurm_outcome.has_ended(other):
         return {}
     states = slurm_snapshot.one_by_one(JobHandle(**found))
     alive = [state.job for state in states.values() if state.active]

@@ -9,17 +9,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
-import hashlib
+import json
 import os
 import pwd
 import shutil
-import stat
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nemotron_recipes.closing import close
 from nemotron_recipes.executors import folders, squashfs
@@ -29,11 +28,6 @@ from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, append_event, write_sealed
 
 PIECE = 4_000_000  # bytes of files in one answer
-# Below a run: what no reader on another machine looks into. Of what is below `checkpoints` the names are enough.
-NOT_COPIED = ("code", "files", "mirror", "partial")
-APPENDED = (".jsonl", ".log", ".out", ".err")  # files that only grow; others are replaced, maybe under the same inode
-TAIL = 4096  # bytes at the end of what is known of such a file: they tell whether it is still how it begins
-OWN = ("handle.json",)  # each side has its own
 
 # Slurm's commands take options from these; what a job gets is what the script and the command say, nothing unseen.
 _OPTIONS = ("SBATCH_", "SRUN_", "SALLOC_", "SLURM_")
@@ -201,80 +195,6 @@ def receive(root: str, files: Sequence[tuple[str, bytes, int]]) -> None:
         write_atomic(Path(root, name), data, mode)
 
 
-def changes(root: str, known: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """What has changed below a run's folder since somebody knew its files as `known`.
-
-    known    name -> [inode, size, time in ns, digest of the end]: how far a file is known, and when it was changed last
-    files    [name, what is known of it then, offset, content]: to be put at `offset`, where the known part ends
-    folders  names of folders whose content is not looked at, but which are there
-    gone     names that are no more
-    more     whether it was too much for one answer
-    """
-    os.stat(root)  # a folder that is gone, or not mounted now, must not empty the copy
-    found: dict[str, os.stat_result] = {}
-    folders: list[str] = []
-    _look(root, "", found, folders)
-    files: list[Any] = []
-    room = PIECE
-    more = False
-    for name in sorted(found, key=lambda name: found[name].st_size):  # a huge log comes last
-        seen, was = found[name], known.get(name)
-        if was is not None and [seen.st_ino, seen.st_size, seen.st_mtime_ns] == [*was[:3]]:
-            continue
-        if room <= 0:
-            more = True
-            break
-        try:
-            with open(os.path.join(root, name), "rb") as handle:
-                now = os.fstat(handle.fileno())  # it may have been replaced since the folder was read
-                offset = was[1] if was is not None and _goes_on(name, handle, now, was) else 0
-                handle.seek(offset)
-                data = handle.read(min(room, now.st_size - offset))
-                end = offset + len(data)
-                files.append([name, [now.st_ino, end, now.st_mtime_ns, _end_of(handle, end)], offset, data])
-        except FileNotFoundError:
-            continue
-        room -= len(data)
-        more = more or end < now.st_size
-    return {"files": files, "folders": folders, "gone": [name for name in known if name not in found], "more": more}
-
-
-def _goes_on(name: str, handle: BinaryIO, now: os.stat_result, was: Sequence[Any]) -> bool:
-    """Whether what is known of a file is how it still begins: it has grown, or was too large for one answer."""
-    inode, size, time_ns, end = was
-    if now.st_ino != inode or not 0 < size < now.st_size:
-        return False
-    return (name.endswith(APPENDED) or now.st_mtime_ns == time_ns) and _end_of(handle, size) == end
-
-
-def _end_of(handle: BinaryIO, size: int) -> str:
-    """Digest of the last bytes of a file's first `size` ones."""
-    handle.seek(max(0, size - TAIL))
-    return hashlib.sha256(handle.read(min(size, TAIL))).hexdigest()
-
-
-def _look(root: str, below: str, found: dict[str, os.stat_result], folders: list[str]) -> None:
-    """Backends name a checkpoint's folder each in its own way, and link `iter_*` to it: no name tells it apart."""
-    checkpoints = below.endswith("/checkpoints")
-    with suppress(FileNotFoundError), os.scandir(os.path.join(root, below)) as entries:
-        for entry in entries:
-            name = os.path.join(below, entry.name)
-            if checkpoints and entry.name.startswith("iter_") and entry.is_dir():
-                folders.append(name)
-            elif entry.is_symlink() or entry.name.endswith(".tmp") or entry.name == "secrets.json":
-                continue
-            elif entry.is_dir():
-                if checkpoints or entry.name in NOT_COPIED:
-                    folders.append(name)
-                else:
-                    _look(root, name, found, folders)
-            elif name not in OWN:
-                with suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    if stat.S_ISREG(status.st_mode):
-                        found[name] = status
-
-
 def look_at(name: str, path: str) -> list[list[str]]:
     """The findings about a folder: topic, state, text."""
     return [[found.topic, found.state, found.text] for found in folders.look_at(name, Path(path))]
@@ -289,6 +209,15 @@ def texts(path: str) -> dict[str, str]:
     """The files that lie right in a folder, huge ones left out."""
     files = [each for each in Path(path).iterdir() if each.is_file() and each.stat().st_size <= PIECE]
     return {each.name: each.read_text("utf-8", "replace") for each in files}
+
+
+def document(path: str) -> dict[str, Any] | None:
+    """What a JSON file holds; None where there is none that can be read, or it holds no object."""
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return tree if isinstance(tree, dict) else None
 
 
 def remove_folder(path: str) -> None:

@@ -12,11 +12,11 @@ from nemotron_recipes.lifecycle.preparing import (
     plan,
     prepare,
     prepare_again,
-    refuse_remote,
     rendered,
     rendered_json,
     reprepare,
     save_plan,
+    site_of,
 )
 from nemotron_recipes.lifecycle.runs import (
     ask_seconds,
@@ -31,6 +31,7 @@ from nemotron_recipes.lifecycle.runs import (
     shell,
     waits,
 )
+from nemotron_recipes.lifecycle.stores import store_of, verify
 from nemotron_recipes.lifecycle.submitting import check, submit
 from nemotron_recipes.lifecycle.watching import watch
 
@@ -53,13 +54,15 @@ __all__ = [
     "plan",
     "prepare",
     "prepare_again",
-    "refuse_remote",
     "rendered",
     "rendered_json",
     "reprepare",
     "save_plan",
     "shell",
+    "site_of",
+    "store_of",
     "submit",
+    "verify",
     "waits",
     "watch",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,14 +39,24 @@ class Prepared:
 
 def prepare(request: Request, environment: Environment | None = None) -> Prepared:
     """Compose, resolve, plan, validate and render. UserError carries every problem; nothing is written."""
-    environment = environment or read_environment(Path(request.cwd))
-    profile = checked_profile(environment, request.profile) if request.profile else {}
-    with speaking_to(sites.of_profile(profile)) as where:
-        if not where.name:
-            return rendered(plan(request, environment))
-        folder = profile["remote_job_dir"].rstrip("/")
-        made = plan(request, replace(environment, artifacts={"output": folder, "store": f"{folder}/store"}))
-        return rendered(made, environment.output / "runs" / made.id)
+    with site_of(request.profile, environment or read_environment(Path(request.cwd))) as (site, homes):
+        made = plan(request, site)
+        return rendered(made, homes / made.id if homes else None)
+
+
+@contextmanager
+def site_of(profile: str | None, environment: Environment) -> Iterator[tuple[Environment, Path | None]]:
+    """Speak to a profile's machine: (env.toml as it holds there, where this machine keeps what it knows of the runs
+    there; None: they lie here). UserError: the profile has mistakes, or the machine can't be reached.
+    """
+    complete = checked_profile(environment, profile) if profile else {}
+    with speaking_to(sites.of_profile(complete)) as where:
+        if where.name:
+            folder = complete["remote_job_dir"].rstrip("/")
+            far = replace(environment, artifacts={"output": folder, "store": f"{folder}/store"})
+            yield far, environment.output / "runs"
+        else:
+            yield environment, None
 
 
 def plan(request: Request, environment: Environment | None = None) -> Plan:
@@ -83,14 +95,6 @@ def checked_profile(environment: Environment, name: str) -> Tree:
     if problems:
         raise UserError(*problems)
     return complete
-
-
-def refuse_remote(request: Request, what: str) -> None:
-    """UserError where the profile's cluster is behind ssh, for what can't be done from there."""
-    environment = read_environment(Path(request.cwd))
-    if request.profile and sites.login_of(environment.profile(request.profile)):
-        fix = "run the same command on the cluster's login node"
-        raise UserError(Problem(f"{what} can't be submitted over SSH", f"profile [{request.profile}]", fix))
 
 
 def save_plan(prepared: Prepared, path: Path) -> None:

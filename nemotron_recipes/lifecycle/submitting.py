@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -23,8 +24,9 @@ def check(prepared: Prepared, preflight: bool = True) -> list[Problem]:
     """What `submit` refuses before it writes anything. UserError: all of it. Returns what it does not refuse, and
     whoever submits should know."""
     _refuse_unpinned(prepared.plan)
-    refuse_rerun(RunDir(transport.current().near(prepared.plan.run_dir)))
-    return refuse_unfit(prepared) if preflight else []
+    with speaking_to(_site(prepared)) as where:
+        refuse_rerun(RunDir(where.near(prepared.plan.run_dir)))
+        return refuse_unfit(prepared) if preflight else []
 
 
 def submit(
@@ -36,13 +38,16 @@ def submit(
 
     A plan whose run failed, was cancelled or got lost may be submitted again: that is its next attempt.
     """
-    plan = prepared.plan
-    where = sites.of_profile(plan.stages[0].placement.options, prepared.home, plan.run_dir)
-    with speaking_to(where):
-        remarks = check(prepared, preflight)
-        if remarks and tell is not None:
-            tell(remarks)
-        return _submit(prepared, RunDir(where.near(plan.run_dir)))
+    remarks = check(prepared, preflight)
+    if remarks and tell is not None:
+        tell(remarks)
+    with speaking_to(_site(prepared)) as where:
+        return _submit(prepared, RunDir(where.near(prepared.plan.run_dir)))
+
+
+def _site(prepared: Prepared) -> transport.Transport:
+    """The machine of a plan, with its run's folder."""
+    return sites.of_profile(prepared.plan.stages[0].placement.options, prepared.home, prepared.plan.run_dir)
 
 
 def _submit(prepared: Prepared, run: RunDir) -> JobHandle:
@@ -56,19 +61,21 @@ def _submit(prepared: Prepared, run: RunDir) -> JobHandle:
     except OSError as error:
         problem = Problem(f"the run folder {run.path} can't be written: {error.strerror}", fix="see [artifacts] output")
         raise UserError(problem) from None
-    if where.name:
-        try:
-            _send(run)
-        except (transport.Unreachable, OSError) as error:
-            append_event(run.events, "cancelled", stage=None, attempt=None)
-            if isinstance(error, transport.Unreachable):
-                raise
-            what = f"the run folder can't be written: {error.strerror}"
-            raise UserError(Problem(what, error.filename or "", fix="see remote_job_dir")) from None
-    else:
+    if not where.name:
         open_journal(plan, run.path.parents[1])
-    fields = {"executor": prepared.executor, "mode": plan.request.mode}
-    transport.call(there.event, run.events, "submitted", fields)
+    try:
+        if where.name:
+            _send(run)
+        fields = {"executor": prepared.executor, "mode": plan.request.mode}
+        transport.call(there.event, run.events, "submitted", fields)
+    except (transport.Unreachable, OSError) as error:
+        with suppress(OSError):
+            append_event(run.events, "cancelled", stage=None, attempt=None)
+        if isinstance(error, transport.Unreachable):
+            raise
+        what = f"the run folder can't be written: {error.strerror}"
+        fix = "see remote_job_dir" if where.name else "see [artifacts] output"
+        raise UserError(Problem(what, error.filename or plan.run_dir, fix)) from None
     return get_executor(prepared.executor).submit(plan, prepared.rendered)
 
 

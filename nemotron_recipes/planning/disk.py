@@ -23,4 +23,5 @@ def disk_problems(plan: Plan) -> Iterator[Problem]:
             f"{names}: checkpoints take {kept / GB:.1f} GB ({largest / GB:.1f} GB each),"
             f" but {free / GB:.1f} GB are free below {place}"
         )
-        yield Problem(what, "[artifacts] output", "name a folder with more room, or keep fewer: checkpoint.keep=1")
+        where = "remote_job_dir" if transport.current().name else "[artifacts] output"
+        yield Problem(what, where, "name a folder with more room, or keep fewer: checkpoint.keep=1")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemotron_recipes.backends import Backend, nemo_rl
 from nemotron_recipes.backends.layout import Layout, layout_problems
 from nemotron_recipes.errors import Problem, nearest
-from nemotron_recipes.planning.history import wall_time
+from nemotron_recipes.executors import transport
+from nemotron_recipes.planning import there
+from nemotron_recipes.planning.history import WATCHDOG
 from nemotron_recipes.sizing import parameters, policy, search, tables
 from nemotron_recipes.sizing.memory import GIB, Memory, trained_parameters
 from nemotron_recipes.sizing.rules import model_problems
@@ -69,18 +71,31 @@ def estimate(question: Question, fingerprint: str, placement: Placement, runs: P
             told["disk"] = _disk(config, size)
             if capacity and told["memory"]["verdict"] == "impossible" and shape.verified:
                 problems += _refusal(question, size, takes, capacity)
-    known = wall_time(runs, fingerprint, config, placement)
-    if known and known.smoke and _passes(config):
+    known = transport.call(there.wall_time, str(runs), fingerprint, config, asdict(placement))
+    if known and known["smoke"] and _passes(config):
         known = None  # how many steps there will be follows from the data
     told["time"] = {
         "processes": question.processes,
-        "seconds": round(known.seconds, 1) if known else None,
-        "gpu_hours": round(question.processes * known.seconds / 3600, 3) if known else None,
-        "run": known.run if known else None,
-        "smoke": known.smoke if known else 0,
+        "seconds": round(known["seconds"], 1) if known else None,
+        "gpu_hours": round(question.processes * known["seconds"] / 3600, 3) if known else None,
+        "run": known["run"] if known else None,
+        "smoke": known["smoke"] if known else 0,
         "limit": _limit(question.options),
     }
     return told, problems
+
+
+def smoke_problems(config: Tree, placement: Placement, smoke: int, runs: Path) -> Iterator[Problem]:
+    """What is missing where the recipe wants to be seen to fit first. `smoke`: the steps that are asked for now."""
+    steps = config["plan"]["requires_smoke"]
+    if steps is None:
+        return
+    if placement.options.get(WATCHDOG) is None:
+        what = "this recipe may take more memory than there is: it runs under the memory watchdog alone"
+        yield Problem(what, "plan.requires_smoke", f"set {WATCHDOG} in the profile (docs/docker.md)")
+    elif not smoke and transport.call(there.smoke_run, str(runs), config, steps) is None:
+        what = f"no run has shown yet that {steps} steps of this model, adapter and sequence length fit into the memory"
+        yield Problem(what, "plan.requires_smoke", f"run the same command with --smoke {steps} first")
 
 
 def capacity_of(options: Tree) -> tuple[float | None, list[Problem]]:

@@ -1,4 +1,4 @@
-"""What earlier runs say of how long a stage takes. Reads run folders, writes nothing."""
+"""What earlier runs say of how long a stage takes. Reads run folders, writes nothing. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.errors import Problem
 from nemotron_recipes.planning.smoke import length
 from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
 from nemotron_recipes.spec import Placement, Tree
@@ -66,19 +65,6 @@ def wall_time(runs: Path, fingerprint: str, config: Tree, placement: Placement) 
             if projected is None and (pace := pace_of(run, stage["name"])):
                 projected = WallTime(pace.whole(length(config)), plan["id"], pace.steps)
     return projected
-
-
-def smoke_problems(config: Tree, placement: Placement, smoke: int, runs: Path) -> Iterator[Problem]:
-    """What is missing where the recipe wants to be seen to fit first. `smoke`: the steps that are asked for now."""
-    steps = config["plan"]["requires_smoke"]
-    if steps is None:
-        return
-    if placement.options.get(WATCHDOG) is None:
-        what = "this recipe may take more memory than there is: it runs under the memory watchdog alone"
-        yield Problem(what, "plan.requires_smoke", f"set {WATCHDOG} in the profile (docs/docker.md)")
-    elif not smoke and find_smoke(runs, config, steps, watched=True) is None:
-        what = f"no run has shown yet that {steps} steps of this model, adapter and sequence length fit into the memory"
-        yield Problem(what, "plan.requires_smoke", f"run the same command with --smoke {steps} first")
 
 
 def find_smoke(runs: Path, config: Tree, steps: int, alike: Sequence[str] = ALIKE, watched: bool = False) -> str | None:

@@ -54,7 +54,7 @@ def layouts(request: Request, catalog: Catalog, environment: Environment) -> Lay
     model = resolver.resolve(config["model"]["path"], "model")
     shape = tables.shape_of(model, config["model"]["arch"])
     if shape is None:
-        what = f"the shape of {model.label} is not known: its config.json is not on this machine"
+        what = f"the shape of {model.label} is not known: its config.json can't be read"
         problems.append(Problem(what, "model.path", "name a local folder, or fetch it into the hub's cache"))
     size = sized(config, shape, nodes * per_node, None) if shape else None
     if shape and size is None:

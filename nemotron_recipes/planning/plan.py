@@ -26,8 +26,7 @@ from nemotron_recipes.errors import SHOWN, Problem, UserError, nearest
 from nemotron_recipes.executors import get_executor, transport
 from nemotron_recipes.planning import there
 from nemotron_recipes.planning.code import describe_code, python_path
-from nemotron_recipes.planning.estimate import Question, estimate
-from nemotron_recipes.planning.history import smoke_problems
+from nemotron_recipes.planning.estimate import Question, estimate, smoke_problems
 from nemotron_recipes.planning.resolve import Resolver
 from nemotron_recipes.planning.smoke import length, shortened
 from nemotron_recipes.planning.validate import defaults_of, validate

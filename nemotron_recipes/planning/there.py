@@ -13,13 +13,20 @@ from pathlib import Path
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.fsio import path_digest
+from nemotron_recipes.planning import history
 from nemotron_recipes.rundir import RunDir, latest_checkpoint, read_json
-from nemotron_recipes.spec import Artifact, Tree
+from nemotron_recipes.spec import Artifact, Placement, Tree
 
 
 def stored(root: str, reference: str) -> Tree:
     """The version that a reference means now. UserError when there is none."""
     return asdict(Store(Path(root)).resolve(reference))
+
+
+def verify(root: str, reference: str) -> None:
+    """Read all the data of a version. UserError: it is not what was recorded."""
+    store = Store(Path(root))
+    store.verify(store.resolve(reference))
 
 
 def versions(root: str, name: str) -> list[int]:
@@ -84,6 +91,17 @@ def resumable(runs: str, fingerprint: str) -> str | None:
             if found:
                 return str(found)
     return None
+
+
+def wall_time(runs: str, fingerprint: str, config: Tree, placement: Tree) -> Tree | None:
+    """How long a stage of this fingerprint took, or will take: {seconds, run, smoke}. None: no run says."""
+    found = history.wall_time(Path(runs), fingerprint, config, Placement(**placement))
+    return asdict(found) if found else None
+
+
+def smoke_run(runs: str, config: Tree, steps: int) -> str | None:
+    """The newest run that has shown, under the memory watchdog, that so many steps of such a stage fit."""
+    return history.find_smoke(Path(runs), config, steps, watched=True)
 
 
 def _near(path: Path) -> str:

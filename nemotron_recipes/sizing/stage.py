@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.backends import nemo_rl
 from nemotron_recipes.backends.layout import Layout
+from nemotron_recipes.executors import there, transport
 from nemotron_recipes.sizing.footprint import Footprint, footprint
 from nemotron_recipes.sizing.lora import Lora
 from nemotron_recipes.sizing.memory import Batch, Memory, memory, trained_parameters
@@ -68,11 +67,8 @@ def sequence_of(config: Tree, data: Artifact | None) -> int:
     told = config["data"]["pack_size"] or packed.get("packed_sequence_size")
     if told or data is None or data.source not in ("store", "path") or config["method"] != "sft":
         return int(told or 0)
-    try:
-        metadata = json.loads((Path(data.uri) / "metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0
-    return int(metadata.get("pack_size") or 0) if isinstance(metadata, dict) else 0
+    metadata = transport.call(there.document, f"{data.uri}/metadata.json")
+    return int(metadata.get("pack_size") or 0) if metadata else 0
 
 
 def _lora(config: Tree) -> Lora | None:

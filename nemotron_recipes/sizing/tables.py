@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.executors import there, transport
 from nemotron_recipes.sizing.shape import Shape, from_hf_config
 from nemotron_recipes.spec import Artifact, Tree
 
@@ -40,7 +40,8 @@ def gpus() -> dict[str, float]:
 
 
 def shape_of(model: Artifact, arch: Tree, environ: Mapping[str, str] = os.environ) -> Shape | None:
-    """The shape of a stage's base model: from the table, or from its config.json where that is on this machine.
+    """The shape of a stage's base model: from the table, or from its config.json, where the run will be or in the hub's
+    cache on this machine.
 
     arch: shapes the tiny model that the project makes. None: nobody here knows the shape.
     """
@@ -51,15 +52,12 @@ def shape_of(model: Artifact, arch: Tree, environ: Mapping[str, str] = os.enviro
             if model.name in row["repository"]:
                 return shapes()[name]
         folder = hub_folder(model, environ)
+        config = there.document(str(folder / "config.json")) if folder else None
     elif model.source in ("store", "path"):
-        folder = Path(model.uri)
+        config = transport.call(there.document, f"{model.uri}/config.json")
     else:
         return None
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else None
-    except (OSError, ValueError):
-        return None
-    return from_hf_config(config, model.name or model.uri) if isinstance(config, dict) else None
+    return from_hf_config(config, model.name or model.uri) if config else None
 
 
 def hub_folder(model: Artifact, environ: Mapping[str, str] = os.environ) -> Path | None:

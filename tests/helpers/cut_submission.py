@@ -2,8 +2,9 @@
 
 `python -m tests.helpers.cut_submission` reads trials as JSON lines: {how, step, near, far, login}. A step is a call to
 the cluster's machine that changes something. how: `kill` ends the process by SIGKILL before the step, `kill-after`
-while it is under way; `cut` and `cut-after` end the connection instead; `lost` lets it be done and loses the answer.
-Answers with {code, steps, said}; code is None where it was killed.
+while it is under way; `cut` and `cut-after` end the connection instead; `lost` lets it be done and loses the answer;
+`full` fills the file system that holds `far`, until the submission is over. Answers with {code, steps, said}; code is
+None where it was killed.
 """
 
 from __future__ import annotations
@@ -14,25 +15,27 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nemotron_recipes import lifecycle
 from nemotron_recipes.errors import NemotronError
-from nemotron_recipes.executors import sites, ssh, there, transport
+from nemotron_recipes.executors import sites, ssh, there, there_changes, transport
 from nemotron_recipes.executors.slurm import SlurmExecutor
 from nemotron_recipes.planning import code
 from tests.helpers.plans import plan_of, probe_stage
 
-QUESTIONS = (there.run, there.changes, there.answered, there.forestall, there.user)
+QUESTIONS = (there.run, there_changes.of_run, there.answered, there.forestall, there.user)
 STAGES = ("first", "second")
+FILLER = "filler"
 
 
 def trial(how: str, step: int, near: str, far: str, login: dict[str, Any]) -> None:
     """One submission of two held jobs."""
     from tests.helpers.executor_harness import placement
 
-    _break_at(how, step)
+    _break_at(how, step, Path(far).parent)
     more = {"additional_parameters": {"hold": True}, **login}
     place = placement(SlurmExecutor(), **more)
     plan = plan_of(Path(far), *(probe_stage(name, placement=place) for name in STAGES))
@@ -42,7 +45,14 @@ def trial(how: str, step: int, near: str, far: str, login: dict[str, Any]) -> No
     lifecycle.submit(prepared, preflight=False)
 
 
-def _break_at(how: str, number: int) -> None:
+def fill(folder: Path) -> None:
+    """Until nothing more can be written there, not even a name."""
+    with suppress(OSError), open(folder / FILLER, "ab", buffering=0) as filler:
+        while True:
+            filler.write(b"x" * 4096)
+
+
+def _break_at(how: str, number: int, far: Path) -> None:
     steps = 0
 
     def broken(original: Any) -> Any:
@@ -56,6 +66,8 @@ def _break_at(how: str, number: int) -> None:
                 return original(self, function, *args)
             if how in ("kill", "cut"):
                 _end(how, self)
+            elif how == "full":
+                fill(far)
             elif how.endswith("after"):
                 threading.Timer(0.005, _end, (how, self)).start()
             done = original(self, function, *args)
@@ -100,6 +112,7 @@ def main() -> None:
         with os.fdopen(read, errors="replace") as said:
             text = said.read()
         _, status = os.waitpid(pid, 0)
+        Path(told["far"]).with_name(FILLER).unlink(missing_ok=True)
         ended_with = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
         steps = [word for word in text.splitlines() if hasattr(there, word)]
         print(json.dumps({"code": ended_with, "steps": steps, "said": text}), flush=True)

@@ -75,9 +75,17 @@ class Server:
             session.wait()
         self.sessions.clear()
 
+    def freeze(self, frozen: bool = True) -> None:
+        """Let all connections fall silent, as where a laptop sleeps; or go on."""
+        for session in self.sessions:
+            for process in _below(session.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
     def log(self) -> str:
         """What all the sshd have said."""
-        return (self.folder / "sshd.log").read_text()
+        file = self.folder / "sshd.log"
+        return file.read_text() if file.exists() else ""
 
     def serve(self) -> None:
         """Until the listener is closed."""
@@ -103,18 +111,22 @@ def key(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def server(env: dict[str, str]) -> Iterator[Server]:
-    """An sshd whose sessions have `env` (SLURM_CONF, ...), until the block ends; its masters end with it."""
+def server(env: dict[str, str], *lines: str) -> Iterator[Server]:
+    """An sshd whose sessions have `env` (SLURM_CONF, ...), until the block ends; its masters end with it.
+
+    lines  of its configuration, before those that all have
+    """
     folder = Path(tempfile.mkdtemp(prefix="sshd-"))  # short: sockets lie below it
     (folder / "home").mkdir(mode=0o700)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     host, user = key(folder / "host_key"), key(folder / "user_key")
     (folder / "authorized_keys").write_text(Path(f"{user}.pub").read_text())
+    environment = " ".join(f'"{name}={value}"' for name, value in env.items())
     (folder / "sshd_config").write_text(
-        f"HostKey {host}\nAuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\n"
+        "".join(f"{line}\n" for line in (*lines, *([f"SetEnv {environment}"] if env else [])))
+        + f"HostKey {host}\nAuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\n"
         "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPidFile none\nMaxStartups 100\n"
-        "SetEnv " + " ".join(f'"{name}={value}"' for name, value in env.items()) + "\n"
     )
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     made = Server(folder, listener, slurm.outside())

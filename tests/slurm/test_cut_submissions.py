@@ -150,6 +150,30 @@ def test_a_submission_over_ssh_that_is_broken(remote: Trials) -> None:
         remote.make(how, step)
 
 
+@pytest.fixture
+def small_far(tmp_path: Path) -> Iterator[None]:
+    """What `remote` submits to lies on a file system of 4 MiB."""
+    (tmp_path / "far").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path / "far")]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no small file system here, which needs root: {done.stderr.strip()}")
+    yield
+    subprocess.run(["umount", "--lazy", str(tmp_path / "far")], check=True)
+
+
+def test_a_disk_there_that_is_full_from_some_step_on(small_far: None, remote: Trials) -> None:
+    steps = _steps(remote)
+    for step in (number for number, name in enumerate(steps, 1) if name in ("submit", "write")):
+        remote.make("full", step)
+
+
+@pytest.mark.long
+def test_a_disk_there_that_is_full_from_any_step_on(small_far: None, remote: Trials) -> None:
+    for step, _ in enumerate(_steps(remote), 1):
+        remote.make("full", step)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("where", ["local", "remote"])
 def test_every_step_of_two_hundred_submissions(where: str, request: pytest.FixtureRequest) -> None:

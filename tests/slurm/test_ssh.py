@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -15,12 +17,15 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.executors import replica, slurm_handle
+from nemotron_recipes.cli import main
+from nemotron_recipes.executors import replica, slurm_control, slurm_handle, ssh
 from nemotron_recipes.executors.transport import Here, Unreachable
 from nemotron_recipes.rundir import RunDir, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm, sshd
 from tests.helpers.plans import ROOT
+
+PREP = ("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40")
 
 pytestmark = [pytest.mark.slurm, pytest.mark.e2e]
 
@@ -35,8 +40,11 @@ def server(slurm_cluster: slurm.Cluster) -> Iterator[sshd.Server]:
 
 
 @pytest.fixture
-def laptop(server: sshd.Server, tmp_path: Path) -> Laptop:
-    return Laptop(server, tmp_path)
+def laptop(server: sshd.Server, tmp_path: Path) -> Iterator[Laptop]:
+    slurm_control._silent.clear()
+    yield Laptop(server, tmp_path)
+    for connection in ssh._connections.values():
+        connection.close()
 
 
 class Laptop:
@@ -58,6 +66,20 @@ class Laptop:
         )
         assert done.returncode == code, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.server.log()}"
         return done
+
+    def typed(self, monkeypatch: pytest.MonkeyPatch, *argv: str, code: int = 0) -> tuple[str, str]:
+        """The same in this process, which has imported everything: stdout and stderr."""
+        out, err = io.StringIO(), io.StringIO()
+        with monkeypatch.context() as here, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            for name in os.environ.keys() - self.env.keys():
+                here.delenv(name)
+            for name, value in self.env.items():
+                here.setenv(name, value)
+            here.chdir(self.folder)
+            with pytest.raises(SystemExit) as ended:
+                main.main(list(argv))
+        assert ended.value.code == code, f"{argv}\n{out.getvalue()}\n{err.getvalue()}\n{self.server.log()}"
+        return out.getvalue(), err.getvalue()
 
     def command(self, *argv: str) -> list[str]:
         return [sys.executable, "-m", "nemotron_recipes", *argv]
@@ -128,74 +150,149 @@ def test_the_same_commands_from_a_laptop(laptop: Laptop) -> None:
     assert laptop.runs()[0]["state"] == "cancelled"
 
 
-def test_one_connection_serves_all_commands(laptop: Laptop) -> None:
+def test_one_connection_serves_all_commands(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
     laptop.nemotron("doctor", "far", code=0)
     before = laptop.server.accepted
-    shown = laptop.nemotron("doctor", "far").stdout
+    shown, _ = laptop.typed(monkeypatch, "doctor", "far")
     assert laptop.server.accepted == before, "the connection of the command before is used again"
     assert "remote_job_dir on cluster writable" in shown and "partition" in shown
     folder = laptop.server.home / ".nemotron" / "ssh"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize(
-    ("fields", "said", "fix"),
-    [
-        ({"known": ""}, "its host key is not known", "compare the key's fingerprint"),
-        ({"known": "other"}, "its host key is not the one that is known", "ssh-keygen -R"),
-        ({"identity": "other"}, "it refuses the login", "load the key into your agent"),
-        ({"remote_python": "/no/python"}, "has no /no/python that would do", "remote_python"),
-    ],
-)
-def test_who_can_not_be_reached_is_told_why(
-    laptop: Laptop, tmp_path: Path, fields: dict[str, str], said: str, fix: str
+def test_who_can_not_be_reached_is_told_why_and_nothing_has_happened(
+    laptop: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = sshd.key(tmp_path / "other")
-    config = tmp_path / "config"
+    """All that can be wrong with a connection: tests/unit/test_ssh_connections.py."""
+    (tmp_path / "known_hosts").touch()
     text = laptop.server.config.read_text()
-    if "known" in fields:
-        known = tmp_path / "known_hosts"
-        words = Path(f"{other}.pub").read_text().split()[:2]
-        known.write_text(f"[127.0.0.1]:{laptop.server.port} {' '.join(words)}\n" if fields["known"] else "")
-        # Whatever the user's own configuration says: an unknown key is never taken.
-        text = text.replace(f"{laptop.server.folder}/known_hosts", str(known)) + "  StrictHostKeyChecking no\n"
-    if "identity" in fields:
-        text = "".join(line for line in text.splitlines(True) if "IdentityFile" not in line)
-    config.write_text(text)
-    given = {"ssh_config": str(config)}
-    given |= {"identity": str(other)} if "identity" in fields else {}
-    given |= {name: value for name, value in fields.items() if name == "remote_python"}
-    laptop.profile(**given)
-    before = laptop.server.log().count("Accepted publickey")
-    done = laptop.nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "--batch", "far", code=2)
-    assert said in done.stderr and fix in done.stderr and "Traceback" not in done.stderr
+    config = tmp_path / "config"
+    config.write_text(text.replace(f"{laptop.server.folder}/known_hosts", str(tmp_path / "known_hosts")))
+    laptop.profile(ssh_config=str(config))
+    _, said = laptop.typed(monkeypatch, *PREP, "--batch", "far", code=2)
+    assert "its host key is not known" in said and "compare the key's fingerprint" in said
     assert not laptop.far.exists()
-    assert laptop.runs() == []
-    if "remote_python" not in fields:
-        assert laptop.server.log().count("Accepted publickey") == before, "refused before anybody logged in"
+    assert os.listdir(laptop.folder) == ["env.toml"]
 
 
-def test_a_relative_path_is_of_no_machine(laptop: Laptop) -> None:
-    done = laptop.nemotron(
-        *(
-            "nano3",
-            "data",
-            "prep",
-            "sft",
-            "-c",
-            "tiny",
-            "data.sources=[{path: rows.jsonl}]",
-            "--dry-run",
-            "--run",
-            "far",
-        ),
-        code=2,
-    )
-    assert "'rows.jsonl' is looked for on cluster" in done.stderr and "full path" in done.stderr
-    done = laptop.nemotron("nano3", "sft", "-c", "tiny", "data.path=artifact:none", "--run", "far", code=2)
-    assert "no artifact 'none' in the store" in done.stderr and str(laptop.far) in done.stderr
-    done = laptop.nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "run.host=else", "--run", "far", code=2)
-    assert "run.host" in done.stderr
+def test_a_sweep_from_a_laptop(laptop: Laptop, slurm_cluster: slurm.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other with nobody alive, continued and cancelled by its name."""
+    flags = ("--multirun", "--max-parallel", "1", "run.additional_parameters={hold: true}", "--batch", "far", "--json")
+    words = (*PREP, "data.pack_size=128,256", *flags)
+    told = json.loads(laptop.typed(monkeypatch, *words)[0])
+    runs = [RunDir(laptop.folder / "nemotron-output/runs" / entry["run"]) for entry in told["runs"]]
+    first, second = ((read_json(run.handle) or {})["native"]["jobs"]["data-prep-sft"] for run in runs)
+    assert slurm_cluster.job(second)["Dependency"] == f"afterany:{first}(unfulfilled)"
+    assert all((laptop.far / "runs" / run.path.name / "plan.json").exists() for run in runs)
+    again = json.loads(laptop.typed(monkeypatch, *words)[0])
+    assert again == told, "the same sweep: nothing is submitted twice"
+    cancelled, _ = laptop.typed(monkeypatch, "runs", "cancel", told["sweep"])
+    assert all(f"{run.path.name}: cancelled" in cancelled for run in runs)
+    for job in (first, second):
+        assert slurm_cluster.wait(job)["JobState"] == "CANCELLED"
+
+
+def test_a_login_node_without_slurm(laptop: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the cluster is asked first or not: sbatch is missing, that is said, and nothing is half done."""
+    (tmp_path / "nothing").mkdir()
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nPATH={tmp_path}/nothing\nexport PATH\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    laptop.profile(remote_python=str(program))
+    _, said = laptop.typed(monkeypatch, *PREP, "--batch", "far", code=2)
+    assert "is not on the PATH of cluster" in said and not laptop.far.exists()
+    _, said = laptop.typed(monkeypatch, *PREP, "--batch", "far", "--skip-preflight", code=2)
+    assert "sbatch is not on the PATH of cluster" in said
+    (run,) = json.loads(laptop.typed(monkeypatch, "runs", "list", "--json")[0])
+    assert run["state"] == "cancelled"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for next to nothing."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no small file system here, which needs root: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_folders_there_that_can_not_be_used(laptop: Laptop, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = (*PREP, "--batch", "far")
+    laptop.profile(remote_job_dir=str(small_disk))
+    _, said = laptop.typed(monkeypatch, *submit, "--skip-preflight", code=2)  # it fills up while the run goes there
+    assert "No space left on device" in said and "remote_job_dir" in said
+    (small_disk / "rest").write_bytes(b"x" * (shutil.disk_usage(small_disk).free))
+    _, said = laptop.typed(monkeypatch, *submit, code=2)
+    assert f"no room is left below {small_disk}" in said and "remote_job_dir" in said
+    laptop.profile(remote_job_dir="/proc/nemotron")
+    _, said = laptop.typed(monkeypatch, *submit, "--skip-preflight", code=2)
+    assert "/proc/nemotron" in said
+    laptop.profile(remote_job_dir="runs")
+    _, said = laptop.typed(monkeypatch, *submit, code=2)
+    assert "'runs' is no full path" in said
+    views = json.loads(laptop.typed(monkeypatch, "runs", "list", "--json")[0])
+    assert [view["state"] for view in views] == ["cancelled"] * 2
+
+
+@pytest.mark.long
+def test_a_pipe_from_a_laptop_goes_on_after_a_failure(laptop: Laptop, tmp_path: Path) -> None:
+    """And what one looks at then: each command that reads runs and artifacts, over the connection."""
+    pipe = laptop.folder / "conf" / "recipe" / "nano3" / "pipe" / "two.yaml"
+    pipe.parent.mkdir(parents=True)
+    stages = "  - {stage: data prep sft, config: tiny}\n  - {stage: sft, config: tiny}\n"
+    pipe.write_text(f"# @package _global_\nkind: pipe\nstages:\n{stages}")
+    mended = tmp_path / "mended"
+    with open(laptop.folder / "env.toml", "a") as profile:
+        profile.write(f"setup = ['case $SLURM_JOB_NAME in *.sft) test -e {mended};; esac']\n")
+    short = ("sft.train.train_iters=4", "sft.checkpoint.save_interval=2", "sft.evaluation.rows=4")
+    words = ("nano3", "pipe", "-c", "two", *short)
+    done = laptop.nemotron(*words, "--batch", "far", "--wait", code=1)
+    failed = laptop.runs()[0]
+    states = {stage["name"]: stage["state"] for stage in failed["stages"]}
+    assert failed["state"] == "failed" and states["data-prep-sft"] == "succeeded", done.stdout
+    assert "failed" in laptop.nemotron("runs", "explain", failed["id"]).stdout
+    mended.touch()
+    laptop.nemotron(*words, "--run", "far")
+    run = laptop.runs()[0]
+    assert run["id"] != failed["id"] and run["state"] == "succeeded"
+    assert {stage["name"]: stage["state"] for stage in run["stages"]}["data-prep-sft"] == "reused"
+    rerun = json.loads(laptop.nemotron("rerun", run["id"], "--json").stdout)  # followed, as that run was
+    assert rerun["state"] == "succeeded" and rerun["id"] != run["id"]
+    # Looking at all of it.
+    for argv, said in (
+        (("runs", "show", run["id"]), "succeeded"),
+        (("runs", "logs", run["id"], "--all-ranks"), "step 4/4"),
+        (("runs", "watch", run["id"]), f"{run['id']}: succeeded"),
+        (("runs", "diff", failed["id"], run["id"]), "inputs"),
+        (("runs", "compare", failed["id"], run["id"]), "TOKENS/S"),
+        (("artifacts", "list", "-p", "far"), "nano3-tiny-sft-data:v1"),
+        (("artifacts", "show", "nano3-tiny-sft", "--verify", "-p", "far"), f"{laptop.far}/store/nano3-tiny-sft/v"),
+        (("lineage", "nano3-tiny-sft:v1", "-p", "far"), "data.path: nano3-tiny-sft-data:v1"),
+    ):
+        assert said in laptop.nemotron(*argv).stdout, argv
+    laptop.nemotron("report", "nano3-tiny-sft:v1", "-p", "far")
+    assert "nano3-tiny-sft-data:v1" in (laptop.folder / "report.md").read_text()
+    assert "no artifact 'none'" in laptop.nemotron("lineage", "none", "-p", "far", code=2).stderr
+    # What the same stage has taken there says how long it takes.
+    again = [word.removeprefix("sft.") for word in short]
+    sft = ("nano3", "sft", "-c", "tiny", "data.path=artifact:nano3-tiny-sft-data", *again)
+    assert f"(from run {rerun['id']})" in laptop.nemotron(*sft, "--dry-run", "--batch", "far").stdout
+
+
+def test_a_relative_path_is_of_no_machine(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("nano3", "data", "prep", "sft", "-c", "tiny")
+    told = laptop.typed(monkeypatch, *words, "data.sources=[{path: rows.jsonl}]", "--dry-run", "--run", "far", code=2)
+    assert "'rows.jsonl' is looked for on cluster" in told[1] and "full path" in told[1]
+    told = laptop.typed(monkeypatch, "nano3", "sft", "-c", "tiny", "data.path=artifact:none", "--run", "far", code=2)
+    assert "no artifact 'none' in the store" in told[1] and str(laptop.far) in told[1]
+    told = laptop.typed(monkeypatch, *words, "run.host=else", "--run", "far", code=2)
+    assert "run.host" in told[1]
     assert os.listdir(laptop.folder) == ["env.toml"]
 
 

@@ -10,7 +10,8 @@ import pytest
 from nemotron_recipes import lifecycle, sweep
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors import there
-from nemotron_recipes.executors.ssh import Connection, Login
+from nemotron_recipes.executors.ssh_login import Login
+from nemotron_recipes.executors.ssh_session import Connection
 from nemotron_recipes.executors.transport import Unreachable
 from nemotron_recipes.rundir import RunDir, append_event, write_sealed
 from nemotron_recipes.spec import JobHandle, Request

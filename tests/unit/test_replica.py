@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemotron_recipes.executors import replica, there
+from nemotron_recipes.executors import replica, there, there_changes
 from nemotron_recipes.executors.transport import Here
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 
@@ -19,6 +20,7 @@ class Copy:
     def __init__(self, folder: Path):
         self.far, self.near = folder / "far" / "run", folder / "near" / "run"
         self.sent: list[tuple[str, int, int]] = []  # name, offset, bytes
+        self.before: Callable[[], None] = lambda: None  # each question
 
     def refresh(self) -> list[tuple[str, int, int]]:
         self.sent = []
@@ -26,6 +28,7 @@ class Copy:
         return self.sent
 
     def _call(self, function: Any, *args: Any) -> Any:
+        self.before()
         said = Here().call(function, *args)
         self.sent += [(name, offset, len(data)) for name, _, offset, data in said["files"]]
         return said
@@ -86,7 +89,7 @@ def test_a_file_that_was_replaced_under_the_same_inode_comes_anew(copy: Copy) ->
 
 def test_of_a_log_that_has_grown_the_rest_comes(copy: Copy) -> None:
     for name in ("events.jsonl", "sft/logs/rank-0.log", "sft/logs/nodes-1.out", "sft/submission/1.err"):
-        begun = "line\n" * there.TAIL
+        begun = "line\n" * there_changes.TAIL
         copy.write(name, begun)
         copy.refresh()
         copy.write(name, begun + "more\n")
@@ -119,14 +122,8 @@ def test_a_large_file_that_never_stands_still_is_left_for_the_next_time(
 ) -> None:
     monkeypatch.setattr(there, "PIECE", 10)
     numbers = iter(range(100))
-    original = there.changes
-
-    def changes(root: str, known: Any) -> Any:
-        copy.write("stacks.txt", f"{next(numbers):02d}" * 20)
-        return original(root, known)
-
-    monkeypatch.setattr(there, "changes", changes)
+    copy.before = lambda: copy.write("stacks.txt", f"{next(numbers):02d}" * 20)
     assert len(copy.refresh()) == 2
-    monkeypatch.setattr(there, "changes", original)
+    copy.before = lambda: None
     copy.refresh()
     assert copy.read("stacks.txt") == "01" * 20

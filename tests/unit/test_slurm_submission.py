@@ -13,7 +13,9 @@ import pytest
 from nemotron_recipes.cli import plan_text
 from nemotron_recipes.executors import sites, slurm_control, slurm_handle, slurm_submission, there, transport
 from nemotron_recipes.executors.slurm import SlurmExecutor
-from nemotron_recipes.executors.ssh import Connection, Login, Remote
+from nemotron_recipes.executors.ssh import Remote
+from nemotron_recipes.executors.ssh_login import Login
+from nemotron_recipes.executors.ssh_session import Connection
 from nemotron_recipes.rundir import RunDir, append_event, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import JobHandle
 from tests.helpers.plans import plan_of, probe_stage
