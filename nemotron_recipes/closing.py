@@ -32,7 +32,8 @@ from nemotron_recipes.rundir import (
 CLOSED = "closed.json"
 FOLDERS = ("logs", "events", "failures", "environment", "stacks")  # of a stage
 FILES = ("events.jsonl", "driver.log", "code.patch", "mirror/journal.jsonl", "mirror/done.jsonl")  # of a run
-MOST = 2 << 30  # bytes to be read at an end, which may not take minutes; of what is more, the length is noted
+KINDS = (".log", ".out", ".err", ".txt", ".json", ".jsonl")  # others there come and go
+MOST = 1 << 29  # bytes to be read at an end, which may not take minutes; of what is more, the length is noted
 DEEP = 5  # folders from a file up to its run's
 
 
@@ -87,7 +88,8 @@ def changed(run: RunDir) -> Iterator[Damaged]:
 def _files(run: RunDir) -> Iterator[Path]:
     """The short ones first."""
     places = [folder for name in FOLDERS for folder in run.path.glob(f"*/{name}")]
-    found = {path for place in places for path in place.rglob("*") if path.is_file() and not path.is_symlink()}
+    there = (path for place in places for path in place.rglob("*") if path.suffix in KINDS)
+    found = {path for path in there if path.is_file() and not path.is_symlink()}
     found |= {path for name in FILES if (path := run.path / name).is_file()}
     return iter(sorted(found, key=lambda path: (path.stat().st_size, path)))
 

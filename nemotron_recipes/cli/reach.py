@@ -112,7 +112,8 @@ class _Guard:
             os.set_blocking(relay.reader, False)
             self.selector.register(relay.reader, selectors.EVENT_READ, relay)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: os.kill(pid, number))
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, _: os.kill(pid, number))
         signal.signal(signal.SIGINT, self._interrupt)
 
     def watch(self) -> int:
