@@ -14,10 +14,13 @@ from urllib.parse import quote
 
 import pytest
 
+from nemotron_recipes.artifacts.lineage import lineage
 from nemotron_recipes.artifacts.records import load_run
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror.journal import pending
+from nemotron_recipes.report.document import report
+from nemotron_recipes.report.html import lineage_page, run_page
 from nemotron_recipes.report.verify import damage
 from nemotron_recipes.rundir import RunDir, read_json
 from tests.helpers.cli import ROOT, nemotron
@@ -81,6 +84,12 @@ def test_the_run_folder_says_where_it_ran_and_names_secrets_only(place: Path) ->
     assert facts["packages"]["torch"] and facts["python"] and facts["cpus"] >= 1 and facts["host"]
     assert "SOME_API_KEY" in facts["secrets"] and facts["variables"]["NEMOTRON_RUN_ID"] == run.path.name
     assert facts["variables"]["NEMOTRON_NOTE"] == "https://[hidden]@example.com"
+    store, view = Store(place / "nemotron-output/store"), load_run(run.path)
+    made = store.resolve("nano3-tiny-sft")
+    root = lineage(store, made)
+    pages = {"lineage.html": lineage_page(root), "run.html": run_page(view)}
+    for name, text in {**pages, "report.md": report(store, made, root, view, curves=False)}.items():
+        (place / name).write_text(text)
     assert leaks(PLANTED, [place]) == [] and leaks(KEY, [place]) == []
     hidden = base64.b64encode(f"user:{PLANTED}".encode()).decode()
     plain = base64.b64encode(PLANTED.encode()).decode()
