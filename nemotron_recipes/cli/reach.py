@@ -66,8 +66,8 @@ def _can_wait_for_processes() -> bool:
 def _folders() -> list[Path]:
     try:
         environment = read_environment()
-    except UserError:
-        return []  # the command itself says what is wrong with env.toml
+    except (UserError, FileNotFoundError):
+        return []  # the command itself says what is wrong with env.toml, or with the current folder
     return [environment.output / "runs", environment.store]
 
 
