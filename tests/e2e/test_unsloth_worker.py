@@ -145,6 +145,23 @@ def test_a_base_with_missing_weights_is_refused_before_unsloth_loads_it(tmp_path
     assert asked.calls == []
 
 
+def test_weights_that_are_a_pickle_are_not_opened(tmp_path, base):
+    import pickle
+    import shutil
+
+    class Planted:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(base, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Planted()}))
+    with pytest.raises(UserError, match="no model could be loaded from .*safetensors"):
+        Plain().load(folder, settings_for(required=False), lambda: 8)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_four_bits_that_were_left_out_end_the_run(tmp_path, base, data, monkeypatch):
     """As the real one does where it can't use bitsandbytes: a message in the log, and 16 bits."""
     from nemotron_recipes.worker.trl import run

@@ -71,6 +71,7 @@ def load_model(folder: Path, settings: TrlSettings, **how: Any) -> Any:
             dtype=DTYPES[settings.model.dtype],
             attn_implementation=settings.model.attn_implementation,
             output_loading_info=True,
+            use_safetensors=True,  # pickles are programs
             **how,
         )
     except (OSError, ValueError, RuntimeError) as error:
