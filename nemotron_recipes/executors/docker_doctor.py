@@ -3,6 +3,7 @@ container that lists the GPUs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _SHARED_MEMORY = ("gb10", "dgx spark")  # in the product's name
 _GPU_SECONDS = 120.0
+_IMAGE_ROOM = 40 * GIB
 _MODEL_ROOM = 100 * GIB  # the 30B model is 63 GB, and comes in pieces
 
 
@@ -30,6 +32,8 @@ def findings(profile: DockerProfile, hf_cache: Path, where: Transport = HERE) ->
     yield from _memory(profile, product, where)
     driver = where.call(links.read, str(_DRIVER)).splitlines()
     yield Finding("GPU driver", "ok" if driver else "warning", driver[0] if driver else "none: stages run on the CPU")
+    if driver:
+        yield _cuda(where)
     yield from _daemon(profile, bool(driver), where)
     _, free = where.call(there.room, str(hf_cache))
     said = f"{free / GIB:.0f} GiB free for {hf_cache}"
@@ -37,6 +41,16 @@ def findings(profile: DockerProfile, hf_cache: Path, where: Transport = HERE) ->
     for device, interface, up, speed in where.call(links.ports):
         said = f"{interface} is {'up' if up else 'down'}{f', {speed} Mb/s' if up and speed else ''}"
         yield Finding(f"link {device}", "ok" if up else "warning", said)
+
+
+def _cuda(where: Transport) -> Finding:
+    """The newest CUDA that the driver knows: an image with a newer major version does not start on it."""
+    said = where.call(there.run, ["nvidia-smi"], _GPU_SECONDS)
+    found = re.search(r"CUDA Version:\s*(\d+\.\d+)", said.get("out", ""))
+    if found is None:
+        words = str(said.get("err") or "").strip() or "nvidia-smi does not say it"
+        return Finding("CUDA", "problem", f"not known: {words}")
+    return Finding("CUDA", "ok", f"the driver knows {found[1]} and older")
 
 
 def _memory(profile: DockerProfile, product: str, where: Transport) -> Iterator[Finding]:
@@ -68,6 +82,9 @@ def _daemon(profile: DockerProfile, gpu: bool, where: Transport) -> Iterator[Fin
             yield Finding("docker", "problem", f"{docker.host} is Podman's socket")
             return
         yield Finding("docker", "ok", f"{info['ServerVersion']} at {docker.host}, images in {info['DockerRootDir']}")
+        _, free = where.call(there.room, str(info["DockerRootDir"]))
+        said = f"{free / GIB:.0f} GiB free for images, which take 10 to 30 GiB each"
+        yield Finding("docker's disk", "ok" if free > _IMAGE_ROOM else "warning", said)
         kept = bool(info.get("LiveRestoreEnabled"))
         said = "containers outlive the daemon" if kept else 'set "live-restore": true in /etc/docker/daemon.json'
         yield Finding("docker restarts", "ok" if kept else "warning", said)

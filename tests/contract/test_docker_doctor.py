@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,33 @@ def test_a_machine_with_docker(docker_daemon: docker.Daemon, monkeypatch: pytest
     assert docker_daemon.host in found["docker"][1]
     assert found["docker restarts"] == ("warning", 'set "live-restore": true in /etc/docker/daemon.json')
     assert found["image"][0] == "ok"
+    assert "free for images" in found["docker's disk"][1]
     assert "GiB available" in found["memory"][1]
     assert found["memory watchdog"] == ("ok", "runs are stopped below 6 GiB")
     assert look(container_image="no.such/image:1")["image"][0] == "problem"
     docker_daemon.load_foreign_image("nemotron-test:doctor", "s390x")
     assert look(container_image="nemotron-test:doctor")["image"] == ("problem", "nemotron-test:doctor: s390x")
     assert look(docker_host="unix:///nowhere")["docker"][0] == "problem"
+
+
+def test_the_driver_and_the_newest_cuda_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake driver's file, and a fake nvidia-smi that says what one has said on a DGX Spark."""
+    fake_driver, fake_smi = tmp_path / "version", tmp_path / "bin" / "nvidia-smi"
+    fake_driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05\n")
+    fake_smi.parent.mkdir()
+    monkeypatch.setattr(docker_doctor, "_DRIVER", fake_driver)
+    monkeypatch.setenv("PATH", str(fake_smi.parent), prepend=os.pathsep)
+    nowhere = f"unix://{tmp_path}/nobody"
+    for script, state, told in (
+        ("echo '| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05   CUDA Version: 13.0 |'", "ok", "knows 13.0"),
+        ("echo 'Failed to initialize NVML' >&2; exit 15", "problem", "not known: Failed to initialize NVML"),
+    ):
+        fake_smi.write_text(f"#!/bin/sh\n{script}\n")
+        fake_smi.chmod(0o755)
+        found = look(docker_host=nowhere)
+        assert "580.95.05" in found["GPU driver"][1]
+        assert found["CUDA"][0] == state
+        assert told in found["CUDA"][1]
 
 
 def test_a_machine_that_shares_its_memory_wants_a_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
