@@ -2,7 +2,7 @@
 # trl image with Unsloth on top, so the trl backend runs in it as well.
 #   docker build -t nemotron-recipes/trl:25.11 -f containers/trl.Dockerfile containers
 #   docker build -t nemotron-recipes/unsloth:25.11 -f containers/unsloth.Dockerfile containers
-# Not built or run yet: written on a machine without access to the base image.
+# Not built on NVIDIA's image yet; see trl.Dockerfile for what was tried.
 FROM nemotron-recipes/trl:25.11
 
 # Without its dependencies: Unsloth asks for trl<=1.15 and transformers<=5.17, and pip would replace those of the image,
@@ -12,6 +12,8 @@ FROM nemotron-recipes/trl:25.11
 # Pins, with the reason and the date:
 #   unsloth, unsloth_zoo 2026.10.9   2026-11: the version whose signatures the worker follows
 #   bitsandbytes 0.50.*              2026-11: 4-bit bases; Unsloth refuses 0.46.0 and 0.48.0
-RUN pip install --no-cache-dir --no-deps "unsloth==2026.10.9" "unsloth_zoo==2026.10.9" "bitsandbytes==0.50.*" \
-      "cut_cross_entropy" \
+#   cut_cross_entropy 25.1.1         2026-11: the version that unsloth_zoo 2026.10.9 was tried with
+# PIP_CONSTRAINT is emptied for the reason that trl.Dockerfile gives.
+RUN PIP_CONSTRAINT= python3 -m pip install --no-cache-dir --no-deps \
+      "unsloth==2026.10.9" "unsloth_zoo==2026.10.9" "bitsandbytes==0.50.*" "cut_cross_entropy==25.1.1" \
  && python3 -c "from importlib.metadata import version as v; print(v('unsloth'), v('unsloth_zoo'), v('bitsandbytes'))"

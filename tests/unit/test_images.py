@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from nemotron_recipes import image_list
 from nemotron_recipes.backends import REGISTRY as BACKENDS
+from nemotron_recipes.backends.data_prep import IMPORTS as DATA_PREP
+from nemotron_recipes.backends.trl import IMPORTS as TRL
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import image_check, images
 from nemotron_recipes.executors.credentials import find_credentials
@@ -28,6 +32,11 @@ from tests.helpers import docker
 from tests.helpers.cli import ROOT, nemotron
 from tests.helpers.executor_harness import wait_for
 from tests.helpers.registry import PASSWORD, USER, Registry, registry
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytestmark = pytest.mark.docker
 HERE = architecture(platform.machine())
@@ -374,3 +383,29 @@ def _importing(target: Path, **options: Any) -> subprocess.Popen[Any]:
     assert Reference("r.io", "a", "1").for_pyxis == "r.io#a:1"
     argv = [sys.executable, "-c", code, str(target)]
     return subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, **options)
+
+
+def test_our_images_install_what_workers_import_at_versions_that_tests_run_on() -> None:
+    """The extras of data preparation, its gates and the trl worker, but for torch, which the base image brings."""
+    tree = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    wanted = [Requirement(text) for extra in ("data", "gates", "trl") for text in tree[extra]]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    newest = {line.partition("==")[0]: line.partition("==")[2].partition(" ")[0] for line in lines if "==" in line}
+    installed = {}
+    for file in (image_list.folder() / "trl.Dockerfile", image_list.folder() / "unsloth.Dockerfile"):
+        told = [Requirement(text) for text in re.findall(r'"([A-Za-z0-9_-]+[=><][^"]*)"', file.read_text())]
+        installed |= {each.name.lower(): each for each in told}
+    for requirement in wanted:
+        name = requirement.name.lower()
+        if name not in ("torch", "nemotron-recipes"):
+            assert name in installed, f"{name} is missing in trl.Dockerfile"
+            assert installed[name].specifier.contains(newest[name]), f"{installed[name]}: tests run on {newest[name]}"
+    backends = {"trl": TRL, "data_prep": DATA_PREP}
+    distributions = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    for modules in backends.values():
+        for module in modules:
+            assert module == "torch" or distributions.get(module, module) in installed, module
+    for image in images.known_images():  # what the list says of them is what the recipe pins
+        if image.recipe and image.versions:
+            for name, version in image.versions.items():
+                assert installed[name].specifier.contains(str(version))
