@@ -1,8 +1,6 @@
 # The trl backend on NVIDIA's PyTorch image, for x86-64 and aarch64 (a DGX Spark's GB10: sm_121, CUDA 13).
 #   docker build -t nemotron-recipes/trl:25.11 -f containers/trl.Dockerfile containers
-# Not built on NVIDIA's image yet: written on a machine without access to it. What was tried: this file builds, and the
-# tiny pipeline's imports work, on a stand-in with Python 3.12's predecessor and a CPU build of torch (docs/images.md);
-# every version that is named here exists as a wheel for Python 3.12 on both architectures (2026-11).
+# Not built on NVIDIA's image yet: written on a machine without access to it. docs/images.md says what was tried instead.
 FROM nvcr.io/nvidia/pytorch:25.11-py3
 
 # torch, CUDA and Triton stay as NVIDIA built them for this GPU: a torch from elsewhere has no kernels for sm_121. pip

@@ -19,6 +19,7 @@ from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.executors.slurm import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, read_json
+from nemotron_recipes.sources import digest_of
 from nemotron_recipes.spec import JobHandle, Placement, StagePlan
 from tests.helpers import images, slurm
 from tests.helpers.executor_harness import events, placement, wait_until_over
@@ -80,7 +81,10 @@ def run_of(tmp_path: Path, stage: StagePlan) -> tuple[JobHandle, list[dict[str, 
     """Submit it alone, wait; its handle and what was seen on each node."""
     folder = tmp_path / "run"
     stage = replace(stage, launch=replace(stage.launch, args=(str(RunDir(folder).stage("first").path),)))
-    handle, _ = submit(EXECUTOR, plan_of(folder, stage))
+    plan = plan_of(folder, stage)
+    if (folder / "code").is_dir():  # the launcher holds the copy against the plan
+        plan = replace(plan, code=replace(plan.code, digest=digest_of(folder / "code" / "nemotron_recipes")))
+    handle, _ = submit(EXECUTOR, plan)
     assert wait_until_over(EXECUTOR, handle, 120) == "ended"
     seen = [read_json(path) or {} for path in sorted((folder / "first").glob("seen-*.json"))]
     return handle, seen
