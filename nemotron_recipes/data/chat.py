@@ -33,14 +33,13 @@ def samples(messages: list[Message]) -> list[Sample]:
     reasoning out of earlier turns. Without, one sample that learns from every assistant turn. `weight: 0` turns are
     never learned from; a sample without anything to learn is left out."""
     users: list[int] = []
-    if any([message.get("reasoning_content") for message in messages]):  # noqa: C419  a list is quicker
+    if [True for message in messages if "reasoning_content" in message and message["reasoning_content"]]:
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if users:
-        ends = [*users[1:], len(messages)]
-        parts = [(messages[:end], start) for start, end in zip(users, ends, strict=True)]
-    else:
-        parts = [(messages, -1)]
-    found = [Sample(part, _learned(part, after)) for part, after in parts]
+    if not users:
+        learned = _learned(messages, -1)
+        return [Sample(messages, learned)] if learned else []
+    ends = [*users[1:], len(messages)]
+    found = [Sample(messages[:end], _learned(messages[:end], start)) for start, end in zip(users, ends, strict=True)]
     return [sample for sample in found if sample.learned]
 
 
@@ -140,7 +139,7 @@ def _learned(messages: list[Message], after: int) -> tuple[int, ...]:
         [  # a list first: it is quicker
             index
             for index, message in enumerate(messages)
-            if message["role"] == "assistant" and index > after and message.get("weight") != 0
+            if index > after and message["role"] == "assistant" and message.get("weight") != 0
         ]
     )
 

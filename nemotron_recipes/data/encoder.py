@@ -245,11 +245,9 @@ def keep_blocks(encoded: Encoded, blocks: Sequence[int]) -> Encoded:
     return encoded._replace(mask=mask)
 
 
-def label_mask(mask: np.ndarray) -> np.ndarray:
+def label_mask(mask: np.ndarray) -> bytes:
     """Aligned to labels (position i says whether token i+1 counts): shifted left, the last position is 0."""
-    labels: np.ndarray = np.zeros(len(mask), dtype=np.uint8)
-    labels[:-1] = mask[1:]
-    return labels
+    return (mask.tobytes()[1:] + b"\0")[: len(mask)]
 
 
 def _encodable(text: str) -> bool:

@@ -28,9 +28,9 @@ from nemotron_recipes.data.splits import content_key, split_of, weight_point
 from nemotron_recipes.data.spool import Spool, SpoolWriter, Tally, is_whole
 from nemotron_recipes.errors import Problem, UserError
 
-BLOCK_ROWS = 256  # encoded at once
+BLOCK_ROWS = 1024  # encoded at once
 BLOCK_BYTES = 2 << 20  # of text, roughly: large rows make smaller blocks
-EVERY = 8  # of each eighth block (so of every shard) the reference encodes one row as well,
+EVERY = 3  # of each third block (so of every shard) the reference encodes one row as well,
 STRIDE = 97  # and not always the first one
 ANSWERS = {"dpo": ("chosen", "rejected"), "kto": ("completion",), "rl": ()}
 GC_OBJECTS = 100_000  # new objects between two looks for cycles
@@ -147,6 +147,7 @@ class ShardEncoder:
             method = self.recipe.method
             encoded = _sft(encoder, placed) if method == "sft" else _answers(encoder, method, rows)
         ready = iter(zip(placed, encoded, strict=True))
+        gates = self.recipe.gates
         for line in lines:
             if line.number in results:
                 _drop(writer, line.number, results[line.number])
@@ -156,11 +157,11 @@ class ShardEncoder:
                 _drop(writer, line.number, what)
                 continue
             sequences, payload, ids = what
-            verdict = self._judge_tokens(one.candidate, ids, tally)
+            verdict = self._judge_tokens(one.candidate, ids, tally) if gates.rows else None
             if isinstance(verdict, Drop):
                 _drop(writer, line.number, verdict)
                 continue
-            signatures = self._signatures(one.candidate, ids, tally)
+            signatures = self._signatures(one.candidate, ids, tally) if gates.corpus else []
             length, tokens = _lengths(ids)
             split = SPLITS.index(one.candidate.split)
             writer.keep(line.number, split, one.point, sequences, payload, length, tokens, signatures)
@@ -276,6 +277,8 @@ def _blocks(lines: Iterator[Line]) -> Iterator[list[Line]]:
 
 def _lengths(ids: Sequence[np.ndarray]) -> tuple[int, int]:
     """(tokens of the prompt and the longest answer, tokens of all)."""
+    if len(ids) == 1:
+        return len(ids[0]), len(ids[0])
     first, *others = [len(one) for one in ids] or [0]
     return first + max(others, default=0), first + sum(others)
 

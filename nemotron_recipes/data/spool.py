@@ -77,15 +77,14 @@ class SpoolWriter:
         line: int,
         split: int,
         point: float,
-        sequences: Sequence[tuple[np.ndarray, np.ndarray]],
+        sequences: Sequence[tuple[np.ndarray, bytes]],
         payload: bytes,
         length: int,
         tokens: int,
         signatures: Sequence[bytes],
     ) -> None:
-        """A row that goes on. `sequences`: ids and label-aligned masks; `length`, `tokens`: where there are none."""
-        for ids, mask in sequences:
-            learned = mask.tobytes()
+        """A row that goes on. `sequences`: ids and label-aligned masks as bytes; `length`, `tokens`: where there are none."""
+        for ids, learned in sequences:
             self._ids.write(ids.astype(_INT32, copy=False).tobytes())
             self._mask.write(learned)
             self._lengths.append(len(ids))

@@ -150,7 +150,7 @@ def test_mask_table() -> None:
         ("<|im_start|>", 0, 0), ("assistant", 0, 0), ("\n", 0, 0), ("<think>", 0, 0), ("</think>", 0, 1),
         ("4", 1, 1), ("2", 1, 1), ("<|im_end|>", 1, 0), ("\n", 0, 0),
     ]  # fmt: skip
-    assert list(zip(tokens, ours.mask.tolist(), label_mask(ours.mask).tolist(), strict=True)) == table
+    assert list(zip(tokens, ours.mask.tolist(), label_mask(ours.mask), strict=True)) == table
 
 
 def test_the_header_is_not_learned_where_a_token_joins_it_with_the_content() -> None:

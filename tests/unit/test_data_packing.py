@@ -58,7 +58,7 @@ def filled(folder: Path, lengths: list[int], groups: list[list[int]]) -> PackRea
     for number, length in enumerate(lengths):
         mask = np.arange(length, dtype=np.uint8) % 2
         mask[-1] = 0
-        writer.keep(number, 0, 0.0, [(np.full(length, number, dtype=np.int32), mask)], b"", 0, 0, [])
+        writer.keep(number, 0, 0.0, [(np.full(length, number, dtype=np.int32), mask.tobytes())], b"", 0, 0, [])
     writer.finish(Tally())
     starts = np.concatenate([[0], np.cumsum(lengths)])
     records = np.array([(0, lengths[i], starts[i]) for group in groups for i in group], dtype=RECORD)
