@@ -33,7 +33,7 @@ def samples(messages: list[Message]) -> list[Sample]:
     reasoning out of earlier turns. Without, one sample that learns from every assistant turn. `weight: 0` turns are
     never learned from; a sample without anything to learn is left out."""
     users: list[int] = []
-    if [True for message in messages if "reasoning_content" in message and message["reasoning_content"]]:
+    if [True for message in messages if message.get("reasoning_content")]:
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not users:
         learned = _learned(messages, -1)

@@ -83,7 +83,7 @@ class SpoolWriter:
         tokens: int,
         signatures: Sequence[bytes],
     ) -> None:
-        """A row that goes on. `sequences`: ids and label-aligned masks as bytes; `length`, `tokens`: where there are none."""
+        """A row that goes on. `sequences`: ids and label-aligned masks as bytes; `length`, `tokens`: where none are."""
         for ids, learned in sequences:
             self._ids.write(ids.astype(_INT32, copy=False).tobytes())
             self._mask.write(learned)
