@@ -39,6 +39,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 ATTEMPT_ENV = "NEMOTRON_ATTEMPT"
 DEADLINE_ENV = "NEMOTRON_DEADLINE"  # seconds since the epoch: by then a worker must have saved and ended
 STACKS_SIGNAL = "SIGUSR2"  # a worker that gets it writes the Python stacks of all its threads to its stacks file
+RANKS_HERE_ENV = "NEMOTRON_RANKS_HERE"  # so many ranks, from 0 on, write into one run folder; unset: all
 RUN_ID_ENV = "NEMOTRON_RUN_ID"  # in the environment of every process that an executor starts for a run
 
 

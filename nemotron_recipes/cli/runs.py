@@ -132,7 +132,8 @@ def cancel(run: str) -> None:
             click.echo(printable(f"{after.id}: {after.state}"))
         return
     view = lifecycle.load(_find(run))
-    if view.state not in ("running", "stalled", "pending") or view.handle is None:
+    over = view.state not in ("running", "stalled", "pending")
+    if view.handle is None or (over and not lifecycle.left_behind(view.handle)):
         raise UserError(Problem(f"run {view.id} is not running: it is {view.state}", view.path))
     lifecycle.cancel(view.handle)
     after = lifecycle.load(Path(view.path))

@@ -95,6 +95,10 @@ class Executor(Protocol):
         """Of a run that has not succeeded: take away what it has left in a queue for ever; sentences on that."""
         ...
 
+    def left_behind(self, handle: JobHandle) -> list[str]:
+        """Sentences on what a run that has ended may have left running, which `cancel` takes away. Asks nobody."""
+        ...
+
     def cancel(self, handle: JobHandle) -> None:
         """Stop the whole run and everything that it started; returns when it has stopped."""
         ...

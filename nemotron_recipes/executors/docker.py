@@ -31,10 +31,10 @@ from nemotron_recipes.executors.docker_control import (
     Unreachable,
     endpoint,
 )
-from nemotron_recipes.executors.docker_places import daemon_of, hosts_of
+from nemotron_recipes.executors.docker_places import CLEARED, daemon_of, hosts_of, left_on
 from nemotron_recipes.executors.docker_profile import HCA_ENV, LINK_ENV, MEETING_ENV, DockerProfile, contradictions
 from nemotron_recipes.executors.driven import DrivenExecutor, driver_command, has_ended
-from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, RunDir, StageDir
+from nemotron_recipes.rundir import ATTEMPT_ENV, RANKS_HERE_ENV, RUN_ID_ENV, RunDir, StageDir, append_event
 from nemotron_recipes.spec import Examination, JobHandle, Plan, Rendered, RenderedStage, StagePlan, Tree
 
 LAUNCHER = "nemotron_recipes.executors.docker_launch"
@@ -137,8 +137,12 @@ class DockerExecutor(DrivenExecutor):
             return "running"
         return "ended" if found else "lost"
 
-    def _stop_orphans(self, handle: JobHandle, grace: float) -> None:
-        run = RunDir(Path(handle.run_dir))
+    def left_behind(self, handle: JobHandle) -> list[str]:
+        """Containers on hosts that were away when the run ended."""
+        return [f"{host} was away when the run ended: its container may still run there" for host in left_on(handle)]
+
+    def _stop_orphans(self, handle: JobHandle, grace: float) -> list[str]:
+        run, left = RunDir(Path(handle.run_dir)), []
         for host in hosts_of(handle):
             try:
                 docker = daemon_of(host, handle)
@@ -146,9 +150,15 @@ class DockerExecutor(DrivenExecutor):
                     docker.stop(container, grace)
                     docker.remove(container)
                 hosts_copy.clear(host, run)
+                if host.name in left_on(handle):
+                    append_event(run.events, CLEARED, host=host.name)
             except (Refused, Unreachable, transport.Unreachable, OSError) as error:
-                print(f"{host.name}: docker can't be asked to stop run {handle.run}, so its processes are: {error}")
+                if host.node == 0:
+                    print(f"docker can't be asked to stop run {handle.run}, so its processes are: {error}")
+                else:
+                    left.append(f"its container on {host.name} may still run: {error}")
         docker_files.secrets(run).unlink(missing_ok=True)
+        return left
 
 
 def _render_stage(plan: Plan, stage: StagePlan) -> RenderedStage:
@@ -179,6 +189,8 @@ def _argv(
     network, devices = profile.network, []
     if number > 1:
         env = {**env, docker_files.NODE_ENV: str(host.node)}
+        if not profile.hosts_share_files:
+            env[RANKS_HERE_ENV] = str(profile.nproc_per_node)
         inherited += [*LINK_ENV, *(() if HCA_ENV in profile.env else (HCA_ENV,)), *MEETING_ENV]
         network = "host"
         devices = ["--device", f"{RDMA_DEVICES}:{RDMA_DEVICES}"] if os.path.exists(RDMA_DEVICES) else []

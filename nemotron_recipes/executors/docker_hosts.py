@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import docker_files, hosts, hosts_copy, memory, slurm_meeting, there, torchrun
-from nemotron_recipes.executors.docker_places import daemon_at
+from nemotron_recipes.executors.docker_places import LEFT, daemon_at
 from nemotron_recipes.executors.docker_runner import StageContainer, start
 from nemotron_recipes.executors.driver import Blamed, StageFailed
 from nemotron_recipes.executors.hosts import Host, NoLink
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ECHO_SECONDS = 5.0  # within which ranks on other hosts fall over a failed one by themselves, and say so
 _MEMORY_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
 _STALE_SECONDS = 5.0  # an older figure says nothing
 
 
@@ -58,10 +59,10 @@ def launched(runner: DockerRunner, stage: RenderedStage, attempt: int, log: Path
             for host in machines[1:]:
                 stack.callback(_clear, host, runner.run)
                 _bring(runner, host, stage)
-            parts = _started(runner, stage, attempt, machines, environments, stack)
+            parts = _started(runner, stage, attempt, machines, environments)
         except (NoLink, slurm_meeting.NoMeeting, NemotronError, OSError) as error:
             raise StageFailed(str(error)) from None
-        together = Together(parts, stage, attempt, runner.options)
+        together = Together(parts, stage, attempt, runner.options, runner.run)
         try:
             yield together
         finally:
@@ -71,7 +72,8 @@ def launched(runner: DockerRunner, stage: RenderedStage, attempt: int, log: Path
 class Together:
     """See `driver.Started`."""
 
-    def __init__(self, parts: list[Part], stage: RenderedStage, attempt: int, options: Tree):
+    def __init__(self, parts: list[Part], stage: RenderedStage, attempt: int, options: Tree, run: RunDir):
+        self.run = run
         self.parts, self.stage, self.attempt = parts, StageDir(Path(stage.cwd)), attempt
         self.lost_after: float = options["hosts_lost_seconds"]
         self.grace: float = options["grace_seconds"]
@@ -82,22 +84,29 @@ class Together:
         self._failed_at: float | None = None
         self._memory: dict[str, tuple[float, memory.Memory | None]] = {}
         self._over = threading.Event()
+        self._changed = threading.Event()  # another host's part has ended
         for part in parts:
             part.seen = time.monotonic()
             if part.host.node:
                 part.back.start()
+                threading.Thread(target=self._look_at, args=(part,), daemon=True).start()
         if options["memory_stop_gib"] is not None:
             for part in parts[1:]:
                 threading.Thread(target=self._watch_memory, args=(part.host,), daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
-        for part in self.parts:
-            if part.container.wait(seconds / len(self.parts)):
+        first, *others = self.parts
+        if first.container.wait(seconds):
+            self._note(first)
+            if not self._all_over():
+                self._changed.wait(seconds)
+                self._changed.clear()
+        for part in others:
+            if part.container.code is not None:
                 self._note(part)
-            elif part.container.away:
-                self._judge_absence(part)
-            else:
-                part.seen = time.monotonic()
+            elif part.container.away and time.monotonic() - part.seen > self.lost_after:
+                part.container.give_up(part.container.away)
+                self._note(part)
         failed = [part for part in self.parts if part.container.code]
         if failed and not self._all_over():
             self._end_the_others()
@@ -138,6 +147,8 @@ class Together:
         """All has ended: bring back what is left, and leave nothing on the other hosts."""
         self._over.set()
         for part in self.parts:
+            if part.container.away:
+                append_event(self.run.events, LEFT, host=part.host.name, container=part.container.id)
             if part.host.node:
                 part.back.stop()
                 with suppress(NemotronError, OSError):
@@ -152,10 +163,14 @@ class Together:
             self._ends += 1
             part.order = self._ends
 
-    def _judge_absence(self, part: Part) -> None:
-        if time.monotonic() - part.seen > self.lost_after:
-            part.container.give_up(part.container.away)
-            self._note(part)
+    def _look_at(self, part: Part) -> None:
+        """On another host, which may take long to answer: the first one must not be left alone meanwhile."""
+        while not self._over.is_set():
+            if part.container.wait(_LOOK_SECONDS):
+                self._changed.set()
+                return
+            if not part.container.away:
+                part.seen = time.monotonic()
 
     def _end_the_others(self) -> None:
         """One has failed: the others fall over it, are asked, and are ended, in this order."""
@@ -179,8 +194,8 @@ class Together:
     def _first(self) -> Part | None:
         """The part that failed first; the others fell over it. None where none has failed.
 
-        Hosts' clocks differ, and a rank that was killed leaves no word: that one comes before those that say what they
-        fell over, and then the failure files decide, as far as two of one host's clock do.
+        Hosts' clocks differ. A host that is gone comes first, then a rank that was killed, which leaves no word; those
+        that say what they fell over, in the order in which their ends were seen.
         """
         failed = [part for part in self.parts if part.container.code]
         unasked = [part for part in failed if not part.container.asked or part.container.away]
@@ -228,7 +243,6 @@ def _started(
     attempt: int,
     machines: list[Host],
     environments: list[dict[str, str]],
-    stack: ExitStack,
 ) -> list[Part]:
     """All, or none: StageFailed names the host that could not."""
     parts: list[Part] = []

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nemotron_recipes.executors import hosts
 from nemotron_recipes.executors.docker_control import Docker, endpoint
 from nemotron_recipes.executors.hosts import Host
+from nemotron_recipes.rundir import RunDir, read_jsonl
 from nemotron_recipes.spec import JobHandle
+
+LEFT, CLEARED = "left-behind", "cleared"  # events: a host was away at the end; its container has been removed since
 
 
 def hosts_of(handle: JobHandle) -> list[Host]:
@@ -23,3 +28,14 @@ def daemon_of(host: Host, handle: JobHandle) -> Docker:
 def daemon_at(host: Host, given: str | None) -> Docker:
     """The daemon `given`, or the one that docker's command finds there. Unreachable."""
     return Docker(endpoint(given, host.where), host.where)
+
+
+def left_on(handle: JobHandle) -> list[str]:
+    """Names of hosts that were away when the run ended, and where nobody has looked since."""
+    found: dict[str, None] = {}
+    for event in read_jsonl(RunDir(Path(handle.run_dir)).events):
+        if event["event"] == LEFT:
+            found[event["host"]] = None
+        elif event["event"] == CLEARED:
+            found.pop(event["host"], None)
+    return [*found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -105,10 +106,13 @@ class StageContainer:
         self._asked = False
         self._cut_off = False  # the daemon is away, or was when it ended
         self.away = ""  # why its host can't be reached now
+        self._lock = threading.Lock()  # one looks at it while another one stops it
 
     def wait(self, seconds: float) -> bool:
-        if self._code is not None:
-            return True
+        with self._lock:
+            return self._code is not None or self._look(seconds)
+
+    def _look(self, seconds: float) -> bool:
         if self._waiting is None:
             if self._watching is None or self._watching.poll() is not None:
                 self._watching = self.docker.start(
@@ -141,7 +145,8 @@ class StageContainer:
             if found.running:  # it has outlived that
                 self._cut_off = False
                 return False
-        self._code = self._ended_with(found.exit_code if found else None)
+        code = self._ended_with(found.exit_code if found else None)
+        self._code = code if self._code is None else self._code
         return True
 
     def ask(self) -> None:

@@ -49,7 +49,7 @@ def settle(handle: JobHandle) -> list[Tree]:
 
 def _containers(handle: JobHandle, started: Tree) -> list[tuple[Host, Docker, Container | None]]:
     """The stage's, the first host's first. Refused; Unreachable."""
-    ids = [*started.get("containers", {"": started["container"]}).values()]
+    ids = [started["containers"][name] for name in started["hosts"]] if "hosts" in started else [started["container"]]
     machines = hosts_of(handle)[: len(ids)]
     found = []
     for host, id_ in zip(machines, ids, strict=True):

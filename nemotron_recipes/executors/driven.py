@@ -160,12 +160,18 @@ class DrivenExecutor:
         if driver is not None:
             process_tree.ask(driver)
             process_tree.wait([driver], grace + _STOP_SLACK_SECONDS)  # it stops its stage, and records that
-        self._stop_orphans(handle, grace)
+        left = self._stop_orphans(handle, grace)
         survivors = process_tree.stop(handle.run, grace)
         if survivors:
             raise JobFailed(f"run {handle.run}: processes {survivors} did not end, not even on SIGKILL")
         if not has_ended(handle):  # the driver was killed before it could say so
             end(RunDir(Path(handle.run_dir)), "cancelled", stage=None, attempt=None)
+        if left:
+            raise JobFailed(f"run {handle.run}: {'; '.join(left)}")
+
+    def left_behind(self, handle: JobHandle) -> list[str]:
+        """Nothing: all is on this machine, and the driver ends only after it."""
+        return []
 
     def _unfit(self, plan: Plan) -> Iterator[Problem]:
         """What the machine can't do of the plan, looked at before anything is started."""
@@ -175,8 +181,9 @@ class DrivenExecutor:
         """Of a run of this machine whose driver and processes are gone, and which nobody ended."""
         return "lost"
 
-    def _stop_orphans(self, handle: JobHandle, grace: float) -> None:
-        """Stop what is no process of this machine's own."""
+    def _stop_orphans(self, handle: JobHandle, grace: float) -> list[str]:
+        """Stop what is no process of this machine's own; sentences on what could not be stopped."""
+        return []
 
 
 def driver_command(plan: Plan) -> tuple[tuple[str, ...], ...]:

@@ -19,6 +19,11 @@ def above_glob(pattern: str) -> str:
     return str(path)
 
 
+def matches(pattern: str) -> list[Path]:
+    """The path itself where it exists, else what the glob finds."""
+    return [Path(name) for name in ([pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True))]
+
+
 def stale(root: str, files: Mapping[str, Sequence[object]]) -> list[str]:
     """Those that are not below `root` as they should be: name -> [size, time in whole seconds, digest or ""].
 

@@ -41,7 +41,7 @@ def needed(run: RunDir, plan: Tree, name: str) -> list[Path]:
         elif artifact["source"] == "store":
             found.append(Path(artifact["uri"]).parent)
         elif artifact["source"] == "path":
-            found.append(Path(host_files.above_glob(artifact["uri"])))
+            found += host_files.matches(artifact["uri"])
     return [path for path in [*found, store / ".index"] if path.exists()]
 
 

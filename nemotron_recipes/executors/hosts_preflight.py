@@ -123,6 +123,6 @@ def _not_shared(host: Host, plan: Plan, stage: StagePlan) -> Iterator[Problem]:
 
 
 def _inputs(stage: StagePlan) -> list[Path]:
-    uris = [a.uri for a in stage.inputs.values() if a.source in ("store", "path")]
-    paths = [Path(host_files.above_glob(uri)) for uri in [*uris, *([stage.resume_from] if stage.resume_from else [])]]
-    return [path for path in paths if path.exists()]
+    """What would be copied, as far as it exists by now."""
+    uris = [artifact.uri for artifact in stage.inputs.values() if artifact.source in ("store", "path")]
+    return [path for uri in [*uris, *filter(None, [stage.resume_from])] for path in host_files.matches(uri)]

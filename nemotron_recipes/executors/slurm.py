@@ -188,6 +188,10 @@ class SlurmExecutor:
         words = "waited for a job that has failed, and would have done so for ever: it was cancelled"
         return [f"{stage}: job {job} {words}" for stage, job in stuck.items()]
 
+    def left_behind(self, handle: JobHandle) -> list[str]:
+        """Nothing: Slurm ends a job's processes."""
+        return []
+
     def cancel(self, handle: JobHandle) -> None:
         """scancel every job, wait until they are gone, then record it; of a run that has ended nothing changes."""
         run = RunDir(Path(handle.run_dir))

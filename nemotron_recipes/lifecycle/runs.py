@@ -58,6 +58,11 @@ def differences(handle: JobHandle) -> list[str]:
         return executor.differences(handle)
 
 
+def left_behind(handle: JobHandle) -> list[str]:
+    """What the run, which has ended, may have left running."""
+    return get_executor(handle.executor).left_behind(handle)
+
+
 def shell(handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
     """argv that runs a command where a stage runs."""
     with at(handle) as executor:
@@ -116,7 +121,8 @@ def _tidied(view: RunView) -> RunView:
     if view.handle is None or view.state not in ("failed", "cancelled", "lost"):
         return view
     with transport.through(sites.of_handle(view.handle)):
-        found = get_executor(view.handle.executor).tidy(view.handle)
+        executor = get_executor(view.handle.executor)
+        found = [*executor.tidy(view.handle), *executor.left_behind(view.handle)]
     return replace(view, differences=(*view.differences, *found))
 
 

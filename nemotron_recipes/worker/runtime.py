@@ -32,7 +32,7 @@ from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Cancelled, JobFailed, NemotronError, Problem, Unfinished, UserError
 from nemotron_recipes.mirror.journal import Journal
 from nemotron_recipes.mirror.sync import follow
-from nemotron_recipes.rundir import latest_checkpoint, read_json, read_jsonl, write_record, write_sealed
+from nemotron_recipes.rundir import RANKS_HERE_ENV, latest_checkpoint, read_json, read_jsonl, write_record, write_sealed
 from nemotron_recipes.spec import Artifact, Producer
 from nemotron_recipes.worker import room
 from nemotron_recipes.worker.context import Context
@@ -196,9 +196,11 @@ class Attempt:
 
     def _wait_for_the_other_ranks(self) -> None:
         """Until all have started: in a start by hand a rank counts its attempt on from the record, so it must not
-        find this one's. A rank that never starts is the launcher's to notice, which then stops this one."""
+        find this one's. A rank that never starts is the launcher's to notice, which then stops this one. Ranks with a
+        folder of their own, on other hosts, don't count: theirs may come here later, or never."""
         context = self.context
-        waiting = [context.dir.events(context.attempt, rank) for rank in range(1, context.world_size)]
+        number = int(os.environ.get(RANKS_HERE_ENV) or context.world_size)
+        waiting = [context.dir.events(context.attempt, rank) for rank in range(1, number)]
         while waiting and not context.stop_signal:
             waiting = [path for path in waiting if next(read_jsonl(path), None) is None]
             time.sleep(POLL if waiting else 0)

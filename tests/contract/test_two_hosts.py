@@ -71,11 +71,15 @@ def test_what_would_not_work_is_refused_before_anything_starts(pair: two_hosts.P
                 "hosts_interface": "wlan0",
                 "container_image": "nemotron-test:here",
                 "hosts_folder": "/proc/x",
-                "mounts": [f"{tmp_path}:/x", "/no/such:/y"],
+                "mounts": [f"{tmp_path}:/x", f"{tmp_path}/gone:/y"],
             },
             [
                 *("localhost has no interface wlan0", "fast0 (10.88.1.1), slow0"),
-                *("second: image nemotron-test:here is not", "docker pull", "second: /no/such of mounts is not there"),
+                *(
+                    "second: image nemotron-test:here is not",
+                    "docker pull",
+                    f"second: {tmp_path}/gone of mounts is not there",
+                ),
                 *("second: ", "/proc", "hosts_folder"),
             ],
         ),

@@ -273,6 +273,13 @@ def test_another_ranks_failure_is_the_cause(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_a_rank_with_a_run_folder_of_its_own_is_not_waited_for(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    first = stage.start(rank=0, world=2, NEMOTRON_RANKS_HERE="1")
+    assert first.wait(60) == 0
+    assert stage.record and (stage.record["state"], stage.record["world_size"]) == ("succeeded", 2)
+
+
 def test_a_killed_worker_is_reconciled(tmp_path: Path) -> None:
     stage = Stage(tmp_path, action="kill")
     assert stage.run()[0] == -signal.SIGKILL
