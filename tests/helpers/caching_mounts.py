@@ -141,7 +141,7 @@ def main(folder: Path, processes: int) -> None:
     held = shared / "store" / left.folder.relative_to(folder / "a" / "store")
     assert held.exists(), "its owner is this process, which is alive"
     (held / "owner.json").write_text('{"pid": 1, "start": "0", "boot": "x", "namespace": "y"}')
-    old = staging.OLD + 10 + held.stat().st_mtime
+    old = staging.OLD + 10 + (held / "owner.json").stat().st_mtime
     assert held in staging.clean(shared / "store", old), "an abandoned one goes by its age"
     assert list((shared / "store" / ".staging").iterdir()) == []
     print(f"{processes} processes over two mounts: {len(versions)} versions")
