@@ -32,7 +32,7 @@ def varied(count: int, seed: int = 0) -> list[Any]:
     return rows
 
 
-def job(file: Path, spools: Path | None = None, **data: Any) -> Job:
+def job(file: Path | str, spools: Path | None = None, **data: Any) -> Job:
     source = {"path": str(file), "weight": data.pop("weight", 1.5)}
     tree = {"sources": [source], "tokenizer": "tiny", "pack_size": 128, "workers": 1, **data}
     return Job("sft", read_settings(tree, "sft"), (file,), tiny_folder(), TEMPLATE, spools=spools)
