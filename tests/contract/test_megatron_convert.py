@@ -5,19 +5,25 @@ Only Transformer Engine and what asks CUDA for nothing of substance are fakes (t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.backends import get_backend
 from nemotron_recipes.config.schema import ConvertConfig
+from nemotron_recipes.errors import UserError
 from nemotron_recipes.rundir import TRACKER
 from nemotron_recipes.spec import Artifact, Output, StageSpec
+from nemotron_recipes.tiny.model import write_model
+from nemotron_recipes.worker.megatron_convert import stage
 from tests.helpers import real_megatron
+from tests.helpers.training import ARCH
 
 ROOT = Path(__file__).parents[2]
 HELPER = ROOT / "tests" / "helpers" / "megatron_on_cpu.py"
@@ -45,6 +51,24 @@ def test_what_a_conversion_needs(method, checkpoint, message):
     assert problem.what == message and problem.fix
 
 
+@pytest.mark.parametrize(
+    ("fields", "gpu", "refused"),
+    [
+        ({"mamba_num_heads": 64}, False, True),
+        ({"num_experts": 128}, False, True),
+        ({"n_routed_experts": 128}, True, False),
+        ({"num_hidden_layers": 2}, False, False),
+    ],
+)
+def test_layers_that_need_a_gpu_say_so(
+    fields: dict[str, int], gpu: bool, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="only where a GPU is visible") if refused else contextlib.nullcontext():
+        stage.require_gpu(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def python() -> Path:
     return real_megatron.python()
@@ -59,16 +83,17 @@ def run(python: Path, *arguments: object) -> str:
     return done.stdout
 
 
-def convert(python: Path, folder: Path, method: str, model: Path, **checkpoints: Path) -> Path:
+def convert(python: Path, folder: Path, method: str, model: Path, trust: bool = False, **checkpoints: Path) -> Path:
     """Plan one conversion, run its worker, and return the content of what it has registered."""
     store = Store(folder / "store")
     inputs = {"model.path": Artifact("path", "model", uri=str(model))}
     inputs |= {f"checkpoint.{n}": Artifact("path", "checkpoint", uri=str(p)) for n, p in checkpoints.items()}
     tree = config(method, str(model), **{name: str(path) for name, path in checkpoints.items()})
+    tree["backend"]["native"]["trust_remote_code"] = trust
     backend = get_backend("megatron_convert")
     slot = backend.makes(tree)
-    stage = {"id": "r", "stage": method, "dir": str(folder / method), "store": str(store.root), "fingerprint": method}
-    launch = backend.describe(StageSpec(tree, inputs, (Output(slot, f"{method}ed", slot),), stage))
+    place = {"id": "r", "stage": method, "dir": str(folder / method), "store": str(store.root), "fingerprint": method}
+    launch = backend.describe(StageSpec(tree, inputs, (Output(slot, f"{method}ed", slot),), place))
     files = Path(launch.args[1]).parent
     files.mkdir(parents=True)
     for name, text in launch.files.items():
@@ -94,6 +119,47 @@ def test_weights_come_back(python: Path, tmp_path: Path) -> None:
     assert changed == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(2)}
     after = json.loads(run(python, "compare", model, merged, adapters / "adapters.pt"))
     assert max(after.values()) < 2e-3  # a rounding of bfloat16
+
+
+# As the hub's repositories of Nemotron bring them; weights are read by their names, no class of theirs computes.
+CONFIGURATION = """\
+from transformers import PretrainedConfig
+class NemotronHConfig(PretrainedConfig):
+    model_type = "nemotron_h"
+"""
+MODELING = """\
+from transformers import PreTrainedModel
+from .configuration_nemotron_h import NemotronHConfig
+class NemotronHForCausalLM(PreTrainedModel):
+    config_class = NemotronHConfig
+"""
+
+
+@pytest.mark.long
+def test_nemotrons_weights_come_back(python: Path, tmp_path: Path) -> None:
+    """The tiny Nemotron, with Mamba, attention and experts, as Transformers writes it; its own code comes with it."""
+    model = tmp_path / "model"
+    write_model(model, ARCH, seed=3)
+    told = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}
+    classes["AutoModelForCausalLM"] = "modeling_nemotron_h.NemotronHForCausalLM"
+    told |= {"hybrid_override_pattern": "M*EM*E", "num_hidden_layers": 6, "auto_map": classes}
+    told["time_step_limit"] = [0.0, 1e9]  # the Transformers beside Megatron-Bridge 0.3 can't read an infinity
+    (model / "config.json").write_text(json.dumps(told))
+    (model / "configuration_nemotron_h.py").write_text(CONFIGURATION)
+    (model / "modeling_nemotron_h.py").write_text(MODELING)
+    imported = convert(python, tmp_path, "import", model, trust=True)
+    exported = convert(python, tmp_path, "export", model, trust=True, path=imported)
+    differences = json.loads(run(python, "compare", model, exported))
+    assert set(differences.values()) == {0.0}
+    kinds = (
+        "mixer.A_log",
+        "mixer.conv1d.weight",
+        "mixer.experts.7.up_proj.weight",
+        "e_score_correction_bias",
+        "q_proj",
+    )
+    assert all(any(kind in name for name in differences) for kind in kinds)
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 sys.path.append(str(Path(__file__).parents[2] / "tools" / "schemas"))
 import stubs
@@ -48,6 +49,34 @@ class LayerNormLinear(Linear):
             self.add({"layer_norm_bias": (in_features,)}, named.get("params_dtype"))
 
 
+class GroupedLinear(_Layer):
+    """The linear layers of a rank's experts: weight0, weight1, ..."""
+
+    def __init__(self, num_gemms: int, in_features: int, out_features: int, params_dtype: Any = None, **named: Any):
+        super().__init__()
+        self.num_gemms, self.in_features, self.out_features, self.use_bias = num_gemms, in_features, out_features, False
+        self.te_return_bias = self.fp8 = self.fp8_calibration = False
+        self.fp8_meta = {"fp8_checkpoint": False}
+        self.add({f"weight{number}": (out_features, in_features) for number in range(num_gemms)}, params_dtype)
+
+    def init_fp8_metadata(self, **unused: Any) -> None:
+        """There is no FP8 here."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nor a state of it."""
+
+
+class GatedRMSNorm(_Layer):
+    """mamba_ssm's, before the output projection of a Mamba layer."""
+
+    def __init__(self, hidden_size: int, dtype: Any = None, **unused: Any):
+        super().__init__()
+        self.add({"weight": (hidden_size,)}, dtype)
+
+
 class RMSNorm(_Layer):
     def __init__(self, hidden_size: int, params_dtype: Any = None, **unused: Any):
         super().__init__()
@@ -59,19 +88,47 @@ class DotProductAttention(_Layer):
         super().__init__()
 
 
+class _OnCpu(TorchFunctionMode):
+    """What asks for memory of a GPU gets the machine's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = dict(kwargs or {})
+        if "device" in named and "cuda" in str(named["device"]):
+            named["device"] = "cpu"
+        return func(*args, **named)
+
+
 def install() -> None:
     """From now on Megatron-Core finds these layers, and a CUDA that has nothing to wait for."""
-    stubs.install(("transformer_engine", "megatron.energon", *STUBS))
+    stubs.install(("transformer_engine", "megatron.energon", "mamba_ssm", *STUBS))
+    gated: Any = importlib.import_module("mamba_ssm.ops.triton.layernorm_gated")
+    gated.RMSNorm = GatedRMSNorm
     fake: Any = importlib.import_module("transformer_engine.pytorch")
     cpu_offload: Any = importlib.import_module("transformer_engine.pytorch.cpu_offload")
 
     sys.modules["transformer_engine"].pytorch = fake  # type: ignore[attr-defined]
-    for layer in (Linear, LayerNormLinear, RMSNorm, DotProductAttention):
+    for layer in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention):
         setattr(fake, layer.__name__, layer)
     cpu_offload.get_cpu_offload_context = fake.get_cpu_offload_context = lambda *given, **named: (
         contextlib.nullcontext(),
         lambda tensor: tensor,
     )
+    _OnCpu().__enter__()
     torch.cuda.synchronize = lambda *given: None
     torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.Stream = contextlib.nullcontext  # type: ignore[assignment,misc]
     torch.cuda.get_rng_state = torch.get_rng_state  # save_megatron_model asks for it and then leaves it out
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *given, **named: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *given, **named: torch.set_rng_state(state)
+    loading: Any = importlib.import_module("megatron.bridge.training.model_load_save")
+    begin = loading.temporary_distributed_context
+
+    @contextlib.contextmanager
+    def seeded(**named: Any) -> Any:
+        """As where a GPU is visible: without one the state that Mamba layers are built with is left out."""
+        with begin(**named):
+            random.model_parallel_cuda_manual_seed(0)
+            yield
+
+    loading.temporary_distributed_context = seeded

@@ -1,4 +1,4 @@
-"""One conversion from its inputs to its output: one process, on the CPU, through Megatron-Bridge's AutoBridge.
+"""One conversion from its inputs to its output: one process, weights on the CPU, through Megatron-Bridge's AutoBridge.
 
 The calls are those of its own programs: examples/conversion/convert_checkpoints.py and examples/peft/merge_lora.py up
 to 0.5, scripts/conversion (device cpu) from 0.6 on.
@@ -6,6 +6,7 @@ to 0.5, scripts/conversion (device cpu) from 0.6 on.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.converting import RUN_CONFIG, adapters_of, checkpoint_folder, key_of, require_hf_folder
 from nemotron_recipes.worker.hub import folder_of
 
+# What a config.json has where there are layers that Megatron-Core (0.16 to 0.19) builds only where a GPU is visible:
+# ssm/mamba_mixer.py wants its random state, transformer/moe/token_dispatcher.py a stream of it.
+_NEED_GPU = ("mamba_num_heads", "n_routed_experts", "num_experts", "num_local_experts")
 _LORA = ("target_modules", "dim", "alpha", "dropout", "dropout_position")  # what the shape of adapters follows from
 
 
@@ -24,6 +28,7 @@ def run(config: Tree, context: Context) -> None:
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
     method, model = config["method"], folder_of(context, "model.path")
+    require_gpu(model)
     sources = {name: checkpoint_folder(context, name) for name in ("path", "base") if key_of(name) in context.inputs}
     if method == "merge":
         lora_settings(sources["path"])  # before gigabytes are read
@@ -40,6 +45,18 @@ def run(config: Tree, context: Context) -> None:
         else:
             merge_adapters(model, sources["base"], sources["path"], output, config)
     require_hf_folder(output, "Megatron-Bridge")
+
+
+def require_gpu(model: Path) -> None:
+    """UserError: this model has layers that can't be built here."""
+    import torch
+
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if any(config.get(name) for name in _NEED_GPU) and not torch.cuda.is_available():
+        what = (
+            "Megatron-Core builds Mamba layers and experts only where a GPU is visible, even to convert their weights"
+        )
+        raise UserError(Problem(what, "model.path", "give the stage a GPU: in its profile, gpus_per_node or gpus"))
 
 
 def import_model(model: Path, output: Path, dtype: str, trust: bool) -> None:
