@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from nemotron_recipes.errors import Cancelled, NemotronError, Problem, UserError
-from slurm import clients, cluster, keeper
+from slurm import clients, cluster, keeper, releases
 from slurm.spec import Spec, load
 
 EPILOG = """\
@@ -64,6 +64,13 @@ def _up(arguments: argparse.Namespace, folder: Path) -> None:
 def _down(arguments: argparse.Namespace, folder: Path) -> None:
     if not cluster.down(folder):
         print(f"no test cluster in {folder}")
+
+
+def _fetch(arguments: argparse.Namespace, folder: Path) -> None:
+    into = Path(os.path.abspath(arguments.folder))
+    release = releases.fetch(arguments.suite, into, arguments.mirror, arguments.keys)
+    print(f"Slurm {release.version} of {arguments.suite} is in {into}")
+    print(f'a cluster of it:   PATH={shlex.quote(str(into / "bin"))}:"$PATH" slurm/testcluster up')
 
 
 def _status(arguments: argparse.Namespace, folder: Path) -> None:
@@ -153,6 +160,13 @@ def _parser() -> argparse.ArgumentParser:
         ("start-daemon", _start_daemon, "bring a killed daemon back"),
     ):
         command(name, run, text).add_argument("name", metavar="N" if "node" in name else "NAME")
+    text = "unpack the Slurm of another Debian release into a folder; nothing is installed"
+    fetch = commands.add_parser("fetch", description=text, help=text)
+    fetch.set_defaults(run=_fetch, dir=None)
+    fetch.add_argument("suite", metavar="SUITE", help="bullseye, trixie, sid, ...")
+    fetch.add_argument("folder", metavar="FOLDER", help="a new one; FOLDER/bin goes before the PATH")
+    fetch.add_argument("--mirror", default="", metavar="URL", help="of Debian or Ubuntu (default: this machine's own)")
+    fetch.add_argument("--keys", default="", metavar="FILE", help="the keyring that signs it (default: Debian's)")
     keep = commands.add_parser("keep", parents=[common])  # no help: `up` calls it, and it is not listed
     keep.set_defaults(run=_keep)
     keep.add_argument("--while", dest="while_pid", type=int)

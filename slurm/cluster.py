@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
-from slurm import clients, conf, isolation, keeper, proctree, pyxis
-from slurm.services import missing_packages, services
+from slurm import clients, conf, isolation, keeper, proctree, pyxis, releases
+from slurm.services import missing_packages, program, services
 from slurm.spec import Files, Spec, load, problems_of_folder
 
 # Below the kernel's range for outgoing connections, so that none of those takes a port between choice and use.
@@ -75,6 +75,7 @@ def plan(
         subnet=f"127.{random.randint(1, 254)}.{random.randint(1, 254)}",
         ports=free_ports(nodes + 2),
         settings=settings or {},
+        release=releases.of_program(program("slurmctld")),
     )
 
 
@@ -183,6 +184,7 @@ def _write(spec: Spec) -> Spec:
         print(f"note: nodes share this machine's host name: namespaces are refused here ({refused})", file=sys.stderr)
     _write_shared(files.slurm_conf, conf.slurm_conf(spec))
     _write_shared(files.gres_conf, conf.gres_conf(spec))
+    _write_shared(files.cgroup_conf, conf.cgroup_conf(spec))
     _write_shared(files.plugstack_conf, conf.plugstack_conf(spec))
     if spec.standin:
         pyxis.build(spec)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from slurm.spec import Spec
 
+CGROUPS_DISABLED = (23, 11)  # from here on slurmd wants a cgroup plugin, or to be told that there is none
+STORE_FLAGS = (21, 8)  # from here on the accounting can keep scripts and environments
 SLURMDBD_PORT, SLURMCTLD_PORT, FIRST_NODE_PORT = 1, 0, 2  # places in Spec.ports
 
 
@@ -38,6 +40,11 @@ def gres_conf(spec: Spec) -> str:
     return f"AutoDetect=off\nNodeName={','.join(spec.node_names)} Name=gpu File={spec.files.devices}/gpu{numbers}\n"
 
 
+def cgroup_conf(spec: Spec) -> str:
+    """cgroup.conf: Slurm that could be told so makes no cgroups at all."""
+    return "CgroupPlugin=disabled\n" if spec.release.number >= CGROUPS_DISABLED else ""
+
+
 def plugstack_conf(spec: Spec) -> str:
     """plugstack.conf. Required: a job whose container can't be made fails, as with Pyxis."""
     files = spec.files
@@ -64,6 +71,7 @@ def slurmdbd_conf(spec: Spec) -> str:
             f"StorageUser={spec.user}",
             "StorageLoc=slurm_acct_db",
             "CommitDelay=0",
+            *([f"PluginDir={spec.release.plugins}"] if spec.release.plugins else []),
             "",
         ]
     )
@@ -102,7 +110,6 @@ def _parameters(spec: Spec) -> dict[str, str]:
         "TaskPlugin": "task/none",
         "JobAcctGatherType": "jobacct_gather/linux",
         "MpiDefault": "none",
-        "SwitchType": "switch/none",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_Core",
         "SlurmdParameters": "config_overrides",  # nodes have the CPUs that are configured, not the machine's
@@ -126,12 +133,13 @@ def _parameters(spec: Spec) -> dict[str, str]:
             "AccountingStorageHost": "127.0.0.1",
             "AccountingStoragePort": str(spec.ports[SLURMDBD_PORT]),
             "AccountingStoragePass": str(files.munge_socket),
-            "AccountingStoreFlags": "job_comment,job_env,job_script",
         }
+        if spec.release.number >= STORE_FLAGS:
+            parameters["AccountingStoreFlags"] = "job_comment,job_env,job_script"
         if spec.gpus:
             parameters["AccountingStorageTRES"] = "gres/gpu"
         if spec.accounts:
             parameters["AccountingStorageEnforce"] = "associations"
-    else:
-        parameters["AccountingStorageType"] = "accounting_storage/none"
+    if spec.release.plugins:
+        parameters["PluginDir"] = spec.release.plugins
     return parameters

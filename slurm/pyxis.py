@@ -35,7 +35,8 @@ def build(spec: Spec) -> None:
     for folder, mode in ((files.standin.parent, 0o755), (files.registry, 0o755), (files.containers, 0o1777)):
         folder.mkdir()
         folder.chmod(mode)  # whatever the umask
-    argv = [program("cc"), "-shared", "-fPIC", "-O1", "-o", str(files.standin), str(SOURCE)]
+    sysroot = [f"--sysroot={spec.release.sysroot}"] if spec.release.sysroot else []
+    argv = [program("cc"), *sysroot, "-shared", "-fPIC", "-O1", "-o", str(files.standin), str(SOURCE)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NemotronError(f"{SOURCE.name} can't be built:\n{done.stderr.strip()}")

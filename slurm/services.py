@@ -85,8 +85,10 @@ def services(spec: Spec) -> dict[str, Service]:
     if spec.accounting:
         found += _accounting(spec, env)
     found.append(Service("slurmctld", (program("slurmctld"), "-D", "-f", conf), env))
+    stepd = ("-d", spec.release.stepd) if spec.release.stepd else ()
     for name in spec.node_names:
-        found.append(Service(name, (program("slurmd"), "-D", "-N", name, "-f", conf), env, node=name))
+        argv = (program("slurmd"), "-D", "-N", name, "-f", conf, *stepd)
+        found.append(Service(name, argv, env, node=name))
     return {service.name: service for service in found}
 
 

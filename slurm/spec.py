@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import write_atomic
+from slurm.releases import Release
 
 # A path of a unix socket holds 107 bytes; the longest below a cluster's folder is a job step's,
 # spool/node999/node999_4294967295.4294967295.4294967295.
@@ -40,6 +41,10 @@ class Files:
     @property
     def slurmdbd_conf(self) -> Path:
         return self.folder / "etc" / "slurmdbd.conf"
+
+    @property
+    def cgroup_conf(self) -> Path:
+        return self.folder / "etc" / "cgroup.conf"
 
     @property
     def hosts(self) -> Path:
@@ -130,6 +135,7 @@ class Spec:
     isolated: bool  # every node has a host name and an address of its own
     subnet: str  # the first three numbers of the nodes' loopback addresses
     ports: tuple[int, ...]
+    release: Release  # which Slurm it is
     standin: bool = False  # takes Pyxis's options
     settings: dict[str, str] = field(default_factory=dict)  # slurm.conf parameters that replace ours
 
@@ -161,7 +167,8 @@ def load(folder: Path) -> Spec:
         raise UserError(
             Problem(f"no test cluster in {folder}", fix="`slurm/testcluster up`, or name its folder by --dir")
         ) from None
-    return Spec(**{**values, "accounts": tuple(values["accounts"]), "ports": tuple(values["ports"])})
+    kept = {"accounts": tuple(values["accounts"]), "ports": tuple(values["ports"])}
+    return Spec(**{**values, **kept, "release": Release(**values["release"])})
 
 
 def problems_of_folder(folder: Path) -> list[Problem]:

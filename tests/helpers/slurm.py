@@ -17,6 +17,7 @@ import pytest
 
 from slurm import pyxis
 from slurm.services import SEARCH, missing_packages
+from slurm.spec import load
 
 PROGRAM = Path(__file__).parents[2] / "slurm" / "testcluster"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
@@ -32,6 +33,11 @@ class Cluster:
     def env(self) -> dict[str, str]:
         """The environment of commands that speak to this cluster, and of no other Slurm."""
         return outside() | {"SLURM_CONF": str(self.folder / "etc" / "slurm.conf")}
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """Which Slurm it is: (22, 5) of 22.05.8."""
+        return load(self.folder).release.number
 
     def run(self, *argv: str, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
         """One of Slurm's commands; `code` is the exit status that it must have (None: any)."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from slurm import conf, proctree, services
+from slurm.releases import Release
 from slurm.spec import Spec, load, problems_of_folder
 from tests.helpers import images, slurm
 from tests.helpers.slurm import Cluster, manage, wait_for
@@ -304,7 +305,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_settings_replace_parameters_whatever_their_case() -> None:
     settings = {"slurmdtimeout": "4"}
-    spec = Spec("/c", "me", "box", 2, 8, 1000, 0, False, (), True, "127.9.9", (1, 2, 3, 4), settings=settings)
+    ports, release = (1, 2, 3, 4), Release("22.05.8")
+    spec = Spec("/c", "me", "box", 2, 8, 1000, 0, False, (), True, "127.9.9", ports, release, settings=settings)
     lines = conf.slurm_conf(spec).splitlines()
     assert [line for line in lines if line.lower().startswith("slurmdtimeout=")] == ["slurmdtimeout=4"]
     assert [line.split()[2] for line in lines if line.startswith("NodeName=")] == [
