@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
 from nemotron_recipes.executors import slurm_states, there, transport
@@ -20,8 +19,6 @@ _SLOW_SECONDS, _REST_SECONDS = 1.0, 3.0
 _JOBS_AT_ONCE, _NAMES_AT_ONCE = 5000, 500  # an argument holds 128 KiB
 _silent: dict[str, float] = {}  # command -> until when it is not worth another try (time.monotonic)
 
-
-
 _TIMES = {"SLURM_TIME_FORMAT": "%s"}  # else as the user's own environment and time zone have it
 
 # How Slurm's commands say that nobody answers: no slurm.conf, no slurmctld, no reply within MessageTimeout.
@@ -35,8 +32,9 @@ class Refused(NemotronError):
 def job_state(job: str) -> JobState | None:
     """What Slurm knows of a job; None when it knows of none. Unreachable when it can't be asked.
 
-    slurmctld first: it knows at once what reaches the database seconds later, and it answers without accounting. It
-    forgets a job after MinJobAge (five minutes, unless the site says otherwise).
+    Whether it waits or runs, slurmctld knows at once; the database hears of it seconds later. How it ended, the
+    accounting says, where there is one and it has heard of it. slurmctld forgets a job after MinJobAge (five minutes,
+    unless the site says otherwise).
     """
     try:
         state = slurm_states.of_scontrol(job, _question(["scontrol", "--oneliner", "show", "job", job]))
@@ -46,11 +44,7 @@ def job_state(job: str) -> JobState | None:
         return _accounted([job]).get(job)
     except slurm_states.Unclear as error:
         raise Unreachable(str(error)) from None
-    if state.state == "CANCELLED" or state.state == "NODE_FAIL":
-        told = _accounted([job]).get(job)  # it also names who cancelled
-        if told is not None and told.state == state.state:
-            return replace(state, by=told.by)
-    return state
+    return slurm_states.agreed(state, _accounted([job]).get(job)) if state.over else state
 
 
 def job_states(jobs: Iterable[str]) -> dict[str, JobState]:
@@ -82,10 +76,13 @@ def answer(*argv: str) -> str:
         raise Unreachable(f"{argv[0]}: {error}") from None
 
 
-def ask(*argv: str) -> str:
-    """What one of Slurm's commands prints; times as seconds since the epoch. "" where it refuses or nobody answers."""
+def ask(*argv: str, errors: bool = False) -> str:
+    """What one of Slurm's commands prints; times as seconds since the epoch. "" where it refuses or nobody answers.
+
+    errors   what it prints as errors as well
+    """
     try:
-        return _question([*argv])
+        return _question([*argv], errors=errors)
     except (Refused, Unreachable):
         return ""
 
@@ -135,7 +132,7 @@ def is_silence(said: str) -> bool:
     return any(words in said for words in _NOBODY_ANSWERS)
 
 
-def _run(argv: list[str], seconds: float, more: Mapping[str, str] | None = None) -> str:
+def _run(argv: list[str], seconds: float, more: Mapping[str, str] | None = None, errors: bool = False) -> str:
     done = transport.call(there.run, argv, seconds, more)
     if done.get("missing"):
         raise Unreachable(f"{argv[0]} is not on the PATH of {transport.current().name or 'this machine'}")
@@ -146,16 +143,16 @@ def _run(argv: list[str], seconds: float, more: Mapping[str, str] | None = None)
         if is_silence(said):
             raise Unreachable(said.splitlines()[-1])
         raise Refused(said)
-    return str(done["out"])
+    return str(done["out"]) + (str(done["err"]) if errors else "")
 
 
-def _question(argv: list[str], seconds: float = _ASK_SECONDS) -> str:
+def _question(argv: list[str], seconds: float = _ASK_SECONDS, errors: bool = False) -> str:
     """Ask. Who has just kept us waiting for nothing is not asked again for a moment: a list of runs asks for many."""
     command, now = f"{transport.current().name} {argv[0]}", time.monotonic()
     if now < _silent.get(command, 0.0):
         raise Unreachable(f"{argv[0]} did not get an answer a moment ago")
     try:
-        return _run(argv, seconds, _TIMES)
+        return _run(argv, seconds, _TIMES, errors)
     except Unreachable:
         if time.monotonic() - now > _SLOW_SECONDS:
             _silent[command] = time.monotonic() + _REST_SECONDS

@@ -27,17 +27,18 @@ def job_facts(stage: str, state: JobState) -> JobFacts:
     )
 
 
-def difference(stage: str, state: JobState, ended: bool) -> str:
+def difference(stage: str, state: JobState, ended: str) -> str:
     """Where the sources differ about a job: slurmctld, the accounting, the run folder; "" where they agree.
 
-    ended   whether the run folder says that the run is over
+    ended   how the stage ended as the run folder says: succeeded, failed, cancelled; "ended" where only the run's end
+            is there, "" where none is
     """
-    words = {state.source: state.state}
-    if differs(state):
-        words["sacct"] = str(state.accounted)
-    if ended and state.active and state.state not in ("COMPLETING", "RUNNING"):
-        words["the run folder"] = "ended"
-    if len(words) < 2:
+    words = dict(state.told) if differs(state) else {}
+    waits = state.active and state.state not in ("COMPLETING", "RUNNING")  # the launcher writes its end before it goes
+    tells = ended in ("succeeded", "failed", "cancelled") and state.over
+    if (ended and waits) or (tells and (ended == "succeeded") != (state.state == "COMPLETED")):
+        words = {**state.told, "the run folder": ended}
+    if not words:
         return ""
     return f"{stage}: " + ", ".join(f"{source} says {word} of job {state.job}" for source, word in words.items())
 

@@ -45,6 +45,22 @@ def has_ended(run: RunDir) -> bool:
     return any(event["event"] in ("finished", "cancelled") for event in since_submission(run))
 
 
+def ends(run: RunDir) -> dict[str, str]:
+    """Stage -> succeeded, failed or cancelled, of the newest submission's stages whose end the launchers recorded."""
+    found: dict[str, str] = {}
+    for event in since_submission(run):
+        stage = str(event.get("stage") or "")
+        if event["event"] == "stage-exited":
+            found[stage] = "failed" if event["exit_code"] else "succeeded"
+        elif event["event"] in ("requeued", "stage-started"):
+            found.pop(stage, None)
+        elif event["event"] == "finished" and event["state"] == "failed" and stage:
+            found[stage] = "failed"
+        elif event["event"] == "cancelled" and stage:
+            found[stage] = "cancelled"
+    return found
+
+
 def missing_events(run: RunDir, states: dict[str, JobState], fingerprints: dict[str, str]) -> list[Tree]:
     """The events that end the newest submission, as the launcher would have written them; [] when they are there.
 

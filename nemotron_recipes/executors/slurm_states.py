@@ -27,9 +27,10 @@ SQUEUE_FIELDS = {
     "TimeLimit": 24,
     "Reason": 64,
     "StartTime": 24,
+    "EndTime": 24,
     "NodeList": 256,
 }
-SACCT_FIELDS = "JobID,State,ExitCode,NodeList,Timelimit,Reason"
+SACCT_FIELDS = "JobID,State,ExitCode,NodeList,Timelimit,Reason,End"
 _NOTHING = ("None", "(null)", "None assigned", "N/A", "Unknown")
 
 
@@ -51,8 +52,8 @@ class JobState:
     by: str = ""
     restarts: int = 0  # how often it was put back into the queue, where slurmctld still knows
     details: Mapping[str, str] = field(default_factory=dict, compare=False)  # all that `scontrol show job` says
-    source: str = field(default="slurmctld", compare=False)  # who says so
-    accounted: str | None = field(default=None, compare=False)  # what sacct says of its state; None: not asked, or mute
+    end: str = field(default="", compare=False)  # when it ended, or is expected to, as Slurm writes it
+    told: Mapping[str, str] = field(default_factory=dict, compare=False)  # who was asked -> the state that they say
 
     @property
     def active(self) -> bool:
@@ -77,39 +78,47 @@ class JobState:
     def waiting(self) -> bool:
         return self.state in _WAITING
 
+    @property
+    def over(self) -> bool:
+        return self.state in _OVER
+
 
 def of_scontrol(job: str, text: str) -> JobState:
     """`scontrol --oneliner show job JOB`: a line for each of its tasks or components. Unclear: a state that is new."""
-    return combined([_of_line(job, line) for line in text.splitlines() if line.strip()])
+    parts = [_of_line(job, line) for line in text.splitlines() if line.strip()]
+    if not parts:
+        raise Unclear(f"scontrol printed nothing of job {job}")
+    return combined(parts)
 
 
 def of_squeue(text: str) -> dict[str, JobState]:
     """`squeue --noheader --Format=...` with SQUEUE_FIELDS, each ended by `|`. Unclear: a state that is new."""
     found: dict[str, list[JobState]] = {}
-    for line in text.splitlines():
+    for line in filter(str.strip, text.splitlines()):
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) <= len(SQUEUE_FIELDS):
-            continue
-        name, state, status, restarts, limit, reason, start, nodes = cells[: len(SQUEUE_FIELDS)]
+            raise Unclear(f"squeue printed {len(cells) - 1} columns, not {len(SQUEUE_FIELDS)}: {line!r}")
+        name, state, status, restarts, limit, reason, start, end, nodes = cells[: len(SQUEUE_FIELDS)]
         job = job_of(name)
         code, signal = _ended_with(status)
         said = JobState(job, _known(job, state), code, signal, _told(reason), _told(nodes), limit)
-        said = replace(said, restarts=int(restarts or 0), details={"StartTime": start})
-        found.setdefault(job, []).append(said)
+        said = replace(said, restarts=int(restarts or 0), details={"StartTime": start}, end=end)
+        found.setdefault(job, []).append(replace(said, told={"slurmctld": state}))
     return {job: combined(parts) for job, parts in found.items()}
 
 
 def of_sacct(text: str) -> dict[str, JobState]:
     """`sacct -X --noheader --parsable2 --format=SACCT_FIELDS`. Unclear: a state that is new."""
     found: dict[str, dict[str, JobState]] = {}
-    for line in text.splitlines():
+    for line in filter(str.strip, text.splitlines()):
         if line.count("|") < SACCT_FIELDS.count(","):
-            continue
-        name, state, code, nodes, limit, reason = line.split("|")[:6]
+            raise Unclear(f"sacct printed {line.count('|') + 1} columns, not {SACCT_FIELDS.count(',') + 1}: {line!r}")
+        name, state, code, nodes, limit, reason, end = line.split("|")[:7]
         job = job_of(name)
         word, _, by = state.partition(" by ")
         number, signal = _ended_with(code)
-        said = JobState(job, _known(job, word), number, signal, _told(reason), _told(nodes), limit, by, source="sacct")
+        said = JobState(job, _known(job, word), number, signal, _told(reason), _told(nodes), limit, by)
+        said = replace(said, end=end, told={"sacct": word})
         found.setdefault(job, {})[name] = said  # of several incarnations the newest
     return {job: combined([*parts.values()]) for job, parts in found.items()}
 
@@ -125,21 +134,29 @@ def combined(parts: Sequence[JobState]) -> JobState:
 
 
 def merged(now: Mapping[str, JobState], accounted: Mapping[str, JobState]) -> dict[str, JobState]:
-    """slurmctld's word, which is never behind, with what the accounting says; of what it has forgotten the latter."""
-    found = dict(accounted)
-    for job, state in now.items():
-        told = accounted.get(job)
-        by = told.by if told is not None and told.state == state.state else ""
-        found[job] = replace(state, by=by, accounted=told.state if told is not None else None)
-    return found
+    """What slurmctld and the accounting say together, by job; either may not know of one."""
+    return {**accounted, **{job: agreed(state, accounted.get(job)) for job, state in now.items()}}
+
+
+def agreed(now: JobState, accounted: JobState | None) -> JobState:
+    """How a job ended is the accounting's word. Until that knows of this end, the word is slurmctld's.
+
+    The accounting is told of everything seconds later; of a job that went back into the queue it may still show how
+    the attempt before ended. So its word counts where its end is at the same moment as slurmctld's. The exit code is
+    slurmctld's: sacct takes 128 away from those that are greater.
+    """
+    if accounted is None:
+        return now
+    told = {**now.told, **accounted.told}
+    if now.over and accounted.over and now.end == accounted.end:
+        return replace(now, state=accounted.state, by=accounted.by, told=told)
+    return replace(now, told=told)
 
 
 def differs(state: JobState) -> bool:
     """Whether slurmctld and the accounting tell different things that are not two moments of the same course."""
-    if state.accounted is None or state.accounted == state.state:
-        return False
-    pair = {state.state, state.accounted}
-    return not (pair <= {"PENDING", "CONFIGURING", "REQUEUED"} or pair <= {"RUNNING", "COMPLETING"})
+    pair = {*state.told.values()}
+    return len(pair) > 1 and not (pair <= {"PENDING", "CONFIGURING", "REQUEUED"} or pair <= {"RUNNING", "COMPLETING"})
 
 
 def _of_line(job: str, line: str) -> JobState:
@@ -152,6 +169,8 @@ def _of_line(job: str, line: str) -> JobState:
         *(job, _known(job, words.get("JobState", "")), code, signal, reason, nodes, words.get("TimeLimit", "")),
         restarts=int(words.get("Restarts", "0")),
         details=words,
+        end=words.get("EndTime", ""),
+        told={"slurmctld": words.get("JobState", "")},
     )
 
 

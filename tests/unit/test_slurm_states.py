@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemotron_recipes import lifecycle
-from nemotron_recipes.executors import slurm_control, slurm_files, slurm_states
+from nemotron_recipes.executors import slurm_control, slurm_files
 from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm_facts import difference
 from nemotron_recipes.executors.slurm_states import (
     JobState,
     Unclear,
+    agreed,
     combined,
+    differs,
     merged,
     of_sacct,
     of_scontrol,
@@ -28,69 +32,6 @@ from nemotron_recipes.spec import JobHandle, to_json
 from tests.helpers.cli import nemotron
 from tests.helpers.executor_harness import placement
 from tests.helpers.plans import plan_of, probe_stage
-
-RECORDED = Path(__file__).parents[1] / "recorded" / "slurm-22.05" / "jobs"  # its README.md says what each job is
-
-# job -> state as slurmctld knows it, whether it may still run, (exit code, signal)
-TRUTH: dict[str, tuple[str, bool, tuple[int, int]]] = {
-    "626": ("RUNNING", True, (0, 0)),
-    "627": ("PENDING", True, (0, 0)),
-    "628": ("PENDING", True, (0, 0)),
-    "629": ("FAILED", False, (3, 0)),
-    "630": ("PENDING", False, (0, 0)),
-    "631": ("CANCELLED", False, (0, 0)),
-    "632": ("COMPLETED", False, (0, 0)),
-    "633": ("COMPLETED", False, (0, 0)),
-    "634": ("RUNNING", True, (0, 0)),
-    "636": ("PENDING", True, (0, 0)),
-    "637": ("PENDING", True, (0, 0)),
-    "638": ("FAILED", False, (0, 9)),
-    "639": ("CANCELLED", False, (0, 0)),
-    "640": ("COMPLETED", False, (0, 0)),
-}
-
-
-def recorded(name: str) -> str:
-    return (RECORDED / f"{name}.txt").read_text()
-
-
-def facts(found: dict[str, JobState]) -> dict[str, tuple[str, bool, tuple[int, int]]]:
-    return {job: (s.state, s.active, (s.exit_code, s.signal)) for job, s in found.items()}
-
-
-def test_squeue_of_arrays_components_and_dependencies() -> None:
-    assert facts(of_squeue(recorded("squeue"))) == TRUTH
-
-
-def test_sacct_of_the_same_jobs_lags_behind() -> None:
-    told = facts(of_sacct(recorded("sacct")))
-    assert told.pop("626") == ("PENDING", True, (0, 0))
-    assert told == {job: truth for job, truth in TRUTH.items() if job != "626"}
-
-
-@pytest.mark.parametrize(("name", "job"), [("array", "626"), ("het", "634"), ("never", "630")])
-def test_scontrol_of_the_same_jobs(name: str, job: str) -> None:
-    assert facts({job: of_scontrol(job, recorded(f"scontrol-{name}"))}) == {job: TRUTH[job]}
-
-
-def test_both_together_and_where_they_differ() -> None:
-    both = merged(of_squeue(recorded("squeue")), of_sacct(recorded("sacct")))
-    assert facts(both) == TRUTH
-    assert both["639"].by == "0"
-    assert [job for job, state in both.items() if slurm_states.differs(state)] == ["626"]
-    forgotten = merged({}, of_sacct(recorded("sacct")))
-    assert (forgotten["629"].exit_code, forgotten["629"].source) == (3, "sacct")
-
-
-def test_why_a_job_waits() -> None:
-    found = of_squeue(recorded("squeue"))
-    assert {job: found[job].reason for job in ("626", "627", "628", "630")} == {
-        "626": "",
-        "627": "JobHeldUser",
-        "628": "Dependency",
-        "630": "DependencyNeverSatisfied",
-    }
-    assert [job for job, state in found.items() if state.never] == ["630"]
 
 
 def test_parts_of_a_job() -> None:
@@ -104,9 +45,58 @@ def test_parts_of_a_job() -> None:
 
 
 def test_a_state_that_nobody_knows_is_said_and_not_guessed() -> None:
-    text = recorded("sacct").replace("RUNNING", "TELEPORTING")
     with pytest.raises(Unclear, match="'TELEPORTING'"):
-        of_sacct(text)
+        of_sacct("7|TELEPORTING|0:0|node1|00:01:00|None|Unknown")
+    with pytest.raises(Unclear, match="'TELEPORTING'"):
+        of_squeue("7|TELEPORTING|0|0|1:00|None|N/A|N/A|node1|")
+    with pytest.raises(Unclear, match="'TELEPORTING'"):
+        of_scontrol("7", "JobId=7 JobState=TELEPORTING Reason=None")
+
+
+def ended(state: str, end: str, source: str) -> JobState:
+    return JobState("7", state, end=end, told={source: state})
+
+
+def test_how_a_job_ended_is_the_word_of_the_accounting() -> None:
+    now = replace(ended("FAILED", "100", "slurmctld"), exit_code=137)
+    both = agreed(now, replace(ended("OUT_OF_MEMORY", "100", "sacct"), exit_code=9, by="1000"))
+    assert (both.state, differs(both)) == ("OUT_OF_MEMORY", True)
+    assert (both.exit_code, both.by) == (137, "1000"), "sacct takes 128 away from what is greater"
+    assert both.told == {"slurmctld": "FAILED", "sacct": "OUT_OF_MEMORY"}
+
+
+def test_the_accounting_still_shows_how_the_attempt_before_ended() -> None:
+    again = agreed(ended("COMPLETED", "200", "slurmctld"), ended("NODE_FAIL", "100", "sacct"))
+    assert (again.state, differs(again)) == ("COMPLETED", True)
+    waits = agreed(ended("PENDING", "N/A", "slurmctld"), ended("NODE_FAIL", "100", "sacct"))
+    assert (waits.state, waits.active) == ("PENDING", True)
+
+
+def test_an_end_that_the_accounting_has_not_heard_of() -> None:
+    both = agreed(ended("FAILED", "100", "slurmctld"), ended("RUNNING", "Unknown", "sacct"))
+    assert (both.state, differs(both)) == ("FAILED", True)
+    assert merged({}, {"7": ended("FAILED", "100", "sacct")})["7"].state == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("now", "accounted", "ended", "words"),
+    [
+        ("RUNNING", "PENDING", "", "slurmctld says RUNNING of job 7, sacct says PENDING of job 7"),
+        ("COMPLETING", "RUNNING", "succeeded", ""),
+        ("COMPLETED", "COMPLETED", "succeeded", ""),
+        ("FAILED", "FAILED", "failed", ""),
+        ("CANCELLED", "CANCELLED", "cancelled", ""),
+        ("CANCELLED", "CANCELLED", "ended", ""),
+        (*("FAILED", "FAILED", "succeeded"), "sacct says FAILED of job 7, the run folder says succeeded of job 7"),
+        (*("COMPLETED", "COMPLETED", "failed"), "sacct says COMPLETED of job 7, the run folder says failed of job 7"),
+        (*("PENDING", "PENDING", "ended"), "sacct says PENDING of job 7, the run folder says ended of job 7"),
+    ],
+)
+def test_where_the_sources_differ(now: str, accounted: str, ended: str, words: str) -> None:
+    state = agreed(JobState("7", now, told={"slurmctld": now}), JobState("7", accounted, told={"sacct": accounted}))
+    said = difference("first", state, ended)
+    assert said.endswith(words)
+    assert bool(said) == bool(words)
 
 
 FAKE = """#!{python}
@@ -128,8 +118,8 @@ class FakeSlurm:
         self.folder, self.log = tmp_path / "fake-slurm", tmp_path / "asked.txt"
         for name in ("bin", "squeue", "sacct"):
             (self.folder / name).mkdir(parents=True)
-        self.serve("squeue", "{job}|{state}|0|0|1:00|None|N/A|node1|", "RUNNING")
-        self.serve("sacct", "{job}|{state}|0:0|node1|00:01:00|None", "RUNNING")
+        self.serve("squeue", "{job}|{state}|0|0|1:00|None|N/A|N/A|node1|", "RUNNING")
+        self.serve("sacct", "{job}|{state}|0:0|node1|00:01:00|None|Unknown", "RUNNING")
         monkeypatch.setenv("PATH", str(self.folder / "bin"))
 
     def serve(self, name: str, row: str, other: str) -> None:
