@@ -53,7 +53,11 @@ class DrivenExecutor:
     at_once: int | None = 1  # they would share this machine's memory
     ask_seconds = 0.2
 
-    def preflight(self, plan: Plan) -> list[Problem]:
+    def __init__(self, together: bool = False):
+        self._together = together  # many runs are asked about: this machine's processes are looked through once
+        self._alive: set[str] | None = None
+
+    def preflight(self, plan: Plan, beside: Sequence[Plan] = ()) -> list[Problem]:
         """What does not fit into this machine's memory, and what else it can't do of the plan."""
         return [*_misfits(plan), *self._unfit(plan)]
 
@@ -95,8 +99,8 @@ class DrivenExecutor:
         return JobHandle(**handle)
 
     def together(self, handles: Sequence[JobHandle]) -> Executor:
-        """Itself: nobody has to be asked."""
-        return self  # type: ignore[return-value]
+        """One look through the processes of this machine, if any of these runs needs it."""
+        return type(self)(together=True)  # type: ignore[return-value]
 
     def liveness(self, handle: JobHandle) -> Liveness:
         """What a killed driver left counts as running: a second start beside it would write to the same folder.
@@ -115,9 +119,18 @@ class DrivenExecutor:
             )
         if has_ended(handle):
             return "ended"
-        if process_tree.members(handle.run) or not is_of_this_host(handle):
+        if self._has_processes(handle.run) or not is_of_this_host(handle):
             return "running"
         return self._without_driver(handle)
+
+    def _has_processes(self, run: str) -> bool:
+        from nemotron_recipes.executors import process_tree
+
+        if not self._together:
+            return bool(process_tree.members(run))
+        if self._alive is None:
+            self._alive = process_tree.runs_alive()
+        return run in self._alive
 
     def look(self, handle: JobHandle) -> Outlook:
         """There is no queue: nothing more than whether it runs."""

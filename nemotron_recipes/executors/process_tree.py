@@ -29,8 +29,12 @@ def identity(pid: int) -> Tree:
 
 def members(run_id: str) -> list[psutil.Process]:
     """Live processes of this user that carry the run's mark, other than this process and its ancestors."""
-    own = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
-    return [p for p in psutil.process_iter() if p.pid not in own and _carries(p, run_id)]
+    return [p for p in _others() if _carries(p, run_id)]
+
+
+def runs_alive() -> set[str]:
+    """Ids of the runs that have a live process of this user: one scan for any number of them."""
+    return {_mark(process) for process in _others()} - {""}
 
 
 def find(pid: int, created: float, run_id: str) -> psutil.Process | None:
@@ -116,11 +120,22 @@ def _tops(processes: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
+def _others() -> list[psutil.Process]:
+    """All processes but this one and its ancestors."""
+    own = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
+    return [p for p in psutil.process_iter() if p.pid not in own]
+
+
 def _carries(process: psutil.Process, run_id: str) -> bool:
+    return _mark(process) == run_id
+
+
+def _mark(process: psutil.Process) -> str:
+    """The id of the run that it belongs to; "" without one."""
     try:
-        return process.environ().get(RUN_ID_ENV) == run_id
+        return process.environ().get(RUN_ID_ENV, "")
     except (psutil.Error, OSError):  # gone, a zombie, or somebody else's
-        return False
+        return ""
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -49,19 +49,27 @@ def test_a_killed_driver_leaves_an_orphan_that_counts_as_running_until_cancelled
     wait_for_probe(tmp_path / "run")
     os.kill(handle.native["pid"], signal.SIGKILL)
     wait_for(lambda: process_tree.find(handle.native["pid"], handle.native["created"], handle.run) is None)
-    assert EXECUTOR.liveness(handle) == "running"
+    assert EXECUTOR.liveness(handle) == EXECUTOR.together([handle]).liveness(handle) == "running"
     EXECUTOR.cancel(handle)
     assert process_tree.members(handle.run) == []
     assert EXECUTOR.liveness(handle) == "ended"
     assert [e["event"] for e in events(handle)] == ["driver-started", "stage-started", "cancelled"]
 
 
-def test_a_run_whose_driver_and_stage_are_gone_without_a_word_is_lost(tmp_path: Path) -> None:
+def test_a_run_whose_driver_and_stage_are_gone_without_a_word_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(tmp_path / "run", stage_of(sleep=3), stage_of("second"))
     handle, _ = submit(EXECUTOR, plan)
     wait_for_probe(tmp_path / "run")
     os.kill(handle.native["pid"], signal.SIGKILL)
     assert wait_until_over(EXECUTOR, handle) == "lost"
+    scans: list[int] = []
+    runs_alive = process_tree.runs_alive
+    monkeypatch.setattr(process_tree, "runs_alive", lambda: scans.append(1) or runs_alive())
+    together = EXECUTOR.together([handle] * 3)
+    assert [together.liveness(handle) for _ in range(3)] == ["lost"] * 3
+    assert scans == [1], "however many runs are lost, the processes are looked through once"
     handle, _ = submit(EXECUTOR, plan)  # the first stage did succeed; nobody was there to start the second
     assert wait_until_over(EXECUTOR, handle) == "ended"
     assert events(handle, "stage-skipped") == [
