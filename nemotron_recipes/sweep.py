@@ -100,7 +100,8 @@ def submit(
     for member in sweep.left:
         place = to_json([asdict(stage.placement) for stage in _prepared(member).plan.stages])
         try:  # of what is placed alike a cluster has to be asked once
-            remarks += lifecycle.check(_prepared(member), preflight and place not in asked)
+            others = [_prepared(other).plan for other in sweep.left if other is not member]
+            remarks += lifecycle.check(_prepared(member), preflight and place not in asked, others)
             asked.add(place)
         except UserError as error:
             problems += error.problems

@@ -41,8 +41,11 @@ class Executor(Protocol):
         """Exact files, argv and environment. Pure: no file is written, no process is started."""
         ...
 
-    def preflight(self, plan: Plan) -> list[Problem]:
-        """Everything that the machine or cluster will not take, asked before the run folder is written."""
+    def preflight(self, plan: Plan, beside: Sequence[Plan] = ()) -> list[Problem]:
+        """Everything that the machine or cluster will not take, asked before the run folder is written.
+
+        beside   what the same command submits with it: the other runs of a sweep
+        """
         ...
 
     def examine(self, profile: Tree) -> Examination:

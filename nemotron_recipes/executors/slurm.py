@@ -75,9 +75,9 @@ class SlurmExecutor:
         stages = tuple(slurm_script.rendered_stage(plan, stage, first=stage is run[0]) for stage in run)
         return Rendered(stages, slurm_script.submit_commands(plan, run))
 
-    def preflight(self, plan: Plan) -> list[Problem]:
+    def preflight(self, plan: Plan, beside: Sequence[Plan] = ()) -> list[Problem]:
         """What this cluster would refuse, or leave waiting for ever. UserError: Slurm can't be asked."""
-        return plan_problems(plan)
+        return plan_problems(plan, beside)
 
     def examine(self, profile: Tree) -> Examination:
         """Version, partitions, accounts, containers, credentials: what `nemotron doctor` shows."""
@@ -125,13 +125,15 @@ class SlurmExecutor:
 
     def differences(self, handle: JobHandle) -> list[str]:
         """Asks slurmctld and the accounting of every job that has not been forgotten."""
-        ended = slurm_outcome.has_ended(RunDir(Path(handle.run_dir)))
+        run = RunDir(Path(handle.run_dir))
+        over, ends = slurm_outcome.has_ended(run), slurm_outcome.ends(run)
         try:
             told = self._told or slurm_snapshot.take([handle])
             states = told.states(handle)
         except slurm_control.Unreachable as error:
-            return [] if ended else [f"Slurm can't be asked ({error}): this is what the run folder says"]
-        found = [slurm_facts.difference(stage, state, ended) for stage, state in states.items()]
+            return [] if over else [f"Slurm can't be asked ({error}): this is what the run folder says"]
+        ended = {stage: ends.get(stage, "ended" if over else "") for stage in states}
+        found = [slurm_facts.difference(stage, state, ended[stage]) for stage, state in states.items()]
         return [sentence for sentence in found if sentence]
 
     def shell(self, handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:

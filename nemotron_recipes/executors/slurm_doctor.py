@@ -116,7 +116,8 @@ def _of_containers(profile: SlurmProfile, has_pyxis: bool) -> Finding:
 
 
 def _of_mpi(site: Site) -> Finding:
-    types = [line.strip() for line in slurm_control.ask("srun", "--mpi=list").splitlines()]
+    said = slurm_control.ask("srun", "--mpi=list", errors=True)  # older ones print it where errors go
+    types = [line.removeprefix("srun:").strip() for line in said.splitlines()]
     names = [line for line in types if line and " " not in line]
     return Finding("MPI types", "ok", f"{', '.join(names) or 'not told'}; default {site.mpi_default or 'none'}")
 

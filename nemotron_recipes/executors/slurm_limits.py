@@ -18,7 +18,10 @@ from nemotron_recipes.executors.slurm_site import Site, Unreadable
 _OF_ASSOCIATION = ("account", "user", "partition", "parentname", "qos", "defaultqos")
 _OF_QOS = ("name", "flags")
 _ASSOCIATION_LIMITS = ("MaxJobs", "MaxSubmit", "MaxWall", "MaxTRES", "GrpJobs", "GrpSubmit", "GrpTRES")
-_QOS_LIMITS = ("MaxJobsPU", "MaxSubmitPU", "MaxWall", "MaxTRES", "MaxTRESPU", "GrpJobs", "GrpSubmit", "GrpTRES")
+_QOS_LIMITS = (
+    *("MaxJobsPU", "MaxSubmitPU", "MaxWall", "MaxTRES", "MaxTRESPU", "GrpJobs", "GrpSubmit", "GrpTRES"),
+    "MinTRES",
+)
 _SAME = {"MaxJobsPU": "MaxJobs", "MaxSubmitPU": "MaxSubmit"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.executors import checks, slurm_control, slurm_limits, there, transport
@@ -24,8 +24,11 @@ _LIMITED = {
 }
 
 
-def plan_problems(plan: Plan) -> list[Problem]:
-    """What the cluster would refuse, or leave waiting for ever; everything at once. UserError: it can't be asked."""
+def plan_problems(plan: Plan, beside: Sequence[Plan] = ()) -> list[Problem]:
+    """What the cluster would refuse, or leave waiting for ever; everything at once. UserError: it can't be asked.
+
+    beside   what is submitted together with it: limits on the number of jobs hold for all of it
+    """
     try:
         site = read_site()
         policy = slurm_limits.read_policy(site) if slurm_limits.enforced(site) else None
@@ -38,7 +41,8 @@ def plan_problems(plan: Plan) -> list[Problem]:
     order = [*_order_problems(plan, run[0])] if run and plan.after else []
     found = (stage_problems(stage, profile_of(stage), site, plan.request.mode, plan.run_dir) for stage in run)
     problems = [*order, *(problem for problems in found for problem in problems), *_image_problems(run, site, plan)]
-    return problems + ([*policy_problems(run, site, policy, plan.request.mode)] if policy else [])
+    others = [stage for other in beside for stage in other.stages if stage.reused is None]
+    return problems + ([*policy_problems(run, site, policy, plan.request.mode, others)] if policy else [])
 
 
 def _order_problems(plan: Plan, first: StagePlan) -> Iterator[Problem]:
@@ -139,11 +143,13 @@ def _account_problems(
         yield Problem(what, checks.where(stage, "qos"), f"one of: {', '.join(sorted(allowed))}")
 
 
-def policy_problems(stages: list[StagePlan], site: Site, policy: slurm_limits.Policy, mode: str) -> Iterator[Problem]:
+def policy_problems(
+    stages: list[StagePlan], site: Site, policy: slurm_limits.Policy, mode: str, beside: Sequence[StagePlan] = ()
+) -> Iterator[Problem]:
     """Limits of QOS, account and user because of which a job would be refused, or wait for ever."""
     queued = slurm_control.ask("squeue", "--me", "--array", "--noheader", "--format=%a|%q").splitlines()
-    before: Counter[str] = Counter()  # holder of limits -> jobs of this plan
-    for stage in stages:
+    before: Counter[str] = Counter()  # holder of limits -> jobs that are submitted with it, or before it
+    for place, stage in enumerate((*beside, *stages)):
         profile = profile_of(stage)
         jobs = 1 + tasks_of(stage)
         choices = []  # the account where none is set, and which of several partitions, are for Slurm to choose
@@ -158,7 +164,8 @@ def policy_problems(stages: list[StagePlan], site: Site, policy: slurm_limits.Po
                 choices.append((rules, [*_over(stage, profile, rules, jobs, queued, before)]))
         if choices:
             rules, problems = next((each for each in choices if not each[1]), choices[0])
-            yield from problems
+            if place >= len(beside):
+                yield from problems
             before.update(dict.fromkeys((rule.holder for rule in rules), jobs))
 
 
@@ -188,12 +195,17 @@ def _over(
             ours = sum(line.split("|")[column] == name for line in queued if "|" in line)
             number = ours + before.get(rule.holder, 0) + jobs
             if number > rule.value:
-                fix = "wait until some are over, or submit fewer stages"
+                fix = "wait until some are over, or submit fewer stages, or runs of a sweep, at once"
                 where = checks.where(stage, "qos" if scope == "QOS" else "account")
                 yield Problem(f"{what}, and this would be job {number} of this user", where, fix)
         elif kind in ("MaxJobs", "GrpJobs"):
             if rule.value < 1:
                 yield Problem(f"{what}: it would never start", checks.where(stage, "account"), "choose another, or QOS")
+        elif rule.limit.startswith("MinTRES"):
+            if kind in _LIMITED and asked[kind] < rule.value and (asked[kind] or kind == "gres/gpu"):  # 0: not known
+                field, unit = _LIMITED[kind]
+                said = f"{what}{unit} at least, and {asked[kind]} are asked for: it would never start"
+                yield Problem(said, checks.where(stage, field), "ask for more, or another QOS")
         elif kind in _LIMITED and asked[kind] > rule.value:
             field, unit = _LIMITED[kind]
             said = profile.time if kind == "MaxWall" else f"{asked[kind]}{unit}"

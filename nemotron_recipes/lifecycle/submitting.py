@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -20,13 +20,16 @@ from nemotron_recipes.rundir import RunDir, append_event, write_sealed
 from nemotron_recipes.spec import JobHandle, Plan
 
 
-def check(prepared: Prepared, preflight: bool = True) -> list[Problem]:
+def check(prepared: Prepared, preflight: bool = True, beside: Sequence[Plan] = ()) -> list[Problem]:
     """What `submit` refuses before it writes anything. UserError: all of it. Returns what it does not refuse, and
-    whoever submits should know."""
+    whoever submits should know.
+
+    beside   what is going to be submitted with it
+    """
     _refuse_unpinned(prepared.plan)
     with speaking_to(_site(prepared)) as where:
         refuse_rerun(RunDir(where.near(prepared.plan.run_dir)))
-        return refuse_unfit(prepared) if preflight else []
+        return refuse_unfit(prepared, beside) if preflight else []
 
 
 def submit(
@@ -143,7 +146,7 @@ def _refuse_unpinned(plan: Plan) -> None:
         raise UserError(*unpinned)
 
 
-def refuse_unfit(prepared: Prepared) -> list[Problem]:
+def refuse_unfit(prepared: Prepared, beside: Sequence[Plan] = ()) -> list[Problem]:
     """All at once: folders that are closed or too full, and what the executor knows that would not work. Returns what
     is no reason to refuse it."""
     from nemotron_recipes.planning.disk import disk_problems
@@ -156,7 +159,7 @@ def refuse_unfit(prepared: Prepared) -> list[Problem]:
     problems = [Problem(said, where) for where, said in told.items() if said]
     problems += () if problems else disk_problems(plan)
     problems += _unreadable(plan)
-    found = get_executor(prepared.executor).preflight(plan)
+    found = get_executor(prepared.executor).preflight(plan, beside)
     problems += [problem for problem in found if problem.refuses]
     if problems:
         raise UserError(*problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,27 @@ def test_preflight_holds_a_plan_against_them(
     for words, what in zip(told, found, strict=True):
         assert words in what
     assert all(problem.fix and problem.where for problem in problems)
+
+
+@pytest.mark.parametrize(("others", "told"), [(8, []), (9, ["MaxSubmit is 9, and this would be job 10 of this user"])])
+def test_the_runs_of_a_sweep_count_together(others: int, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_control, "ask", lambda *argv: "")
+    place = Placement("slurm", "lab", 1, 1, {"executor": "slurm", "account": "lab"})
+    beside = [probe_stage("first", placement=place) for _ in range(others)]
+    stage = probe_stage("first", placement=place)
+    found = [*slurm_preflight.policy_problems([stage], _site(""), _policy(), "batch", beside)]
+    assert [problem.what.partition(": ")[2] for problem in found] == told
+
+
+@pytest.mark.parametrize(("gpus", "told"), [(4, 0), (1, 1), (None, 1)])
+def test_a_job_that_asks_for_less_than_a_qos_wants(
+    gpus: int | None, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_control, "ask", lambda *argv: "")
+    few = slurm_limits.parse_qos("large||||||||||gres/gpu=4\n")
+    policy = replace(_policy(), qos={**_policy().qos, **few})
+    fields = {"executor": "slurm", "account": "lab", "qos": "large", "gpus_per_node": gpus}
+    stage = probe_stage("first", placement=Placement("slurm", "lab", 1, 1, fields))
+    found = [*slurm_preflight.policy_problems([stage], _site(""), policy, "batch")]
+    assert len(found) == told
+    assert all("MinTRES gres/gpu is 4 GPU(s) at least" in problem.what for problem in found)
