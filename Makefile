@@ -11,7 +11,7 @@ SETUP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	$(PYTHON) tools/venv.py --venv "$(VENV)"
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart slurm-demo test test-system test-long lint bench bench-slurm lock schemas clean
+.PHONY: help quickstart slurm-demo test test-system test-long test-slurm-versions lint bench bench-slurm lock schemas clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -46,6 +46,11 @@ test-system: ## the Debian packages that the tests need: a real Slurm, a real do
 		echo "error: not installed:" $$missing >&2; \
 		echo "    fix:  run it as root on Debian or Ubuntu, or install them your way" >&2; exit 2; }; \
 	apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
+
+SLURM_SUITES = bullseye trixie sid
+test-slurm-versions: ## the Slurm tests on the Slurms of other Debian releases, from 20.11 on (apt, patchelf, network; an hour)
+	@$(SETUP) --extra test
+	"$(BIN)/python" tools/slurm_versions.py test $(SLURM_SUITES)
 
 lint: ## ruff, the import rules, the type checker
 	@$(SETUP) --extra test

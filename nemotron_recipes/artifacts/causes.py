@@ -64,7 +64,8 @@ CAUSES = (
     ),
     Cause(
         *("out-of-memory", "the node's memory, or the job's share of it, was exhausted"),
-        r"oom[-_ ]kill|: Out Of Memory$|[Oo]ut[- ]of[- ]memory (handler|killer)|Out of memory: Killed process|"
+        r"oom[-_ ]kill|[Ee]xceeded (job |step )?memory limit|"
+        r": Out Of Memory$|[Oo]ut[- ]of[- ]memory (handler|killer)|Out of memory: Killed process|"
         r"DataLoader worker \(pid.*killed by signal: Killed|DefaultCPUAllocator: can't allocate memory|"
         r"^(numpy\S*)?MemoryError|ended as OUT_OF_MEMORY",
         "raise `mem`, lower the micro batch size, or use fewer loader processes",
