@@ -204,8 +204,8 @@ def _over(
         elif rule.limit.startswith("MinTRES"):
             if kind in _LIMITED and asked[kind] < rule.value and (asked[kind] or kind == "gres/gpu"):  # 0: not known
                 field, unit = _LIMITED[kind]
-                said = f"{what}{unit} at least, and {asked[kind]} are asked for: it would never start"
-                yield Problem(said, checks.where(stage, field), "ask for more, or another QOS")
+                few = f"{what}{unit} at least, and {asked[kind]} are asked for: it would never start"
+                yield Problem(few, checks.where(stage, field), "ask for more, or another QOS")
         elif kind in _LIMITED and asked[kind] > rule.value:
             field, unit = _LIMITED[kind]
             said = profile.time if kind == "MaxWall" else f"{asked[kind]}{unit}"
