@@ -82,7 +82,7 @@ def ask(*argv: str, errors: bool = False) -> str:
     errors   what it prints as errors as well
     """
     try:
-        return _question([*argv], errors=errors)
+        return _question([*argv], _ASK_SECONDS, errors)
     except (Refused, Unreachable):
         return ""
 

@@ -145,7 +145,7 @@ def _suggested(site: Site, has_pyxis: bool) -> Tree:
     profile: dict[str, Any] = {"executor": "slurm"}
     mine = [a.account for a in site.associations or () if best.accounts is None or a.account in best.accounts]
     if mine:
-        profile["account"] = mine[0]
+        profile["account"] = min(mine, key=lambda name: name == "root")  # Slurm's own account is nobody's to charge
     profile |= {"partition": best.name, "nodes": 1, "ntasks_per_node": most or 1}
     if most:
         profile["gpus_per_node"] = most
