@@ -152,7 +152,7 @@ def fake_submit(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return handle
 
     monkeypatch.setattr(lifecycle, "submit", submit)
-    monkeypatch.setattr(lifecycle, "check", lambda prepared, preflight: [])
+    monkeypatch.setattr(lifecycle, "check", lambda *_: [])
     monkeypatch.setenv("PATH", "/nowhere")  # no Slurm: what has a handle and no end goes on
     return submitted
 
