@@ -1,6 +1,6 @@
 """What a Slurm cluster says of itself: version, partitions, nodes, this user's accounts and QOS.
 
-The parsers are pure. They know what Slurm 20.11 to 25.x prints; what they need and don't understand is an error that
+The parsers are pure. They know what Slurm 20.11 to 26.05 prints; what they need and don't understand is an error that
 quotes it, never a guess. Keys that they don't need may come and go.
 """
 
