@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -83,6 +84,8 @@ def test_a_container_gets_what_the_profile_says_and_no_secret_shows(
     EXECUTOR.cancel(handle)
     assert not file.exists()
     assert secret not in json.dumps(told) + repr(rendered)
+    (stage_shown,) = rendered.stages
+    as_shown(stage_shown.argv, told)
     host = told["HostConfig"]
     assert told["Config"]["User"] == f"{os.getuid()}:{os.getgid()}"
     assert host["IpcMode"] == "host"
@@ -95,6 +98,33 @@ def test_a_container_gets_what_the_profile_says_and_no_secret_shows(
     assert mounted[str(data)] == (str(data), False), "an input is there, and can't be changed"
     assert mounted["/else"] == (str(elsewhere), False)
     assert daemon.docker("ps", "--all", "--quiet", "--filter", f"label=nemotron.run={plan.id}") == ""
+
+
+def as_shown(argv: tuple[str, ...], told: dict[str, Any]) -> None:
+    """The container that docker made is what the line of the dry run says, word for word."""
+    at = argv.index(docker.IMAGE)
+    assert argv[:6] == ("docker", "run", "--detach", "--pull", "never", "--name")
+    flags: dict[str, list[str]] = {}
+    words = iter(argv[5:at])
+    for flag in words:
+        name, _, value = flag.partition("=")
+        flags.setdefault(name, []).append(value or next(words))
+    config, host = told["Config"], told["HostConfig"]
+    assert (told["Name"], config["Image"], config["Cmd"]) == (f"/{flags['--name'][0]}", argv[at], [*argv[at + 1 :]])
+    assert (config["User"], config["WorkingDir"]) == (flags["--user"][0], flags["--workdir"][0])
+    assert (host["IpcMode"], host["NetworkMode"]) == (flags["--ipc"][0], flags["--network"][0])
+    assert dict(label.split("=", 1) for label in flags["--label"]).items() <= config["Labels"].items()
+    given = [text for text in flags["--env"] if "=" in text]
+    assert set(given) <= set(config["Env"])
+    assert {text.partition("=")[0] for text in config["Env"]} - {text.partition("=")[0] for text in flags["--env"]} == {
+        *("PATH", "PYTHONPATH", "LC_ALL")  # the image's own
+    }
+    mounts = {(mount["Source"], mount["Destination"], mount["RW"]) for mount in told["Mounts"]}
+    wanted = [dict(part.partition("=")[::2] for part in next(csv.reader([line]))) for line in flags["--mount"]]
+    assert mounts == {(each["source"], each["target"], "readonly" not in each) for each in wanted}
+    assert {*flags} == {
+        *("--name", "--label", "--user", "--workdir", "--ipc", "--ulimit", "--network", "--mount", "--env", "--cpus")
+    }
 
 
 def test_files_belong_to_the_user(daemon: docker.Daemon, tmp_path: Path) -> None:
