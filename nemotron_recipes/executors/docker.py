@@ -320,7 +320,7 @@ def _unfit_on(
     try:
         docker = Docker(endpoint(profile.docker_host, where), where)
         if docker.is_podman():
-            what = f"{docker.host} is Podman's socket, on which restarts and rootless containers are not proved"
+            what = f"{docker.host} is Podman's socket: asked for GPUs it gives none, without a word (seen with 4.3.1)"
             raise UserError(Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon"))
         found = [*_misfits(docker, profile, stage, offline)]
         yield from found

@@ -79,7 +79,7 @@ def _daemon(profile: DockerProfile, gpu: bool, where: Transport) -> Iterator[Fin
         docker = Docker(endpoint(profile.docker_host, where), where)
         info = docker.info()
         if docker.is_podman():
-            yield Finding("docker", "problem", f"{docker.host} is Podman's socket")
+            yield Finding("docker", "problem", f"{docker.host} is Podman's socket, which is refused: docs/docker.md")
             return
         yield Finding("docker", "ok", f"{info['ServerVersion']} at {docker.host}, images in {info['DockerRootDir']}")
         _, free = where.call(there.room, str(info["DockerRootDir"]))
