@@ -240,7 +240,7 @@ def test_what_the_daemon_can_not_do_is_refused_before_anything_starts(
     )
     refused(tmp_path / "r3", {"docker_host": f"unix://{tmp_path}/nobody"}, "can't be used", "start the daemon")
     monkeypatch.setenv("DOCKER_HOST", "tcp://192.0.2.1:2375")
-    refused(tmp_path / "r4", {}, "can't be mounted there", "start the run on that machine")
+    refused(tmp_path / "r4", {}, "can't be mounted", "start the run on that machine")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("DOCKER_HOST")
     refused(tmp_path / "r5", {}, "no docker command", "install docker")
