@@ -37,7 +37,8 @@ test-long: ## the tests marked long as well
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
 
 SYSTEM_PACKAGES = chromium slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core docker.io \
-	docker-registry openssh-server openssh-client squashfs-tools gcc libc6-dev libslurm-dev strace sshfs openssh-sftp-server
+	docker-registry openssh-server openssh-client openssh-sftp-server iproute2 squashfs-tools gcc libc6-dev libslurm-dev \
+	strace sshfs
 test-system: ## the Debian packages that the tests need: a real Slurm, a real docker, a browser (as root, by apt-get)
 	@missing=$$(for package in $(SYSTEM_PACKAGES); do \
 		dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || echo $$package; done); \

@@ -61,7 +61,7 @@ def test_what_would_not_work_is_refused_before_anything_starts(pair: two_hosts.P
     text = (pair.folder / "ssh_config").read_text()
     stranger.write_text(text.replace(f"{pair.folder}/known_hosts", f"{tmp_path}/known_hosts"))
     cases: list[tuple[dict[str, Any], list[str]]] = [
-        ({}, []),
+        ({"hosts_interface": "fast0"}, []),
         (
             {"hosts_interface": "slow0"},
             ["localhost slow0 10.88.2.1 - second slow0 10.88.2.2: 0.", "hosts_min_gbps is 0.2"],

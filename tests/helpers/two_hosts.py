@@ -24,6 +24,8 @@ from tests.helpers import docker, sshd
 from tests.helpers.cli import LONGEST, ROOT
 
 SLOW_MBIT = 90
+_SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+_PROGRAMS = {name: shutil.which(name, path=_SEARCH) for name in ("ip", "tc", "nsenter")}
 FAST, SLOW = ("fast0", "10.88.1"), ("slow0", "10.88.2")  # interface, network; the same names on both
 
 
@@ -49,7 +51,7 @@ class Pair:
 
     def inside(self, host: int, *argv: str) -> list[str]:
         """argv that runs there."""
-        return ["ip", "netns", "exec", self.spaces[host], *argv]
+        return [str(_PROGRAMS["ip"]), "netns", "exec", self.spaces[host], *argv]
 
     def python(self, cwd: Path, *argv: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Python on the first host, which must end with `code`."""
@@ -112,9 +114,9 @@ def require() -> None:
     """Skip the test where there can't be two machines."""
     docker.require()
     sshd.require()
-    for program in ("ip", "tc", "nsenter"):
-        if shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
-            pytest.skip(f"no {program} here; make test-system installs it")
+    missing = [name for name, program in _PROGRAMS.items() if program is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here; make test-system installs it")
 
 
 @contextlib.contextmanager
@@ -150,12 +152,8 @@ def _join(spaces: Sequence[str]) -> None:
             _ip("-n", space, "link", "set", name, "up")
     for space in spaces:
         _ip("-n", space, "link", "set", "lo", "up")
-        _run(
-            "tc",
-            "-n",
-            space,
-            *f"qdisc add dev {SLOW[0]} root tbf rate {SLOW_MBIT}mbit burst 32kb latency 400ms".split(),
-        )
+        rate = ("tbf", "rate", f"{SLOW_MBIT}mbit", "burst", "32kb", "latency", "400ms")
+        _run(str(_PROGRAMS["tc"]), "-n", space, "qdisc", "add", "dev", SLOW[0], "root", *rate)
 
 
 def _configure_ssh(made: Pair) -> None:
@@ -188,7 +186,7 @@ def _end_connections(folder: Path) -> None:
 
 
 def _ip(*argv: str) -> None:
-    _run("ip", *argv)
+    _run(str(_PROGRAMS["ip"]), *argv)
 
 
 def _run(*argv: str) -> None:
