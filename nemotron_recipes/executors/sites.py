@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.errors import Problem
 from nemotron_recipes.executors.ssh import Remote, connection
 from nemotron_recipes.executors.ssh_login import Login
 from nemotron_recipes.executors.transport import Here, Transport
@@ -18,6 +20,22 @@ def login_of(profile: Tree) -> Login | None:
         return None
     user, identity, config = (profile.get(name) for name in ("user", "identity", "ssh_config"))
     return Login(profile["host"], user, identity, config, profile.get("remote_python") or "python3")
+
+
+def problems(profile: Tree, where: str) -> list[Problem]:
+    """Why the cluster of a profile could not even be asked for."""
+    if profile.get("tunnel") != "ssh":
+        return []
+    from nemotron_recipes.executors.slurm_profile import SlurmProfile, tunnel_problems  # pydantic: not to list runs
+
+    found = tunnel_problems(SlurmProfile.model_validate(profile))
+    told = [Problem(what, f"{where}, {field}", fix) for field, what, fix in found]
+    files = {name: profile.get(name) for name in ("identity", "ssh_config")}
+    return told + [
+        Problem(f"{name} names {path}, which is not a file", where, "mend it in env.toml")
+        for name, path in files.items()
+        if path and not os.path.isfile(os.path.expanduser(path))
+    ]
 
 
 def of_profile(profile: Tree, near: Path | None = None, far: str = "") -> Transport:

@@ -216,7 +216,7 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
     if profile.watchdog == "requeue" and not profile.max_requeues:
         yield "watchdog", "it is to put the job back, but max_requeues is 0", "set max_requeues"
     yield from _container(profile)
-    yield from _tunnel(profile)
+    yield from tunnel_problems(profile)
     for field in ("setup", "srun_args"):
         for text in getattr(profile, field):
             if field == "srun_args" and "\n" in text:
@@ -226,7 +226,8 @@ def contradictions(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
             yield name, f"{value!r} holds a character that no #SBATCH line can carry", "take it out"
 
 
-def _tunnel(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
+def tunnel_problems(profile: SlurmProfile) -> Iterator[tuple[str, str, str]]:
+    """The same of how the cluster is reached: what can be said before it is."""
     given = [name for name in ("host", "user", "identity", "remote_job_dir", "ssh_config") if getattr(profile, name)]
     if profile.tunnel is None:
         for name in given:

@@ -92,6 +92,7 @@ def checked_profile(environment: Environment, name: str) -> Tree:
     from nemotron_recipes.planning.validate import check_run
 
     complete, problems = check_run(environment.profile(name), lambda key: f"profile [{name}]")
+    problems = problems or sites.problems(complete, f"profile [{name}]")
     if problems:
         raise UserError(*problems)
     return complete

@@ -22,13 +22,16 @@ def store_of(profile: str) -> Store:
         if homes is None:
             return Store(site.store)
         where = transport.current()
+        if not transport.call(there.exists, str(site.store)):
+            what = f"{where.name} has no artifact store yet"
+            raise UserError(Problem(what, str(site.store), "run what makes the first artifact"))
         key = hashlib.sha256(f"{where.native['remote']} {site.store}".encode()).hexdigest()[:16]
         near = homes.with_name("stores") / key
         try:
             replica.refresh(where.call, str(site.store), near, changes=there_changes.of_store)
         except OSError as error:
             what = f"the artifact store of {where.name} can't be read: {error.strerror}"
-            raise UserError(Problem(what, str(site.store), "run what makes the first artifact")) from None
+            raise UserError(Problem(what, str(site.store))) from None
         return Store(near, str(site.store))
 
 

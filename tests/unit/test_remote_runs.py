@@ -57,3 +57,22 @@ def test_no_override_sends_a_plan_of_this_machine_to_another(tmp_path: Path) -> 
     swept = (*ELSEWHERE, "data.pack_size=128,256")
     with pytest.raises(UserError, match=r"run\.tunnel"):
         sweep.prepare(Request("nano3", ("data", "prep", "sft"), "tiny", overrides=swept, **fields), None)
+
+
+def test_what_is_wrong_with_a_tunnel_is_said_before_anybody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ("[far]", "executor = 'slurm'", "tunnel = 'ssh'", "identity = '/no/key'", "remote_job_dir = 'runs'")
+    (tmp_path / "env.toml").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    request = Request("nano3", ("data", "prep", "sft"), "tiny", cwd=str(tmp_path), profile="far", mode="batch")
+    for ask in (
+        lambda: lifecycle.prepare(request),
+        lambda: lifecycle.examine("far"),
+        lambda: lifecycle.store_of("far"),
+    ):
+        with pytest.raises(UserError) as caught:
+            ask()
+        said = " ".join(problem.what for problem in caught.value.problems)
+        assert "needs host" in said and "'runs' is no full path" in said and "/no/key, which is not a file" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["env.toml"]
