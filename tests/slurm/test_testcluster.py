@@ -175,6 +175,7 @@ def test_a_job_outlives_a_killed_slurmctld(plain: Cluster, tmp_path: Path) -> No
     job = plain.sbatch("until [ -e go ]; do sleep 0.1; done; exit 7", cwd=tmp_path)
     plain.wait(job, "RUNNING")
     saved, running = plain.folder / "state" / "job_state", time.time()
+    plain.run("scontrol", "update", f"JobId={job}", "Comment=mine")  # its start may have been saved by now
     wait_for(lambda: saved.exists() and saved.stat().st_mtime > running, "slurmctld to save its state")
     manage("kill-daemon", "slurmctld", folder=plain.folder)
     assert plain.run("scontrol", "ping", code=None).returncode != 0
