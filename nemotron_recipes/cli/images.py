@@ -11,7 +11,7 @@ import click
 from nemotron_recipes.cli.text import short, table
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
-from nemotron_recipes.executors.enroot import architecture
+from nemotron_recipes.executors.images.enroot import architecture
 
 
 @click.group()
@@ -25,7 +25,7 @@ def list_images(as_json: bool) -> None:
     """What is known of each image, and how."""
     from dataclasses import asdict
 
-    from nemotron_recipes.executors.images import known_images
+    from nemotron_recipes.executors.images.catalog import known_images
 
     known = known_images()
     if as_json:
@@ -54,8 +54,8 @@ def check(references: tuple[str, ...], arch: str | None, as_json: bool) -> None:
 
     Without IMAGE, all that are listed and come from a registry.
     """
-    from nemotron_recipes.executors import registry
-    from nemotron_recipes.executors.images import Image, differences, find, known_images, reference
+    from nemotron_recipes.executors.images import registry
+    from nemotron_recipes.executors.images.catalog import Image, differences, find, known_images, reference
 
     known = known_images()
     if references:
@@ -100,9 +100,9 @@ def import_image(
     by_docker: bool,
 ) -> None:
     """Bring an image here once, pinned to the digest that its tag has now: as a .sqsh file, or into docker."""
-    from nemotron_recipes.executors import images as catalogue
-    from nemotron_recipes.executors import registry
-    from nemotron_recipes.executors.enroot import Reference
+    from nemotron_recipes.executors.images import catalog as catalogue
+    from nemotron_recipes.executors.images import registry
+    from nemotron_recipes.executors.images.enroot import Reference
 
     _refuse_mixed(by_docker, target, profile, partition, arch)
     image = catalogue.reference(written)
@@ -157,11 +157,12 @@ def _srun(name: str, partition: str | None) -> list[str]:
 
 def _of_nodes(name: str) -> str:
     """The architecture of the nodes that will run what the profile submits."""
-    from nemotron_recipes.executors import slurm_control, slurm_site
+    from nemotron_recipes.executors.slurm import control
+    from nemotron_recipes.executors.slurm import site as slurm_site
 
     try:
         site = slurm_site.read_site()
-    except (slurm_control.Unreachable, slurm_site.Unreadable) as error:
+    except (control.Unreachable, slurm_site.Unreadable) as error:
         raise UserError(
             Problem(f"the nodes' architecture is not known: {error}", fix="--arch amd64, or arm64")
         ) from None

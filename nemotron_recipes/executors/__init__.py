@@ -15,9 +15,9 @@ from nemotron_recipes.errors import Problem
 from nemotron_recipes.spec import Examination, JobHandle, Liveness, Outlook, Plan, Rendered, StagePlan, Tree, Wait
 
 REGISTRY = {
-    "local": "nemotron_recipes.executors.local:LocalExecutor",
-    "docker": "nemotron_recipes.executors.docker:DockerExecutor",
-    "slurm": "nemotron_recipes.executors.slurm:SlurmExecutor",
+    "local": "nemotron_recipes.executors.local.executor:LocalExecutor",
+    "docker": "nemotron_recipes.executors.docker.executor:DockerExecutor",
+    "slurm": "nemotron_recipes.executors.slurm.executor:SlurmExecutor",
 }
 
 # Between SIGTERM and SIGKILL, where an executor decides it and the profile says nothing.

@@ -107,7 +107,7 @@ class DrivenExecutor:
 
         Processes of another machine can't be seen: without a recorded end the run counts as running there.
         """
-        from nemotron_recipes.executors import process_tree
+        from nemotron_recipes.executors.local import process_tree
 
         for driver in _DRIVERS:
             driver.poll()
@@ -124,7 +124,7 @@ class DrivenExecutor:
         return self._without_driver(handle)
 
     def _has_processes(self, run: str) -> bool:
-        from nemotron_recipes.executors import process_tree
+        from nemotron_recipes.executors.local import process_tree
 
         if not self._together:
             return bool(process_tree.members(run))
@@ -161,7 +161,7 @@ class DrivenExecutor:
 
     def cancel(self, handle: JobHandle) -> None:
         """Ask the driver to stop, then stop whatever is left of the run; the latter also when no driver lives."""
-        from nemotron_recipes.executors import process_tree
+        from nemotron_recipes.executors.local import process_tree
 
         # The name alone doesn't decide: a laptop's changes with the network that it is in.
         if not is_of_this_host(handle) and not process_tree.members(handle.run):

@@ -22,15 +22,16 @@ from typing import Any, Protocol
 
 from nemotron_recipes import sources
 from nemotron_recipes.closing import close
-from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, memory, process_tree, torchrun
+from nemotron_recipes.executors import DEFAULT_GRACE_SECONDS, memory, torchrun
+from nemotron_recipes.executors.local import process_tree
 from nemotron_recipes.executors.verdict import failure_cause, is_done
 from nemotron_recipes.rundir import RunDir, StageDir, append_event, latest_checkpoint, read_json, write_sealed
 from nemotron_recipes.spec import JobHandle, RenderedStage, Tree
 
 BUSY = 3
 RUNNERS = {
-    "local": "nemotron_recipes.executors.local_runner:LocalRunner",
-    "docker": "nemotron_recipes.executors.docker_runner:DockerRunner",
+    "local": "nemotron_recipes.executors.local.runner:LocalRunner",
+    "docker": "nemotron_recipes.executors.docker.runner:DockerRunner",
 }
 
 _LEAVING_SECONDS = 3.0

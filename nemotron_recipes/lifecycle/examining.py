@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from nemotron_recipes.config.profiles import read_environment
-from nemotron_recipes.executors import get_executor, sites, there, transport
+from nemotron_recipes.executors import get_executor
+from nemotron_recipes.executors.remote import sites, there, transport
 from nemotron_recipes.lifecycle.preparing import checked_profile
 from nemotron_recipes.lifecycle.reach import speaking_to
 from nemotron_recipes.spec import Examination, Finding

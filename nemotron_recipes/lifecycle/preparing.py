@@ -11,7 +11,8 @@ from pathlib import Path
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.profiles import Environment, read_environment
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import get_executor, sites, transport
+from nemotron_recipes.executors import get_executor
+from nemotron_recipes.executors.remote import sites, transport
 from nemotron_recipes.lifecycle.reach import speaking_to
 from nemotron_recipes.rundir import RunDir, write_sealed
 from nemotron_recipes.seals import opened

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from nemotron_recipes.errors import NemotronError, Problem, UserError
-from nemotron_recipes.executors import Executor, get_executor, sites, transport
+from nemotron_recipes.executors import Executor, get_executor
+from nemotron_recipes.executors.remote import sites, transport
 from nemotron_recipes.spec import JobHandle
 
 

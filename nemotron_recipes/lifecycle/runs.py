@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.artifacts.records import Ask, RunView, Settle, load_run, load_runs, run_folders
-from nemotron_recipes.executors import Executor, Liveness, get_executor, sites, transport
+from nemotron_recipes.executors import Executor, Liveness, get_executor
+from nemotron_recipes.executors.remote import sites, transport
 from nemotron_recipes.lifecycle.reach import at, refresh
 from nemotron_recipes.rundir import RunDir, read_json
 from nemotron_recipes.spec import JobHandle, Outlook, Tree, Wait

@@ -7,7 +7,7 @@ import hashlib
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import replica, there_changes, transport
+from nemotron_recipes.executors.remote import replica, there_changes, transport
 from nemotron_recipes.lifecycle.preparing import site_of
 from nemotron_recipes.planning import there
 from nemotron_recipes.spec import Artifact

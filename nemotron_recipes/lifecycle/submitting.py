@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import get_executor, sites, there, transport
+from nemotron_recipes.executors import get_executor
+from nemotron_recipes.executors.remote import sites, there, transport
 from nemotron_recipes.fsio import files_below, write_atomic
 from nemotron_recipes.lifecycle.preparing import Prepared
 from nemotron_recipes.lifecycle.reach import speaking_to

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nemotron_recipes.executors import get_executor, sites, transport
+from nemotron_recipes.executors import get_executor
+from nemotron_recipes.executors.remote import sites, transport
 from nemotron_recipes.lifecycle.reach import refresh
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import JobHandle, Outlook

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import transport
+from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.planning import there
 from nemotron_recipes.planning.code import describe_code, digest_of, python_path, snapshot_of
 from nemotron_recipes.spec import Artifact, Plan, StagePlan, Tree

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import transport
+from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.fsio import fsync_tree
 from nemotron_recipes.sources import LARGEST, SNAPSHOT, digest_of, snapshot_of, sorted_out
 from nemotron_recipes.spec import Code, sha256_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.executors import there, transport
+from nemotron_recipes.executors.remote import there, transport
 from nemotron_recipes.spec import Plan
 
 GB = 1e9

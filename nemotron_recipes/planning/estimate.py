@@ -9,7 +9,7 @@ from pathlib import Path
 from nemotron_recipes.backends import Backend, nemo_rl
 from nemotron_recipes.backends.layout import Layout, layout_problems
 from nemotron_recipes.errors import Problem, nearest
-from nemotron_recipes.executors import transport
+from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.planning import there
 from nemotron_recipes.planning.history import WATCHDOG
 from nemotron_recipes.sizing import parameters, policy, search, tables
@@ -112,7 +112,7 @@ def _limit(options: Tree) -> int | None:
     """Seconds that a stage's jobs may take: the first one, and each that goes back into the queue."""
     if not options.get("time"):
         return None
-    from nemotron_recipes.executors.slurm_profile import limit_seconds
+    from nemotron_recipes.executors.slurm.profile import limit_seconds
 
     limit = limit_seconds(options["time"])
     return limit * (1 + options.get("max_requeues", 0)) if limit else None

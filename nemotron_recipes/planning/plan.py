@@ -23,7 +23,8 @@ from nemotron_recipes.config.profiles import Environment
 from nemotron_recipes.config.schema import KINDS
 from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import SHOWN, Problem, UserError, nearest
-from nemotron_recipes.executors import get_executor, transport
+from nemotron_recipes.executors import get_executor
+from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.planning import there
 from nemotron_recipes.planning.code import describe_code, python_path
 from nemotron_recipes.planning.estimate import Question, estimate, smoke_problems

@@ -16,7 +16,7 @@ from nemotron_recipes.data.files import listing_digest
 from nemotron_recipes.data.remote import is_remote
 from nemotron_recipes.data.template import BUILTIN as BUILTIN_TEMPLATES
 from nemotron_recipes.errors import Problem, UserError, nearest
-from nemotron_recipes.executors import transport
+from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.planning import there
 from nemotron_recipes.spec import Artifact, Tree
 

@@ -1,7 +1,7 @@
 """What planning reads where the run will be: its store, inputs by path, checkpoints. Called through `transport.call`.
 
 Arguments and results are plain data, paths are text: on a machine that is reached over SSH these very functions run
-(executors/agent.py). Standard library only.
+(executors/remote/agent.py). Standard library only.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemotron_recipes.backends import nemo_rl
 from nemotron_recipes.backends.layout import Layout
-from nemotron_recipes.executors import there, transport
+from nemotron_recipes.executors.remote import there, transport
 from nemotron_recipes.sizing.footprint import Footprint, footprint
 from nemotron_recipes.sizing.lora import Lora
 from nemotron_recipes.sizing.memory import Batch, Memory, memory, trained_parameters

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.executors import there, transport
+from nemotron_recipes.executors.remote import there, transport
 from nemotron_recipes.sizing.shape import Shape, from_hf_config
 from nemotron_recipes.spec import Artifact, Tree
 

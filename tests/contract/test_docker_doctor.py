@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_recipes.executors import docker_doctor, memory
-from nemotron_recipes.executors.docker import DockerExecutor
+from nemotron_recipes.executors import memory
+from nemotron_recipes.executors.docker import doctor
+from nemotron_recipes.executors.docker.executor import DockerExecutor
 from nemotron_recipes.executors.memory import GIB, Memory
 from tests.helpers import docker
 
@@ -40,7 +41,7 @@ def test_the_driver_and_the_newest_cuda_that_it_knows(tmp_path: Path, monkeypatc
     fake_driver, fake_smi = tmp_path / "version", tmp_path / "bin" / "nvidia-smi"
     fake_driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05\n")
     fake_smi.parent.mkdir()
-    monkeypatch.setattr(docker_doctor, "_DRIVER", fake_driver)
+    monkeypatch.setattr(doctor, "_DRIVER", fake_driver)
     monkeypatch.setenv("PATH", str(fake_smi.parent), prepend=os.pathsep)
     nowhere = f"unix://{tmp_path}/nobody"
     for script, state, told in (
@@ -59,7 +60,7 @@ def test_a_machine_that_shares_its_memory_wants_a_watchdog(tmp_path: Path, monke
     """With a faked product name and a faked state of the memory."""
     fake_product = tmp_path / "product_name"
     fake_product.write_text("NVIDIA DGX Spark\n")
-    monkeypatch.setattr(docker_doctor, "_PRODUCT", fake_product)
+    monkeypatch.setattr(doctor, "_PRODUCT", fake_product)
     monkeypatch.setattr(memory, "read_memory", lambda: Memory(120 * GIB, 100 * GIB, 20 * GIB))
     found = look(docker_host=f"unix://{tmp_path}/nobody")
     assert "NVIDIA DGX Spark" in found["machine"][1]

@@ -18,10 +18,11 @@ import pytest
 from pydantic import ValidationError
 
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.executors import docker_files, process_tree
-from nemotron_recipes.executors.docker import DockerExecutor, container_name
-from nemotron_recipes.executors.docker_control import Docker, Unreachable
-from nemotron_recipes.executors.docker_profile import DockerProfile
+from nemotron_recipes.executors.docker import files
+from nemotron_recipes.executors.docker.control import Docker, Unreachable
+from nemotron_recipes.executors.docker.executor import DockerExecutor, container_name
+from nemotron_recipes.executors.docker.profile import DockerProfile
+from nemotron_recipes.executors.local import process_tree
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import Artifact, JobHandle, StagePlan
 from tests.helpers import docker
@@ -78,7 +79,7 @@ def test_a_container_gets_what_the_profile_says_and_no_secret_shows(
     handle, rendered = submit(EXECUTOR, plan)
     wait_for_probe(tmp_path / "runs" / "run")
     (told,) = json.loads(daemon.docker("container", "inspect", container_name(plan, plan.stages[0])))
-    file = docker_files.secrets(RunDir(Path(plan.run_dir)))
+    file = files.secrets(RunDir(Path(plan.run_dir)))
     assert file.stat().st_mode & 0o777 == 0o600
     assert secret in file.read_text()
     EXECUTOR.cancel(handle)

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemotron_recipes.executors import REGISTRY, Executor, get_executor, process_tree
+from nemotron_recipes.executors import REGISTRY, Executor, get_executor
+from nemotron_recipes.executors.local import process_tree
 from nemotron_recipes.rundir import ATTEMPT_ENV, RunDir, read_json
 from nemotron_recipes.spec import Artifact, JobHandle
 from tests.helpers.executor_harness import HARNESSES, events, placement, wait_for, wait_until_over

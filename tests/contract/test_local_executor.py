@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import JobFailed, UserError
-from nemotron_recipes.executors import process_tree
-from nemotron_recipes.executors.docker_profile import DockerProfile
-from nemotron_recipes.executors.local import LocalExecutor, LocalProfile
-from nemotron_recipes.executors.slurm_profile import SlurmProfile
+from nemotron_recipes.executors.docker.profile import DockerProfile
+from nemotron_recipes.executors.local import process_tree
+from nemotron_recipes.executors.local.executor import LocalExecutor, LocalProfile
+from nemotron_recipes.executors.slurm.profile import SlurmProfile
 from nemotron_recipes.rundir import RUN_ID_ENV, RunDir, append_event, read_jsonl
 from nemotron_recipes.spec import JobHandle, StagePlan
 from tests.helpers.executor_harness import events, placement, wait_for, wait_until_over
@@ -273,7 +273,8 @@ def test_torchrun_is_shown_as_it_runs() -> None:
 
 def test_a_dry_run_needs_neither_nemo_run_nor_psutil() -> None:
     code = (
-        "import sys, nemotron_recipes.executors.local; sys.exit(bool({'nemo_run', 'psutil', 'torch'} & {*sys.modules}))"
+        "import sys, nemotron_recipes.executors.local.executor; "
+        "sys.exit(bool({'nemo_run', 'psutil', 'torch'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_recipes.executors.docker import DockerExecutor
+from nemotron_recipes.executors.docker.executor import DockerExecutor
 from nemotron_recipes.rundir import RunDir, read_json, read_jsonl
 from nemotron_recipes.spec import JobHandle
 from tests.helpers import two_hosts

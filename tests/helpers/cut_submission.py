@@ -21,8 +21,8 @@ from typing import Any
 
 from nemotron_recipes import lifecycle
 from nemotron_recipes.errors import NemotronError
-from nemotron_recipes.executors import sites, ssh, there, there_changes, transport
-from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.remote import sites, ssh, there, there_changes, transport
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.planning import code
 from tests.helpers.plans import plan_of, probe_stage
 

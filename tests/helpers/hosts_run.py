@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.executors.docker import DockerExecutor
+from nemotron_recipes.executors.docker.executor import DockerExecutor
 from nemotron_recipes.spec import Plan
 from tests.helpers.executor_harness import events, placement, wait_until_over
 from tests.helpers.plans import plan_of, probe_stage, submit

@@ -16,8 +16,10 @@ from typing import Any
 from unittest import mock
 
 from nemotron_recipes.errors import NemotronError, UserError
-from nemotron_recipes.executors import slurm_control, slurm_doctor, slurm_facts, slurm_limits, slurm_site, there
-from nemotron_recipes.executors.slurm_profile import SlurmProfile
+from nemotron_recipes.executors.remote import there
+from nemotron_recipes.executors.slurm import control, doctor, facts, limits
+from nemotron_recipes.executors.slurm import site as slurm_site
+from nemotron_recipes.executors.slurm.profile import SlurmProfile
 
 TOKEN = "nemotron=recorded"
 # What sbatch refuses, or takes, in so many words: name -> flags.
@@ -62,7 +64,7 @@ class Replay:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        slurm_control._silent.clear()
+        control._silent.clear()
         with mock.patch.object(there, "run", self._run), mock.patch.object(there, "user", lambda: "root"):
             yield
 
@@ -76,7 +78,7 @@ def ask_all(jobs: dict[str, str], scene: str) -> dict[str, Any]:
 
     Where slurmctld is dead each takes seconds: then it is one question for each command.
     """
-    slurm_control._silent.clear()
+    control._silent.clear()
     found: dict[str, Any] = {}
 
     def asked(name: str, question: Callable[[], Any]) -> None:
@@ -85,7 +87,7 @@ def ask_all(jobs: dict[str, str], scene: str) -> dict[str, Any]:
         except (NemotronError, UserError) as error:
             found[name] = error
 
-    asked("states", lambda: slurm_control.job_states(jobs.values()))
+    asked("states", lambda: control.job_states(jobs.values()))
     asked("site", slurm_site.read_site)
     silent = scene == "without slurmctld"
     for name, flags in REFUSED.items():
@@ -94,20 +96,20 @@ def ask_all(jobs: dict[str, str], scene: str) -> dict[str, Any]:
     if silent:
         return found
     for name, job in jobs.items():
-        asked(f"state of {name}", lambda job=job: slurm_control.job_state(job))
+        asked(f"state of {name}", lambda job=job: control.job_state(job))
         state = found[f"state of {name}"]
-        if isinstance(state, slurm_control.JobState) and state.waiting:
-            asked(f"wait of {name}", lambda state=state: slurm_facts.wait_of("stage", state))
-    asked("unknown job", lambda: slurm_control.job_state("99999999"))
-    asked("unknown jobs", lambda: slurm_control.job_states(["99999998", "99999999"]))
-    asked("named", lambda: slurm_control.jobs_named("named", "nobody-has-this-name"))
-    asked("token", lambda: slurm_control.job_with(TOKEN, "named", []))
-    asked("no token", lambda: slurm_control.job_with("nemotron=other", "named", []))
+        if isinstance(state, control.JobState) and state.waiting:
+            asked(f"wait of {name}", lambda state=state: facts.wait_of("stage", state))
+    asked("unknown job", lambda: control.job_state("99999999"))
+    asked("unknown jobs", lambda: control.job_states(["99999998", "99999999"]))
+    asked("named", lambda: control.jobs_named("named", "nobody-has-this-name"))
+    asked("token", lambda: control.job_with(TOKEN, "named", []))
+    asked("no token", lambda: control.job_with("nemotron=other", "named", []))
     if isinstance(site := found["site"], slurm_site.Site):
-        asked("policy", lambda: slurm_limits.read_policy(site))
-    asked("queued", lambda: slurm_control.ask("squeue", "--me", "--array", "--noheader", "--format=%a|%q"))
-    asked("cancel", lambda: slurm_control.scancel(["99999999"]))
-    asked("doctor", lambda: slurm_doctor.examine(SlurmProfile(executor="slurm")))
+        asked("policy", lambda: limits.read_policy(site))
+    asked("queued", lambda: control.ask("squeue", "--me", "--array", "--noheader", "--format=%a|%q"))
+    asked("cancel", lambda: control.scancel(["99999999"]))
+    asked("doctor", lambda: doctor.examine(SlurmProfile(executor="slurm")))
     return found
 
 

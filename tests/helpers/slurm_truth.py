@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nemotron_recipes.artifacts.causes import recognised
-from nemotron_recipes.executors import slurm_control, slurm_limits, slurm_site, slurm_states
-from nemotron_recipes.executors.slurm_control import JobState
+from nemotron_recipes.executors.slurm import control, limits
+from nemotron_recipes.executors.slurm import site as slurm_site
+from nemotron_recipes.executors.slurm import states as slurm_states
+from nemotron_recipes.executors.slurm.control import JobState
 from nemotron_recipes.spec import Wait
 from tests.helpers.slurm_answers import REFUSED, Recording, Replay, ask_all
 from tests.helpers.slurm_scenes import PARTITIONS, REASONS
@@ -134,7 +136,7 @@ class Truth:
         assert sum(kind.count for kind in site.nodes) == 6
         assert sum(kind.count for kind in site.nodes if kind.down) == 1
         assert {a.account for a in site.associations or ()} >= {"lab", "poor", "idle"}
-        policy: slurm_limits.Policy = told["policy"]
+        policy: limits.Policy = told["policy"]
         assert policy.qos["jobs"].holder.limits == {"MaxJobs": "1"}
         assert policy.qos["gpus"].holder.limits == {"MaxTRESPU gres/gpu": "1"}
         assert policy.qos["least"].holder.limits == {"MinTRES cpu": "4"}
@@ -145,14 +147,14 @@ class Truth:
         for name in REFUSED:
             said = self.told()[f"sbatch {name}"]
             assert said["code"], (name, said)
-            assert not slurm_control.is_silence(said["err"]), (name, said)
+            assert not control.is_silence(said["err"]), (name, said)
 
     def check_silence(self) -> None:
         """Without slurmctld nobody knows; without slurmdbd, or accounting, slurmctld alone does."""
         told = self.told("without slurmctld")
-        assert isinstance(told["states"], slurm_control.Unreachable)
-        assert isinstance(told["site"], slurm_control.Unreachable)
-        assert slurm_control.is_silence(told["sbatch partition"]["err"])
+        assert isinstance(told["states"], control.Unreachable)
+        assert isinstance(told["site"], control.Unreachable)
+        assert control.is_silence(told["sbatch partition"]["err"])
         for scene in ("without slurmdbd", "without accounting"):
             told, jobs = self.told(scene), self.recording.jobs[scene]
             assert facts(told["states"][jobs["failed"]]) == STATES["failed"]

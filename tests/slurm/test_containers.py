@@ -17,7 +17,7 @@ import pytest
 
 from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import RunView, load_run
-from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, read_json
 from nemotron_recipes.sources import digest_of
 from nemotron_recipes.spec import JobHandle, Placement, StagePlan

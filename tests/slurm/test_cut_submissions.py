@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from nemotron_recipes import lifecycle
-from nemotron_recipes.executors import slurm_outcome, slurm_submission, ssh
+from nemotron_recipes.executors.remote import ssh
+from nemotron_recipes.executors.slurm import outcome, submission
 from nemotron_recipes.rundir import RunDir, read_json, read_jsonl
 from tests.helpers import slurm, sshd
 from tests.helpers.cut_submission import STAGES
@@ -55,7 +56,7 @@ class Trials:
     def _judge(self, run: RunDir, told: dict[str, Any], what: str) -> None:
         handle = slurm.wait_for(lambda: self._settled(run), f"it to be known what became of {what}")
         active = self._active(run)
-        ended = slurm_outcome.has_ended(run)
+        ended = outcome.has_ended(run)
         if told["code"] == 0:
             assert handle and not ended, what
         if handle and handle["native"]["jobs"].keys() == {*STAGES} and not ended:
@@ -81,7 +82,7 @@ class Trials:
         known = handle["native"]["tokens"].keys() <= handle["native"]["jobs"].keys()
         told = {event["stage"] for event in read_jsonl(run.events) if event["event"] == "job-accepted"}
         known = known and told == {*STAGES}  # whoever has looked has made up for what the submitter could not write
-        return handle if known or slurm_outcome.has_ended(run) else None
+        return handle if known or outcome.has_ended(run) else None
 
     def _active(self, run: RunDir) -> list[str]:
         """Jobs of the run that are in the queue."""
@@ -95,7 +96,7 @@ class Trials:
 
 @pytest.fixture
 def local(slurm_cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trials]:
-    monkeypatch.setattr(slurm_submission, "settled_seconds", lambda: QUIET)
+    monkeypatch.setattr(submission, "settled_seconds", lambda: QUIET)
     monkeypatch.setenv("SLURM_CONF", slurm_cluster.env["SLURM_CONF"])
     trials = Trials(slurm_cluster, tmp_path, {}, {**os.environ})
     yield trials
@@ -105,7 +106,7 @@ def local(slurm_cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.fixture
 def remote(slurm_cluster: slurm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trials]:
     sshd.require()
-    monkeypatch.setattr(slurm_submission, "settled_seconds", lambda: QUIET)
+    monkeypatch.setattr(submission, "settled_seconds", lambda: QUIET)
     monkeypatch.delenv("SLURM_CONF", raising=False)
     with sshd.server({"SLURM_CONF": slurm_cluster.env["SLURM_CONF"], "PYTHONPATH": str(ROOT)}) as server:
         monkeypatch.setenv("HOME", str(server.home))

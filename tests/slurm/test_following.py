@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, append_event
 from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.artifacts.records import load_run
-from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, latest_checkpoint, read_json
 from nemotron_recipes.spec import Launch
 from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, staging_folder

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_recipes.executors.enroot import architecture
-from nemotron_recipes.executors.squashfs import is_whole
+from nemotron_recipes.executors.images.enroot import architecture
+from nemotron_recipes.executors.images.squashfs import is_whole
 from tests.helpers import slurm
 from tests.helpers.cli import ROOT, nemotron
 from tests.helpers.registry import registry

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nemotron_recipes import lifecycle
-from nemotron_recipes.executors import slurm_control
-from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm import control
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, append_event
 from tests.helpers import slurm
 from tests.helpers.executor_harness import placement
@@ -29,7 +29,7 @@ def cluster(slurm_cluster: slurm.Cluster, monkeypatch: pytest.MonkeyPatch) -> sl
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    slurm_control._silent.clear()
+    control._silent.clear()
     return slurm_cluster
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.artifacts.records import RunView, load_run
-from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import read_json
 from nemotron_recipes.spec import JobHandle, Launch
 from tests.helpers import slurm

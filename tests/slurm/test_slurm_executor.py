@@ -20,8 +20,8 @@ from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.executors.slurm import SlurmExecutor
-from nemotron_recipes.executors.slurm_meeting import hold_port
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
+from nemotron_recipes.executors.slurm.meeting import hold_port
 from nemotron_recipes.rundir import RunDir, StageDir, read_json
 from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm

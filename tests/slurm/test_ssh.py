@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.cli import main
-from nemotron_recipes.executors import replica, slurm_control, slurm_handle, ssh
-from nemotron_recipes.executors.transport import Here, Unreachable
+from nemotron_recipes.executors.remote import replica, ssh
+from nemotron_recipes.executors.remote.transport import Here, Unreachable
+from nemotron_recipes.executors.slurm import control, handles
 from nemotron_recipes.rundir import RunDir, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm, sshd
@@ -41,7 +42,7 @@ def server(slurm_cluster: slurm.Cluster) -> Iterator[sshd.Server]:
 
 @pytest.fixture
 def laptop(server: sshd.Server, tmp_path: Path) -> Iterator[Laptop]:
-    slurm_control._silent.clear()
+    control._silent.clear()
     yield Laptop(server, tmp_path)
     for connection in ssh._connections.values():
         connection.close()
@@ -303,7 +304,7 @@ def test_a_reader_over_there_takes_no_submission_back(tmp_path: Path) -> None:
     handle = JobHandle("slurm", "run", str(run.path), {**native, "submitted_from": "elsewhere"})
     write_sealed(run.handle, asdict(handle))
     with pytest.raises(Unreachable, match="being submitted"):
-        slurm_handle.recovered(handle)
+        handles.recovered(handle)
     assert not (run.path / "second").exists(), "its submission may still begin"
 
 

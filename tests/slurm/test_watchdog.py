@@ -12,7 +12,7 @@ import pytest
 from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import load_run
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import JobHandle, Launch
 from tests.helpers import slurm

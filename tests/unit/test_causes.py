@@ -9,8 +9,8 @@ import pytest
 
 from nemotron_recipes.artifacts.causes import CAUSES, diagnose, recognised
 from nemotron_recipes.cli import explain as explained
-from nemotron_recipes.executors import slurm_reasons
-from nemotron_recipes.executors.slurm_reasons import limit_of, measured, words_of
+from nemotron_recipes.executors.slurm import reasons
+from nemotron_recipes.executors.slurm.reasons import limit_of, measured, words_of
 from nemotron_recipes.rundir import RunDir, append_event
 
 EVIDENCE = Path(__file__).parent / "evidence"
@@ -64,7 +64,7 @@ def test_where_a_limit_is_written(code: str, field: str, resource: str, per: str
 
 def test_an_unknown_code_is_said_as_it_is() -> None:
     assert words_of("SomethingNew") == "Slurm says SomethingNew"
-    assert words_of("ReqNodeNotAvail, UnavailableNodes:node3") == slurm_reasons.WORDS["ReqNodeNotAvail"][0]
+    assert words_of("ReqNodeNotAvail, UnavailableNodes:node3") == reasons.WORDS["ReqNodeNotAvail"][0]
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.executors import docker_hosts, memory
-from nemotron_recipes.executors.docker_hosts import Part, Together
-from nemotron_recipes.executors.hosts import Host
-from nemotron_recipes.executors.hosts_copy import Back
+from nemotron_recipes.executors import memory
+from nemotron_recipes.executors.docker import hosts as docker_hosts
+from nemotron_recipes.executors.docker.hosts import Part, Together
+from nemotron_recipes.executors.hosts.copies import Back
+from nemotron_recipes.executors.hosts.network import Host
 from nemotron_recipes.executors.memory import GIB, Memory
-from nemotron_recipes.executors.transport import HERE
+from nemotron_recipes.executors.remote.transport import HERE
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import RunDir, read_jsonl
 from nemotron_recipes.spec import RenderedStage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemotron_recipes.executors.enroot import Mount, Unusable, image_for_pyxis, parse_mount
+from nemotron_recipes.executors.images.enroot import Mount, Unusable, image_for_pyxis, parse_mount
 
 DIGEST = "@sha256:" + "0a" * 32
 AS_TAG = DIGEST.replace("@", ":")  # which enroot 3 takes as well

@@ -17,7 +17,7 @@ from nemotron_recipes.artifacts import gc, staging
 from nemotron_recipes.artifacts import store as store_module
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.executors import there
+from nemotron_recipes.executors.remote import there
 from nemotron_recipes.fsio import files_below, tree_digest
 from nemotron_recipes.mirror.journal import Journal
 from nemotron_recipes.rundir import StageDir, read_json, write_record

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nemotron_recipes.executors import host_files, hosts, links
-from nemotron_recipes.executors.docker import DockerExecutor
-from nemotron_recipes.executors.docker_profile import DockerProfile
-from nemotron_recipes.executors.hosts import End, Host, Link, NoLink
-from nemotron_recipes.executors.transport import HERE
+from nemotron_recipes.executors.docker.executor import DockerExecutor
+from nemotron_recipes.executors.docker.profile import DockerProfile
+from nemotron_recipes.executors.hosts import links, needed_files, network
+from nemotron_recipes.executors.hosts.network import End, Host, Link, NoLink
+from nemotron_recipes.executors.remote.transport import HERE
 from nemotron_recipes.spec import Artifact, StagePlan
 from tests.helpers.executor_harness import placement
 from tests.helpers.plans import plan_of, probe_stage
@@ -109,7 +109,7 @@ def test_shared_files_lie_at_the_same_paths(tmp_path: Path) -> None:
 def test_the_environment_pins_each_host_to_its_own_end() -> None:
     here = End("enp1s0f1np1", "192.168.100.10", 200000, ("rocep1s0f1", "roceP2p1s0f1"))
     there = End("enp1s0f0np0", "192.168.100.11", 200000, ())
-    first, second = hosts.environments([Link(here, there, (90.0, 88.0))], 61007)
+    first, second = network.environments([Link(here, there, (90.0, 88.0))], 61007)
     assert first["NCCL_SOCKET_IFNAME"] == first["UCX_NET_DEVICES"] == "enp1s0f1np1"
     assert first["NCCL_IB_HCA"] == "rocep1s0f1,roceP2p1s0f1"
     assert second["GLOO_SOCKET_IFNAME"] == second["TP_SOCKET_IFNAME"] == "enp1s0f0np0"
@@ -148,24 +148,24 @@ def fake_pair(gbps: dict[str, float], back: dict[str, float]) -> tuple[Host, Hos
 
 def test_what_carries_most_in_its_slower_direction_is_taken() -> None:
     first, second = fake_pair({"enp1s0f1np1": 95.0, "wlP9s9": 1.2}, {"enp1s0f1np1": 0.4, "wlP9s9": 1.1})
-    link = hosts.find_link(first, second)
+    link = network.find_link(first, second)
     assert (link.here.name, link.gbps) == ("wlP9s9", (1.2, 1.1)), "a link that reads 200 Gb/s and carries 0.4"
     assert (
         "spark1 wlP9s9 10.0.0.1 - spark2 wlP9s9 10.0.0.2: 1.2 Gb/s, back 1.1; hosts_min_gbps is 26"
-        in hosts.too_slow([first, second], [link], 26.0)
+        in network.too_slow([first, second], [link], 26.0)
     )
-    assert hosts.find_link(first, second, "enp1s0f1np1").here.name == "enp1s0f1np1"
+    assert network.find_link(first, second, "enp1s0f1np1").here.name == "enp1s0f1np1"
 
 
 def test_without_a_network_it_is_said_what_was_tried() -> None:
     first, second = fake_pair({}, {})
     with pytest.raises(NoLink, match="spark1 enp1s0f1np1 192.168.100.10 - spark2 .*: No route to host") as raised:
-        hosts.find_link(first, second)
+        network.find_link(first, second)
     assert "172.17.0.1" not in str(raised.value), "docker's bridge has one address everywhere"
     assert "firewall" in raised.value.fix
     second.where.told = []  # type: ignore[attr-defined]
     with pytest.raises(NoLink, match=r"no network in common \(spark1: enp1s0f1np1 192.168.100.0/24, .*spark2: none\)"):
-        hosts.find_link(first, second)
+        network.find_link(first, second)
 
 
 def test_data_is_really_sent_and_counted() -> None:
@@ -201,8 +201,8 @@ def test_rdma_devices_of_the_same_port_belong_to_an_interface(tmp_path: Path, mo
 def test_interfaces_of_this_machine_are_read() -> None:
     assert ("lo", "127.0.0.1") in links._addresses()
     assert all(each["name"] != "lo" and each["network"].count("/") == 1 for each in links.interfaces())
-    assert hosts.is_here("localhost")
-    assert not hosts.is_here("no-such-host.invalid")
+    assert network.is_here("localhost")
+    assert not network.is_here("no-such-host.invalid")
 
 
 def test_a_copy_is_stale_when_its_content_or_for_large_files_its_time_differs(tmp_path: Path) -> None:
@@ -210,11 +210,11 @@ def test_a_copy_is_stale_when_its_content_or_for_large_files_its_time_differs(tm
     for folder in (near, far / str(near).lstrip("/")):
         folder.mkdir(parents=True)
         (folder / "a").write_text("same")
-    known = {str(near / "a"): [4, 0, host_files.digests("", [str(near / "a")])[str(near / "a")]]}
-    assert host_files.stale(str(far), known) == []
+    known = {str(near / "a"): [4, 0, needed_files.digests("", [str(near / "a")])[str(near / "a")]]}
+    assert needed_files.stale(str(far), known) == []
     (far / str(near / "a").lstrip("/")).write_text("else")
-    assert host_files.stale(str(far), known) == [str(near / "a")]
+    assert needed_files.stale(str(far), known) == [str(near / "a")]
     by_time = {str(near / "a"): [4, int((far / str(near / "a").lstrip("/")).stat().st_mtime), ""]}
-    assert host_files.stale(str(far), by_time) == []
-    assert host_files.stale(str(far), {str(near / "gone"): [0, 0, ""]}) == [str(near / "gone")]
-    assert HERE.call(host_files.missing, [str(near), str(near / "gone")]) == [str(near / "gone")]
+    assert needed_files.stale(str(far), by_time) == []
+    assert needed_files.stale(str(far), {str(near / "gone"): [0, 0, ""]}) == [str(near / "gone")]
+    assert HERE.call(needed_files.missing, [str(near), str(near / "gone")]) == [str(near / "gone")]

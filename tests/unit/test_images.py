@@ -22,12 +22,12 @@ from nemotron_recipes.backends import REGISTRY as BACKENDS
 from nemotron_recipes.backends.data_prep import IMPORTS as DATA_PREP
 from nemotron_recipes.backends.trl import IMPORTS as TRL
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors import image_check, images
-from nemotron_recipes.executors.credentials import find_credentials
-from nemotron_recipes.executors.docker_control import Docker
-from nemotron_recipes.executors.enroot import Reference, architecture, parse_reference
-from nemotron_recipes.executors.registry import Found, look_up
-from nemotron_recipes.executors.squashfs import is_whole
+from nemotron_recipes.executors.docker.control import Docker
+from nemotron_recipes.executors.images import catalog, check
+from nemotron_recipes.executors.images.credentials import find_credentials
+from nemotron_recipes.executors.images.enroot import Reference, architecture, parse_reference
+from nemotron_recipes.executors.images.registry import Found, look_up
+from nemotron_recipes.executors.images.squashfs import is_whole
 from tests.helpers import docker
 from tests.helpers.cli import ROOT, nemotron
 from tests.helpers.executor_harness import wait_for
@@ -96,7 +96,7 @@ def fake_enroot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_list_is_sound() -> None:
-    known = images.known_images()
+    known = catalog.known_images()
     assert len({image.reference for image in known}) == len(known)
     made = [backend for image in known for backend in image.backends]
     assert {name for name in BACKENDS if name != "data_prep"} <= set(made), "every backend has an image"
@@ -110,16 +110,16 @@ def test_a_key_that_no_image_has_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "images.toml"
     file.write_text('[[image]]\nreference = "a/b:1"\nbackends = []\nstages = []\narchitecture = ["arm64"]\n')
     with pytest.raises(UserError, match="did you mean 'architectures'"):
-        images.known_images(file)
+        catalog.known_images(file)
 
 
 def test_an_image_is_found_in_whatever_form_it_is_written() -> None:
-    known = images.known_images()
+    known = catalog.known_images()
     for written in ("nvcr.io/nvidia/nemo:26.04.00", "docker://nvcr.io#nvidia/nemo:26.04.00"):
-        found = images.find(written, known)
+        found = catalog.find(written, known)
         assert found is not None
         assert found.reference == "nvcr.io/nvidia/nemo:26.04.00"
-    assert images.find("nvcr.io/nvidia/nemo:1", known) is None
+    assert catalog.find("nvcr.io/nvidia/nemo:1", known) is None
     assert parse_reference("ubuntu:24.04").for_docker == "docker.io/ubuntu:24.04"
     assert parse_reference("docker.io/library/ubuntu").for_pyxis == "library/ubuntu"
 
@@ -207,14 +207,14 @@ def test_a_credential_helper_is_asked_and_says_nothing_of_it(
 
 
 def test_a_moved_tag_and_a_wrong_architecture_are_told() -> None:
-    pinned = images.Image("r.io/a:1", (), (), digest="sha256:old", architectures=("amd64", "arm64"))
-    told = [str(problem) for problem in images.differences(pinned, Found("sha256:new", ("amd64",)), "arm64")]
+    pinned = catalog.Image("r.io/a:1", (), (), digest="sha256:old", architectures=("amd64", "arm64"))
+    told = [str(problem) for problem in catalog.differences(pinned, Found("sha256:new", ("amd64",)), "arm64")]
     assert len(told) == 3
     assert "the tag has moved" in told[0]
     assert "r.io/a:1@sha256:old" in told[0]
     assert "not there for arm64" in told[1]
     assert "is for amd64, not for arm64" in told[2]
-    assert not [*images.differences(pinned, Found("sha256:old", ("amd64", "arm64")), "arm64")]
+    assert not [*catalog.differences(pinned, Found("sha256:old", ("amd64", "arm64")), "arm64")]
 
 
 def test_check_on_the_command_line(public: Registry, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_an_import_carries_the_digest_in_its_name(public: Registry, tmp_path: Pa
     assert len([*(tmp_path / "images").glob("*.sqsh")]) == 2, "a moved tag does not hide behind the old file"
     other = "arm64" if HERE == "amd64" else "amd64"
     nemotron(tmp_path, "images", "import", f"{public.host}/team/import:1", "--to", "images", "--arch", other)
-    named = [images.read_squashfs_name(str(path)) for path in (tmp_path / "images").glob("*.sqsh")]
+    named = [catalog.read_squashfs_name(str(path)) for path in (tmp_path / "images").glob("*.sqsh")]
     assert sorted(name.architecture for name in named if name) == sorted([HERE, HERE, other])
     assert all(name and name.is_of(parse_reference("team/import:1")) for name in named)
 
@@ -289,7 +289,7 @@ def test_what_is_said_of_an_image_that_nodes_fetch(public: Registry, listing: Ca
     digest = public.put_image("team/fetched", "1", "arm64")
 
     def look(written: str = name, machines: tuple[str, ...] = ("arm64",), offline: bool = False) -> tuple[str, str]:
-        return told(image_check.of_registry(written, machines, "stage sft", offline))
+        return told(check.of_registry(written, machines, "stage sft", offline))
 
     listing("r.io/other:1")
     refused, said = look()
@@ -319,9 +319,9 @@ def test_what_is_said_of_a_squashfs_file(listing: Callable[..., None]) -> None:
     listing("r.io/team/a:1", digest=now)
 
     def look(file: str, whole: bool = True, machines: tuple[str, ...] = ("arm64",)) -> tuple[str, str]:
-        return told(image_check.of_squashfs(f"/images/{file}", whole, machines, "stage sft"))
+        return told(check.of_squashfs(f"/images/{file}", whole, machines, "stage sft"))
 
-    file = images.squashfs_name(parse_reference("r.io/team/a:1"), now, "arm64")
+    file = catalog.squashfs_name(parse_reference("r.io/team/a:1"), now, "arm64")
     assert look(file) == ("", "")
     assert "no whole squashfs file" in look(file, whole=False)[0]
     assert "is for arm64, and the nodes are amd64" in look(file, machines=("amd64",))[0]
@@ -345,7 +345,7 @@ def test_what_is_said_of_an_image_of_docker(
 
     def look(written: str = name, offline: bool = False) -> tuple[str, str]:
         here = Docker(docker_daemon.host).image(written)
-        return told(image_check.of_docker(written, here, platform.machine(), "stage sft", offline))
+        return told(check.of_docker(written, here, platform.machine(), "stage sft", offline))
 
     assert f"nemotron images import {name} --docker" in look()[0]
     assert f"in its registry it is for {other}, not for {HERE}" in look(f"{public.host}/team/pulled:other")[0]
@@ -377,7 +377,7 @@ def _importing(target: Path, **options: Any) -> subprocess.Popen[Any]:
     """An import in a process group of its own."""
     code = (
         "import sys; from pathlib import Path; from nemotron_recipes.executors import images\n"
-        "from nemotron_recipes.executors.enroot import Reference\n"
+        "from nemotron_recipes.executors.images.enroot import Reference\n"
         "images.import_squashfs(Reference('r.io', 'a', '1'), 'sha256:' + 'ab' * 32, 'amd64', Path(sys.argv[1]))"
     )
     assert Reference("r.io", "a", "1").for_pyxis == "r.io#a:1"
@@ -405,7 +405,7 @@ def test_our_images_install_what_workers_import_at_versions_that_tests_run_on() 
     for modules in backends.values():
         for module in modules:
             assert module == "torch" or distributions.get(module, module) in installed, module
-    for image in images.known_images():  # what the list says of them is what the recipe pins
+    for image in catalog.known_images():  # what the list says of them is what the recipe pins
         if image.recipe and image.versions:
             for name, version in image.versions.items():
                 assert installed[name].specifier.contains(str(version))

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_recipes.executors import docker, docker_files, slurm_control, slurm_files
-from nemotron_recipes.executors.docker import DockerExecutor
-from nemotron_recipes.executors.slurm import SlurmExecutor
+from nemotron_recipes.executors.docker import executor as docker
+from nemotron_recipes.executors.docker import files as docker_files
+from nemotron_recipes.executors.docker.executor import DockerExecutor
+from nemotron_recipes.executors.slurm import control
+from nemotron_recipes.executors.slurm import files as slurm_files
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, append_event, write_sealed
 from nemotron_recipes.spec import JobHandle
 
@@ -29,7 +32,7 @@ def a_lost_run(folder: Path, native: dict[str, object]) -> tuple[RunDir, JobHand
 def test_slurm_has_forgotten_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, handle = a_lost_run(tmp_path / "r", {"jobs": {"sft": "7"}, "names": {"sft": "n"}})
     slurm_files.submission(run).write_text(slurm_files.attempts_text({"sft": 1}))
-    monkeypatch.setattr(slurm_control, "job_state", lambda job: None)
+    monkeypatch.setattr(control, "job_state", lambda job: None)
     os.utime(run.path / "secrets.json", (4e9, 4e9))  # newer than all events: somebody is just submitting it again
     assert SlurmExecutor().settle(handle) == [] and slurm_files.secrets(run).exists()
     os.utime(run.path / "secrets.json", (1, 1))

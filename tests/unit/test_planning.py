@@ -15,7 +15,7 @@ import pytest
 from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.executors.local import LocalExecutor
+from nemotron_recipes.executors.local.executor import LocalExecutor
 from nemotron_recipes.planning import code
 from nemotron_recipes.planning import plan as planning
 from nemotron_recipes.planning.resolve import Resolver

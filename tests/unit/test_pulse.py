@@ -16,7 +16,7 @@ import pytest
 
 from nemotron_recipes.artifacts.records import _alive_or_stalled, load_run
 from nemotron_recipes.executors import watchdog
-from nemotron_recipes.executors.local import LocalExecutor
+from nemotron_recipes.executors.local.executor import LocalExecutor
 from nemotron_recipes.pulse import UNKNOWN_SAVE, Beat, Phase, allowance, log_stopped, pulse, read_beats
 from nemotron_recipes.rundir import RUN_ID_ENV, TRACKER, StageDir, append_event
 from nemotron_recipes.spec import JobHandle

@@ -9,10 +9,10 @@ import pytest
 
 from nemotron_recipes import lifecycle, sweep
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.executors import there
-from nemotron_recipes.executors.ssh_login import Login
-from nemotron_recipes.executors.ssh_session import Connection
-from nemotron_recipes.executors.transport import Unreachable
+from nemotron_recipes.executors.remote import there
+from nemotron_recipes.executors.remote.ssh_login import Login
+from nemotron_recipes.executors.remote.ssh_session import Connection
+from nemotron_recipes.executors.remote.transport import Unreachable
 from nemotron_recipes.rundir import RunDir, append_event, write_sealed
 from nemotron_recipes.spec import JobHandle, Request
 from tests.helpers.plans import plan_of, probe_stage

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.executors import replica, there, there_changes
-from nemotron_recipes.executors.transport import Here
+from nemotron_recipes.executors.remote import replica, there, there_changes
+from nemotron_recipes.executors.remote.transport import Here
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 
 

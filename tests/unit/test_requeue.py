@@ -11,11 +11,11 @@ import pytest
 
 from nemotron_recipes.artifacts.reconcile import Evidence, judge
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.executors.slurm_control import JobState
-from nemotron_recipes.executors.slurm_files import NodeReport
-from nemotron_recipes.executors.slurm_outcome import missing_events
-from nemotron_recipes.executors.slurm_profile import SlurmProfile, contradictions, limit_seconds
-from nemotron_recipes.executors.slurm_requeue import (
+from nemotron_recipes.executors.slurm.control import JobState
+from nemotron_recipes.executors.slurm.files import NodeReport
+from nemotron_recipes.executors.slurm.outcome import missing_events
+from nemotron_recipes.executors.slurm.profile import SlurmProfile, contradictions, limit_seconds
+from nemotron_recipes.executors.slurm.requeue import (
     JOB_END_ENV,
     WISH_ENV,
     alarm_of,

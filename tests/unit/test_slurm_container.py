@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemotron_recipes.executors.slurm_container import missing_here
-from nemotron_recipes.executors.slurm_profile import SlurmProfile
+from nemotron_recipes.executors.slurm.container import missing_here
+from nemotron_recipes.executors.slurm.profile import SlurmProfile
 
 
 def test_what_shared_folders_do_not_hold_is_missing(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.executors import slurm_deep
-from nemotron_recipes.executors.slurm_profile import SlurmProfile
+from nemotron_recipes.executors.slurm import deep
+from nemotron_recipes.executors.slurm.profile import SlurmProfile
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "slurm-22.05" / "deep"  # 2 nodes, a process each, no GPU
 
@@ -26,7 +26,7 @@ def _texts(**changed: dict[str, Any] | None) -> dict[str, str]:
 
 
 def test_nodes_that_are_well() -> None:
-    found = slurm_deep.judged(_texts(), "COMPLETED", 0.0, SlurmProfile(nodes=2))
+    found = deep.judged(_texts(), "COMPLETED", 0.0, SlurmProfile(nodes=2))
     assert [(f.topic, f.state) for f in found.findings] == [
         ("node node1", "ok"),
         ("node node2", "ok"),
@@ -50,7 +50,7 @@ def test_nodes_that_are_well() -> None:
     ],
 )
 def test_a_bad_node_is_left_out(profile: dict[str, Any], changed: dict[str, Any], exclude: str, words: str) -> None:
-    found = slurm_deep.judged(_texts(**changed), "COMPLETED", 0.0, SlurmProfile(nodes=2, **profile))
+    found = deep.judged(_texts(**changed), "COMPLETED", 0.0, SlurmProfile(nodes=2, **profile))
     (bad,) = [finding for finding in found.findings[:2] if finding.state == "problem"]
     assert words in bad.text
     assert found.suggestion == {"exclude": exclude}
@@ -65,20 +65,20 @@ def test_a_bad_node_is_left_out(profile: dict[str, Any], changed: dict[str, Any]
     ],
 )
 def test_a_sum_that_fails_is_no_single_nodes_fault(changed: dict[str, Any], state: str, words: str) -> None:
-    found = slurm_deep.judged(_texts(**changed), "COMPLETED", 0.0, SlurmProfile(nodes=2))
+    found = deep.judged(_texts(**changed), "COMPLETED", 0.0, SlurmProfile(nodes=2))
     assert (found.findings[-1].state, words in found.findings[-1].text) == (state, True)
     assert found.suggestion == {}
 
 
 def test_a_job_that_started_nothing_excludes_nobody() -> None:
     texts = {"hosts": "node1\nnode2\n", "out.txt": "slurmstepd: error: execve(): /no/python: No such file\n"}
-    found = slurm_deep.judged(texts, "FAILED", 0.0, SlurmProfile(nodes=2))
+    found = deep.judged(texts, "FAILED", 0.0, SlurmProfile(nodes=2))
     assert ("execve(): /no/python" in found.findings[0].text, found.suggestion) == (True, {})
 
 
 def test_the_script_asks_for_what_the_profile_asks_for() -> None:
     profile = SlurmProfile(nodes=2, gpus_per_node=4, account="lab", partition="batch", setup=["module load cuda"])
-    text = slurm_deep.script(profile, "nemotron-doctor-1", "/shared/.d")
+    text = deep.script(profile, "nemotron-doctor-1", "/shared/.d")
     for line in ("#SBATCH --account=lab", "#SBATCH --partition=batch", "#SBATCH --gpus-per-node=4", "module load cuda"):
         assert f"\n{line}\n" in text
     assert " --ntasks=8 --ntasks-per-node=4 --overcommit " in text

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.executors import slurm_control, slurm_limits, slurm_preflight
-from nemotron_recipes.executors.slurm_limits import Policy
-from nemotron_recipes.executors.slurm_site import NodeKind, Partition, Site, Unreadable
+from nemotron_recipes.executors.slurm import control, preflight
+from nemotron_recipes.executors.slurm import limits as slurm_limits
+from nemotron_recipes.executors.slurm.limits import Policy
+from nemotron_recipes.executors.slurm.site import NodeKind, Partition, Site, Unreadable
 from nemotron_recipes.spec import Placement
 from tests.helpers.plans import probe_stage
 
@@ -95,10 +96,10 @@ def test_preflight_holds_a_plan_against_them(
     fields: dict[str, Any], own_qos: str, queued: int, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile_fields = {"executor": "slurm", **fields}
-    monkeypatch.setattr(slurm_control, "ask", lambda *argv: "lab|normal\nother|normal\n" * queued)
+    monkeypatch.setattr(control, "ask", lambda *argv: "lab|normal\nother|normal\n" * queued)
     place = Placement("slurm", "lab", fields.get("nodes", 1), 1, profile_fields)
     stages = [probe_stage(name, placement=place) for name in ("first", "second")]
-    problems = [*slurm_preflight.policy_problems(stages, _site(own_qos), _policy(), "batch")]
+    problems = [*preflight.policy_problems(stages, _site(own_qos), _policy(), "batch")]
     found = [problem.what for problem in problems if "first" in (problem.where or "") or "MaxSubmit" in problem.what]
     assert len(found) == len(told), found
     for words, what in zip(told, found, strict=True):
@@ -108,11 +109,11 @@ def test_preflight_holds_a_plan_against_them(
 
 @pytest.mark.parametrize(("others", "told"), [(8, []), (9, ["MaxSubmit is 9, and this would be job 10 of this user"])])
 def test_the_runs_of_a_sweep_count_together(others: int, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm_control, "ask", lambda *argv: "")
+    monkeypatch.setattr(control, "ask", lambda *argv: "")
     place = Placement("slurm", "lab", 1, 1, {"executor": "slurm", "account": "lab"})
     beside = [probe_stage("first", placement=place) for _ in range(others)]
     stage = probe_stage("first", placement=place)
-    found = [*slurm_preflight.policy_problems([stage], _site(""), _policy(), "batch", beside)]
+    found = [*preflight.policy_problems([stage], _site(""), _policy(), "batch", beside)]
     assert [problem.what.partition(": ")[2] for problem in found] == told
 
 
@@ -120,11 +121,11 @@ def test_the_runs_of_a_sweep_count_together(others: int, told: list[str], monkey
 def test_a_job_that_asks_for_less_than_a_qos_wants(
     gpus: int | None, told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm_control, "ask", lambda *argv: "")
+    monkeypatch.setattr(control, "ask", lambda *argv: "")
     few = slurm_limits.parse_qos("large||||||||||gres/gpu=4\n")
     policy = replace(_policy(), qos={**_policy().qos, **few})
     fields = {"executor": "slurm", "account": "lab", "qos": "large", "gpus_per_node": gpus}
     stage = probe_stage("first", placement=Placement("slurm", "lab", 1, 1, fields))
-    found = [*slurm_preflight.policy_problems([stage], _site(""), policy, "batch")]
+    found = [*preflight.policy_problems([stage], _site(""), policy, "batch")]
     assert len(found) == told
     assert all("MinTRES gres/gpu is 4 GPU(s) at least" in problem.what for problem in found)

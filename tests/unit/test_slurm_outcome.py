@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.artifacts.records import RunView, load_run
-from nemotron_recipes.executors import slurm_files
-from nemotron_recipes.executors.slurm_control import JobState
-from nemotron_recipes.executors.slurm_files import NodeReport
-from nemotron_recipes.executors.slurm_outcome import missing_events
-from nemotron_recipes.executors.slurm_script import profile_of
-from nemotron_recipes.executors.there import inherited
+from nemotron_recipes.executors.remote.there import inherited
+from nemotron_recipes.executors.slurm import files
+from nemotron_recipes.executors.slurm.control import JobState
+from nemotron_recipes.executors.slurm.files import NodeReport
+from nemotron_recipes.executors.slurm.outcome import missing_events
+from nemotron_recipes.executors.slurm.script import profile_of
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, append_event, write_record
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> RunDir:
     handle = {"executor": "slurm", "run": plan.id, "run_dir": plan.run_dir, "native": native}
     write_atomic(run.handle, json.dumps(handle))
     append_event(run.events, "submitting", attempts={"first": 1, "second": 1})
-    write_atomic(slurm_files.submission(run), slurm_files.attempts_text({"first": 1, "second": 1}))
+    write_atomic(files.submission(run), files.attempts_text({"first": 1, "second": 1}))
     append_event(run.events, "stage-started", stage="first", attempt=1, pid=1, job="11", hosts=["node1"])
     run.stage("first").logs(1).mkdir(parents=True)
     return run
@@ -78,8 +78,8 @@ def test_who_cancelled_is_kept(run: RunDir) -> None:
 
 def test_a_launcher_that_was_killed_leaves_the_word_to_another_node(run: RunDir) -> None:
     report = NodeReport(1, "node2", 5.0, 1, rank=3, rank_exit_code=139)
-    slurm_files.write_report(run.stage("first"), 1, report)
-    slurm_files.write_report(run.stage("first"), 1, NodeReport(0, "node1", 4.0, 143, stopped=True))
+    files.write_report(run.stage("first"), 1, report)
+    files.write_report(run.stage("first"), 1, NodeReport(0, "node1", 4.0, 143, stopped=True))
     exited, finished = missing_events(run, {"first": JobState("11", "FAILED", exit_code=1)}, PRINTS)
     assert exited["exit_code"] == 1
     assert "rank 3 ended with exit code 139 (SIGSEGV)" in finished["cause"]
@@ -88,7 +88,7 @@ def test_a_launcher_that_was_killed_leaves_the_word_to_another_node(run: RunDir)
 
 
 def test_a_node_that_refused_is_named(run: RunDir) -> None:
-    slurm_files.write_report(run.stage("first"), 1, NodeReport(1, "node2", 5.0, 1, problem="it has 7 GPU(s)"))
+    files.write_report(run.stage("first"), 1, NodeReport(1, "node2", 5.0, 1, problem="it has 7 GPU(s)"))
     *_, finished = missing_events(run, {"first": JobState("11", "FAILED", exit_code=1)}, PRINTS)
     assert finished["cause"] == "node2: it has 7 GPU(s)"
 
@@ -117,7 +117,7 @@ def test_a_new_submission_takes_back_the_end_of_the_one_before(run: RunDir) -> N
     append_event(run.events, "finished", state="failed", stage="first", cause="x")
     assert missing_events(run, {"first": JobState("11", "TIMEOUT")}, PRINTS) == []
     append_event(run.events, "submitting", attempts={"first": 2, "second": 1})
-    write_atomic(slurm_files.submission(run), slurm_files.attempts_text({"first": 2, "second": 1}))
+    write_atomic(files.submission(run), files.attempts_text({"first": 2, "second": 1}))
     (finished,) = missing_events(run, {"first": JobState("13", "TIMEOUT")}, PRINTS)
     assert finished["scheduler"] == "TIMEOUT"
 

@@ -15,10 +15,10 @@ import pytest
 from pydantic import ValidationError
 
 from nemotron_recipes.executors import nemo_adapter
-from nemotron_recipes.executors.slurm import SlurmExecutor
-from nemotron_recipes.executors.slurm_meeting import FIRST_PORT, PORTS, NoMeeting, hold_port, told_port
-from nemotron_recipes.executors.slurm_profile import NOT_HERE, OTHER_NAMES, SlurmProfile
-from nemotron_recipes.executors.slurm_script import resolved, shell_command
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
+from nemotron_recipes.executors.slurm.meeting import FIRST_PORT, PORTS, NoMeeting, hold_port, told_port
+from nemotron_recipes.executors.slurm.profile import NOT_HERE, OTHER_NAMES, SlurmProfile
+from nemotron_recipes.executors.slurm.script import resolved, shell_command
 from nemotron_recipes.planning.validate import check_run
 from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Artifact, Placement, Plan, Rendered, Request
@@ -156,7 +156,7 @@ def test_what_is_not_set_has_no_line() -> None:
 def test_paths_that_nemo_run_would_rewrite_stay() -> None:
     plan = pipe_of({"setup": ["cd /nemo_run/code && ls '/a/nemo_run'"], "python": "/nemo_run/bin/python"})
     assert "cd /nemo_run/code && ls '/a/nemo_run'\n" in script_of(plan)
-    assert " /nemo_run/bin/python -m nemotron_recipes.executors.slurm_launch " in script_of(plan)
+    assert " /nemo_run/bin/python -m nemotron_recipes.executors.slurm.launch " in script_of(plan)
 
 
 def test_container_flags_follow_the_profile() -> None:
@@ -364,7 +364,7 @@ def test_a_node_that_is_told_no_port_says_so(tmp_path: Path, monkeypatch: pytest
     held.close()
     with pytest.raises(NoMeeting, match="told no port"):
         told_port(stage, 1, "2", lambda: True)  # what another job has left there does not count
-    monkeypatch.setattr("nemotron_recipes.executors.slurm_meeting.TRIES", 0)
+    monkeypatch.setattr("nemotron_recipes.executors.slurm.meeting.TRIES", 0)
     with pytest.raises(NoMeeting, match="no port is free"):
         hold_port(stage, 1, "1")
 

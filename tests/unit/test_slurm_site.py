@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.executors import slurm_doctor, slurm_preflight, slurm_site
-from nemotron_recipes.executors.slurm_profile import SlurmProfile
-from nemotron_recipes.executors.slurm_site import Association, NodeKind, Partition, Site, Unreadable
+from nemotron_recipes.executors.slurm import doctor, preflight
+from nemotron_recipes.executors.slurm import site as slurm_site
+from nemotron_recipes.executors.slurm.profile import SlurmProfile
+from nemotron_recipes.executors.slurm.site import Association, NodeKind, Partition, Site, Unreadable
 from nemotron_recipes.spec import Placement
 from tests.helpers.plans import probe_stage
 
@@ -147,7 +148,7 @@ SITE = Site(
 def test_preflight_names_everything_at_once(fields: dict[str, Any], told: list[str]) -> None:
     profile = SlurmProfile(**fields)
     place = Placement("slurm", "lab", profile.nodes, 1, profile.model_dump())
-    problems = list(slurm_preflight.stage_problems(probe_stage("sft", placement=place), profile, SITE, "batch", "/"))
+    problems = list(preflight.stage_problems(probe_stage("sft", placement=place), profile, SITE, "batch", "/"))
     assert len(problems) == len(told)
     for problem, words in zip(problems, told, strict=True):
         assert words in problem.what
@@ -159,13 +160,13 @@ def test_accounts_that_nobody_enforces_are_not_checked() -> None:
     profile = SlurmProfile(account="other")
     stage = probe_stage("sft", placement=Placement("slurm", "lab", 1, 1, profile.model_dump()))
     for site in (replace(SITE, enforced=frozenset({"none"})), replace(SITE, associations=None)):
-        assert list(slurm_preflight.stage_problems(stage, profile, site, "batch", "/")) == []
+        assert list(preflight.stage_problems(stage, profile, site, "batch", "/")) == []
 
 
 def test_without_slurm_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "s3cr3t")
-    found = slurm_doctor.examine(SlurmProfile())
+    found = doctor.examine(SlurmProfile())
     assert found.findings[0].state == "problem"
     assert "login node" in found.findings[0].text
     assert "s3cr3t" not in repr(found)

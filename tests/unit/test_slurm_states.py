@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from nemotron_recipes import lifecycle
-from nemotron_recipes.executors import slurm_control, slurm_files
-from nemotron_recipes.executors.slurm import SlurmExecutor
-from nemotron_recipes.executors.slurm_facts import difference
-from nemotron_recipes.executors.slurm_states import (
+from nemotron_recipes.executors.slurm import control, files
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
+from nemotron_recipes.executors.slurm.facts import difference
+from nemotron_recipes.executors.slurm.states import (
     JobState,
     Unclear,
     agreed,
@@ -138,7 +138,7 @@ class FakeSlurm:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    slurm_control._silent.clear()
+    control._silent.clear()
     return FakeSlurm(tmp_path, monkeypatch)
 
 
@@ -151,7 +151,7 @@ def submitted_run(root: Path, name: str, *jobs: str) -> Path:
     run.plan.write_text(to_json(plan))
     native = {"jobs": {s.name: job for s, job in zip(stages, jobs, strict=True)}, "names": {}}
     run.handle.write_text(to_json(JobHandle("slurm", plan.id, plan.run_dir, native)))
-    write_atomic(slurm_files.submission(run), slurm_files.attempts_text({s.name: 1 for s in stages}))
+    write_atomic(files.submission(run), files.attempts_text({s.name: 1 for s in stages}))
     append_event(run.events, "submitting", attempts={s.name: 1 for s in stages})
     for stage, job in native["jobs"].items():
         append_event(run.events, "job-accepted", stage=stage, attempt=1, job=job)
@@ -228,7 +228,7 @@ def test_a_submission_that_nobody_can_tell_of_is_shown_with_exit_code_1(
     run.plan.write_text(to_json(plan))
     native = {"jobs": {}, "names": {"stage0": "a-job"}, "tokens": {"stage0": "nemotron=a-token"}}
     run.handle.write_text(to_json(JobHandle("slurm", plan.id, plan.run_dir, native)))
-    answer = slurm_files.answer(run.stage("stage0"), "nemotron=a-token")
+    answer = files.answer(run.stage("stage0"), "nemotron=a-token")
     answer.parent.mkdir(parents=True)
     answer.with_name(f"{answer.name}.out").touch()  # sbatch began, and has said nothing
     monkeypatch.setenv("PATH", str(tmp_path))  # no squeue that could be asked

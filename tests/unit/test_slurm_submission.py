@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from nemotron_recipes.cli import plan_text
-from nemotron_recipes.executors import sites, slurm_control, slurm_handle, slurm_submission, there, transport
-from nemotron_recipes.executors.slurm import SlurmExecutor
-from nemotron_recipes.executors.ssh import Remote
-from nemotron_recipes.executors.ssh_login import Login
-from nemotron_recipes.executors.ssh_session import Connection
+from nemotron_recipes.executors.remote import sites, there, transport
+from nemotron_recipes.executors.remote.ssh import Remote
+from nemotron_recipes.executors.remote.ssh_login import Login
+from nemotron_recipes.executors.remote.ssh_session import Connection
+from nemotron_recipes.executors.slurm import control, handles, submission
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, append_event, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import JobHandle
 from tests.helpers.plans import plan_of, probe_stage
@@ -50,8 +51,8 @@ def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLink:
     """Slurm takes each job, and knows nothing of it."""
     found = FakeLink(tmp_path)
     numbers = iter(range(1, 100))
-    monkeypatch.setattr(slurm_submission, "submit", lambda *_: str(next(numbers)))
-    monkeypatch.setattr(slurm_control, "job_state", lambda _: None)
+    monkeypatch.setattr(submission, "submit", lambda *_: str(next(numbers)))
+    monkeypatch.setattr(control, "job_state", lambda _: None)
     monkeypatch.setattr(sites, "of_handle", lambda _: found)
     return found
 
@@ -81,11 +82,11 @@ def test_a_connection_that_goes_after_the_last_job_fails_nothing(link: FakeLink,
     kept = JobHandle(**(read_json(link.run.handle) or {}))
     assert kept.native["jobs"] == handle.native["jobs"] and "note" not in kept.native
 
-    assert slurm_handle.recovered(kept) == kept, "still away: nothing else is wrong with it"
+    assert handles.recovered(kept) == kept, "still away: nothing else is wrong with it"
     link.away, link.goes_at = False, lambda *_: False  # type: ignore[method-assign]
     link.refresh()  # as every command does that looks at a run
     for _ in range(2):
-        assert slurm_handle.recovered(kept) == kept
+        assert handles.recovered(kept) == kept
         assert link.accepted() == [*STAGES], "whoever looks next makes up for it, once"
         assert list(read_jsonl(link.run.events)) == list(read_jsonl(Path(link.far(link.run.events))))
     far = read_json(Path(link.far(link.run.handle))) or {}
@@ -102,8 +103,8 @@ def test_a_submission_that_just_goes_on_is_left_alone(link: FakeLink) -> None:
     handle = submitted(link)
     link.away, link.goes_at = False, lambda *_: False  # type: ignore[method-assign]
     link.refresh()
-    with slurm_handle.alone(link.run):
-        slurm_handle.recovered(handle)
+    with handles.alone(link.run):
+        handles.recovered(handle)
     assert link.accepted() == ["first"]
 
 
@@ -136,14 +137,14 @@ def test_slurm_has_as_long_as_its_own_time_out_to_take_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, quiet: float, settled: bool
 ) -> None:
     said = {"begun": True, "alive": False, "out": "", "err": "", "quiet": quiet}
-    monkeypatch.setattr(slurm_control, "ask", lambda *_: config)
-    monkeypatch.setattr(slurm_control, "job_with", lambda *_: None)
+    monkeypatch.setattr(control, "ask", lambda *_: config)
+    monkeypatch.setattr(control, "job_with", lambda *_: None)
     monkeypatch.setattr(there, "answered", lambda _: said)
     if settled:
-        assert slurm_submission.found(tmp_path / "answer", "token", "name", ()) is None
+        assert submission.found(tmp_path / "answer", "token", "name", ()) is None
     else:
-        with pytest.raises(slurm_submission.Unknown, match="ended without an answer"):
-            slurm_submission.found(tmp_path / "answer", "token", "name", ())
+        with pytest.raises(submission.Unknown, match="ended without an answer"):
+            submission.found(tmp_path / "answer", "token", "name", ())
 
 
 def test_jobs_of_the_handle_before_are_no_jobs_of_this_submission(
@@ -154,11 +155,11 @@ def test_jobs_of_the_handle_before_are_no_jobs_of_this_submission(
     write_sealed(link.run.handle, asdict(JobHandle("slurm", "run", str(link.run.path), native)))
     append_event(link.run.events, "job-accepted", stage="first", attempt=1, job="6")
     given: list[Any] = []
-    monkeypatch.setattr(slurm_submission, "submit", lambda *args: given.append(args) or str(10 + len(given)))
+    monkeypatch.setattr(submission, "submit", lambda *args: given.append(args) or str(10 + len(given)))
     handle = submitted(link)
     assert [set(args[-1]) for args in given] == [{"5", "6", "7"}] * 2
-    monkeypatch.setattr(slurm_control, "_question", lambda argv, *_: "7|\n" if argv[0] == "squeue" else "5|\n6|\n")
+    monkeypatch.setattr(control, "_question", lambda argv, *_: "7|\n" if argv[0] == "squeue" else "5|\n6|\n")
     said = {"begun": True, "alive": False, "out": "", "err": "", "quiet": 1e9}
     monkeypatch.setattr(link, "call", lambda *_: said)
     with transport.through(link):
-        assert slurm_handle.find(handle, "first") is None
+        assert handles.find(handle, "first") is None

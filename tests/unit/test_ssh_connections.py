@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_recipes.executors import ssh_login, ssh_session, there
-from nemotron_recipes.executors.docker_control import Elsewhere, endpoint
-from nemotron_recipes.executors.ssh_login import Login
-from nemotron_recipes.executors.ssh_session import Connection
-from nemotron_recipes.executors.transport import Unreachable
+from nemotron_recipes.executors.docker.control import Elsewhere, endpoint
+from nemotron_recipes.executors.remote import ssh_login, ssh_session, there
+from nemotron_recipes.executors.remote.ssh_login import Login
+from nemotron_recipes.executors.remote.ssh_session import Connection
+from nemotron_recipes.executors.remote.transport import Unreachable
 from tests.helpers import sshd
 from tests.helpers.slurm import wait_for
 

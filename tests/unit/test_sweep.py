@@ -14,8 +14,8 @@ from nemotron_recipes.cli.main import main
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.sweep import expand
 from nemotron_recipes.errors import JobFailed, UserError
-from nemotron_recipes.executors.slurm import SlurmExecutor
-from nemotron_recipes.executors.slurm_script import resolved
+from nemotron_recipes.executors.slurm.executor import SlurmExecutor
+from nemotron_recipes.executors.slurm.script import resolved
 from nemotron_recipes.lifecycle import Prepared
 from nemotron_recipes.rundir import RunDir, append_event, read_jsonl
 from nemotron_recipes.spec import JobHandle, Request, to_json

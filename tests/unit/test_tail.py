@@ -12,7 +12,7 @@ import pytest
 
 from nemotron_recipes.cli.follow import Follower, show_logs
 from nemotron_recipes.cli.tail import LONGEST, Tail
-from nemotron_recipes.executors.local import LocalExecutor
+from nemotron_recipes.executors.local.executor import LocalExecutor
 from nemotron_recipes.rundir import RunDir, append_event
 from nemotron_recipes.spec import JobHandle, to_json
 from tests.helpers.cli import ROOT

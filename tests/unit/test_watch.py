@@ -15,7 +15,7 @@ from pathlib import Path
 from nemotron_recipes.cli.chart import Curve, chart
 from nemotron_recipes.cli.tail import Tail
 from nemotron_recipes.cli.watch import Board, last_row, memory_texts
-from nemotron_recipes.executors.local import LocalExecutor
+from nemotron_recipes.executors.local.executor import LocalExecutor
 from nemotron_recipes.pulse import Beat
 from nemotron_recipes.rundir import RunDir, append_event
 from nemotron_recipes.spec import JobFacts, JobHandle, Outlook, to_json

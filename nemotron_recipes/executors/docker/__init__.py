@@ -1,0 +1,1 @@
+"""Executor `docker`: a container per stage on this machine."""

@@ -1,0 +1,147 @@
+"""What a run needs on its other hosts, brought there before a stage starts; what its ranks write, brought back.
+
+Copies lie below one folder on the other host, by the paths that they have here. Nothing else is written there.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from nemotron_recipes.errors import JobFailed, NemotronError
+from nemotron_recipes.executors.hosts import needed_files
+from nemotron_recipes.executors.hosts.network import Host
+from nemotron_recipes.executors.remote import replica, there
+from nemotron_recipes.executors.remote.ssh import Remote
+from nemotron_recipes.executors.remote.transport import Unreachable
+from nemotron_recipes.fsio import file_digest
+from nemotron_recipes.rundir import TRACKER, RunDir, StageDir, latest_checkpoint, read_json
+from nemotron_recipes.spec import Tree
+
+READ_WHOLE = 16 << 20  # bytes; of larger files size and time tell whether the copy is still good
+BACK = ("events", "logs", "heartbeats", "failures", "stacks")  # of a stage's folder: what each rank writes by itself
+
+
+def needed(run: RunDir, plan: Tree, name: str) -> list[Path]:
+    """Files and folders that the ranks of a stage read, beside hub models; those that exist by now."""
+    stage = next(stage for stage in plan["stages"] if stage["name"] == name)
+    folder, store = StageDir(Path(stage["directory"])), Path(plan["store"])
+    found = [run.plan, run.rendered, run.path / "code", folder.files]
+    newest = latest_checkpoint(folder.checkpoints)
+    found += [newest, folder.checkpoints / TRACKER] if newest else []
+    found += [Path(stage["resume_from"])] if stage["resume_from"] else []
+    for artifact in stage["inputs"].values():
+        if artifact["source"] == "pending":
+            record = read_json(run.stage(artifact["producer"]["stage"]).record) or {"outputs": {}}
+            made = record["outputs"].get(artifact["producer"]["slot"])
+            found += [Path(made["uri"]).parent] if made else []
+        elif artifact["source"] == "store":
+            found.append(Path(artifact["uri"]).parent)
+        elif artifact["source"] == "path":
+            found += needed_files.matches(artifact["uri"])
+    return [path for path in [*found, store / ".index"] if path.exists()]
+
+
+def send(host: Host, paths: Iterable[Path]) -> int:
+    """Bring files and folders below `host.root`, and compare what came; how many bytes went. Unreachable, JobFailed."""
+    files = {str(path): _known(path) for path in _files(paths)}
+    stale = host.where.call(needed_files.stale, host.root, files)
+    if not stale:
+        return 0
+    assert isinstance(host.where, Remote)
+    _stream(host, stale)
+    arrived = host.where.call(needed_files.digests, host.root, stale)
+    bad = [name for name in stale if arrived[name] != file_digest(Path(name))]
+    if bad:
+        raise JobFailed(f"{host.name}: {bad[0]} did not arrive as it is here ({len(bad)} of {len(stale)} files)")
+    return sum(Path(name).stat().st_size for name in stale)
+
+
+def size_of(paths: Iterable[Path]) -> int:
+    """Bytes that `send` would have to bring, at most."""
+    return sum(path.stat().st_size for path in _files(paths))
+
+
+class Back(threading.Thread):
+    """Brings what the ranks of one host write into the run folder here, until it is told to stop."""
+
+    def __init__(self, host: Host, run: RunDir, seconds: float = 1.0):
+        super().__init__(daemon=True)
+        self.host, self.run_dir, self.seconds = host, run, seconds
+        self.over = threading.Event()
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        while not self.over.wait(self.seconds):
+            with suppress(NemotronError, OSError):  # how long it has been away is for others to judge
+                self.refresh()
+
+    def refresh(self) -> None:
+        """Now. Unreachable; OSError."""
+        if not self.host.root:
+            return
+        with self._lock:
+            far = self.host.place(str(self.run_dir.path))
+            mark = f".copied.{self.host.node}.json"
+            replica.refresh(self.host.where.call, far, self.run_dir.path, mark, _comes_back)
+
+    def stop(self) -> None:
+        self.over.set()
+        self.join()
+
+
+def clear(host: Host, run: RunDir) -> None:
+    """Remove the copy of the run's folder there. Unreachable; OSError."""
+    if host.root:
+        host.where.call(there.remove_folder, host.place(str(run.path)))
+
+
+def _comes_back(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return len(parts) > 2 and parts[1] in BACK
+
+
+def _files(paths: Iterable[Path]) -> Iterable[Path]:
+    for path in paths:
+        if path.is_dir():
+            for folder, folders, names in os.walk(path):
+                folders[:] = [name for name in folders if name != "__pycache__"]
+                yield from (Path(folder, name) for name in names)
+        else:
+            yield path
+
+
+def _known(path: Path) -> list[object]:
+    status = path.stat()
+    return [status.st_size, int(status.st_mtime), file_digest(path) if status.st_size <= READ_WHOLE else ""]
+
+
+def _stream(host: Host, names: Sequence[str]) -> None:
+    """tar's, over the connection that is open: nothing has to be installed, and it is as fast as ssh."""
+    assert isinstance(host.where, Remote)
+    host.where.call(there.make_folder, host.root)
+    argv = ["tar", "--extract", "--no-same-owner", "--preserve-permissions", "--directory", host.root, "--file", "-"]
+    with host.where.feed(argv) as tar:
+        assert tar.stdin is not None and tar.stderr is not None
+        try:
+            with tarfile.open(fileobj=tar.stdin, mode="w|", format=tarfile.GNU_FORMAT, dereference=True) as stream:
+                for name in names:
+                    stream.add(name, name.lstrip("/"), recursive=False, filter=_in_whole_seconds)
+            tar.stdin.close()
+        except BrokenPipeError:
+            pass  # it says why
+        said = tar.stderr.read().decode("utf-8", "replace").strip()
+        code = tar.wait()
+    if code == 255:
+        raise Unreachable(f"the connection to {host.name} was lost while files were copied")
+    if code:
+        raise JobFailed(f"{host.name}: files can't be written below {host.root}: {said or f'tar ended with {code}'}")
+
+
+def _in_whole_seconds(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.mtime = int(member.mtime)
+    return member

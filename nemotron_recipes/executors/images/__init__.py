@@ -1,0 +1,1 @@
+"""Images that stages run in: references, registries, credentials, squashfs files."""

@@ -1,0 +1,197 @@
+"""The images that stages run in: what is known of them, what the registry says now, and a squashfs file of one.
+
+Facts stand in containers/images.toml. A file that was imported carries the digest in its name, so that a tag that has
+moved never hides behind an old file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemotron_recipes import image_list
+from nemotron_recipes.errors import JobFailed, Problem, UserError, nearest
+from nemotron_recipes.executors.images.enroot import Reference, Unusable, parse_reference
+from nemotron_recipes.executors.images.registry import Found
+from nemotron_recipes.executors.images.squashfs import is_whole
+from nemotron_recipes.fsio import fsync_folder
+from nemotron_recipes.spec import Tree
+
+_KERNELS_WORDS = {"amd64": "x86_64", "arm64": "aarch64"}  # enroot's --arch takes these
+_FIELDS = ("reference", "backends", "stages", "digest", "architectures", "versions", "nearest", "recipe", "sources")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An entry of images.toml; see there."""
+
+    reference: str
+    backends: tuple[str, ...]
+    stages: tuple[str, ...]
+    digest: str = ""
+    architectures: tuple[str, ...] = ()
+    versions: Tree = field(default_factory=dict)
+    nearest: Tree = field(default_factory=dict)
+    recipe: str = ""
+    sources: Tree = field(default_factory=dict)
+
+
+def known_images(file: Path | None = None) -> tuple[Image, ...]:
+    """Every entry. UserError: the file holds something else."""
+    file = file or image_list.folder() / "images.toml"
+    try:
+        return tuple(_image(entry, file) for entry in image_list.entries(file))
+    except (ValueError, KeyError, TypeError, Unusable) as error:  # TOMLDecodeError is a ValueError
+        raise UserError(Problem(f"the list of images can't be read: {error}", str(file))) from None
+
+
+def _image(entry: Tree, file: Path) -> Image:
+    for key in entry:
+        if key not in _FIELDS:
+            raise UserError(Problem(f"unknown key '{key}'", str(file), nearest(key, _FIELDS)))
+    parse_reference(entry["reference"])
+    fields: Tree = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Image(**fields)
+
+
+def find(written: str, images: Sequence[Image]) -> Image | None:
+    """The entry of that image and tag, in whatever form it is written."""
+    wanted = reference(written)
+    for image in images:
+        known = parse_reference(image.reference)
+        if (known.registry, known.repository, known.tag) == (wanted.registry, wanted.repository, wanted.tag):
+            return image
+    return None
+
+
+def reference(written: str) -> Reference:
+    """UserError where it is none."""
+    try:
+        return parse_reference(written)
+    except Unusable as error:
+        raise UserError(Problem(error.what, "image", error.fix)) from None
+
+
+def differences(image: Image, found: Found, architecture: str | None) -> Iterator[Problem]:
+    """Where the registry, the file, and the machine (amd64, arm64) disagree."""
+    name = image.reference
+    if image.digest and image.digest != found.digest:
+        what = f"the tag has moved: {name} was {image.digest}, and is {found.digest} now"
+        yield Problem(what, "images.toml", f"use {name}@{image.digest}, or look at what changed and pin anew")
+    gone = sorted(set(image.architectures) - set(found.architectures))
+    if gone:
+        yield Problem(f"{name} is not there for {', '.join(gone)}", "images.toml", "mend architectures")
+    if architecture and architecture not in found.architectures:
+        what = f"{name} is for {', '.join(found.architectures)}, not for {architecture}"
+        yield Problem(what, fix="choose one for this machine")
+
+
+def squashfs_name(image: Reference, digest: str, architecture: str) -> str:
+    """`nvidia+nemo+26.04.00@sha256-<hex>.arm64.sqsh`"""
+    return f"{_stem(image)}@{digest.replace(':', '-')}.{architecture}.sqsh"
+
+
+@dataclass(frozen=True)
+class Named:
+    """What the name of an imported file tells."""
+
+    stem: str
+    digest: str
+    architecture: str  # "": it was imported before files told it
+
+    def is_of(self, image: Reference) -> bool:
+        """Whether it was made of that image and tag; the registry is not in the name."""
+        return self.stem == _stem(image)
+
+
+def read_squashfs_name(file: str) -> Named | None:
+    """The inverse of `squashfs_name`; None for other names."""
+    found = re.fullmatch(r"(.+)@(sha256)-([0-9a-f]{64})(?:\.([a-z0-9]+))?\.sqsh", os.path.basename(file))
+    return Named(found[1], f"{found[2]}:{found[3]}", found[4] or "") if found else None
+
+
+def _stem(image: Reference) -> str:
+    return image.repository.replace("/", "+") + (f"+{image.tag}" if image.tag else "")
+
+
+def import_squashfs(image: Reference, digest: str, architecture: str, target: Path, before: Sequence[str] = ()) -> Path:
+    """The image as a squashfs file in the folder `target`, made by `enroot import` unless it is there.
+
+    before   words in front of the command: `srun ...`, to have it done on a node
+    Of several imports at once one works, the others wait for it; where the file system has no locks each works for
+    itself. What is not whole never has the file's name. UserError: `target` can't be written, or there is no enroot;
+    JobFailed: enroot's own words.
+    """
+    final = target / squashfs_name(image, digest, architecture)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with _alone(final) as alone:
+            if is_whole(final):
+                return final
+            if alone:  # of imports that were killed
+                for left in target.glob(f"{_literal(final.stem)}.*.partial"):
+                    left.unlink(missing_ok=True)
+            # Its own name: where a lock lies, two imports do the same work twice, but never write into one file.
+            partial = final.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
+            try:
+                pinned = Reference(image.registry, image.repository, "", digest, image.user)
+                _enroot_import(pinned, architecture, partial, before)
+                with open(partial, "rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(partial, final)
+                fsync_folder(target)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(Problem(f"{error.filename or target} can't be written: {error.strerror}", "--to")) from None
+    return final
+
+
+def _enroot_import(pinned: Reference, architecture: str, partial: Path, before: Sequence[str]) -> None:
+    arch = _KERNELS_WORDS.get(architecture, architecture)
+    argv = [*before, "enroot", "import", "--arch", arch, "--output", str(partial), f"docker://{pinned.for_pyxis}"]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    except FileNotFoundError:
+        what = f"there is no {argv[0]} here"
+        fix = "run it where enroot is, on a node with --run PROFILE, or use docker: nemotron images import --docker"
+        raise UserError(Problem(what, fix=fix)) from None
+    if done.returncode:
+        raise JobFailed(f"{' '.join(argv)} ended with {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+    if not is_whole(partial):
+        raise JobFailed(f"{argv[0]} ended well, but what it wrote is no whole squashfs file")
+
+
+@contextmanager
+def _alone(final: Path) -> Iterator[bool]:
+    """Hold the lock on that name, waiting for it; False where the file system has none."""
+    with open(final.with_suffix(".lock"), "ab") as lock:
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def pull(pinned: str) -> None:
+    """Into this machine's docker. JobFailed: docker's own words."""
+    try:
+        done = subprocess.run(("docker", "pull", pinned), stdout=sys.stderr, check=False)
+    except FileNotFoundError:
+        what = "there is no docker command here"
+        raise UserError(Problem(what, fix="install docker: https://docs.docker.com/engine/install")) from None
+    if done.returncode:
+        raise JobFailed(f"docker pull {pinned} ended with {done.returncode}")
