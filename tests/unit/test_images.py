@@ -376,9 +376,9 @@ def test_what_is_said_of_an_image_of_docker(
 def _importing(target: Path, **options: Any) -> subprocess.Popen[Any]:
     """An import in a process group of its own."""
     code = (
-        "import sys; from pathlib import Path; from nemotron_recipes.executors import images\n"
+        "import sys; from pathlib import Path; from nemotron_recipes.executors.images import catalog\n"
         "from nemotron_recipes.executors.images.enroot import Reference\n"
-        "images.import_squashfs(Reference('r.io', 'a', '1'), 'sha256:' + 'ab' * 32, 'amd64', Path(sys.argv[1]))"
+        "catalog.import_squashfs(Reference('r.io', 'a', '1'), 'sha256:' + 'ab' * 32, 'amd64', Path(sys.argv[1]))"
     )
     assert Reference("r.io", "a", "1").for_pyxis == "r.io#a:1"
     argv = [sys.executable, "-c", code, str(target)]
