@@ -17,6 +17,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -36,9 +37,6 @@ from nemotron_recipes.spec import Origin, Tree
 # means a group at the root; the profile stands behind the recipe in its defaults list and so wins over it.
 PRIMARY = "nemotron_request"
 PROFILE = "nemotron_profile"
-
-# Hydra's own settings for the jobs of @hydra.main. Nothing here reads them, and loading them is most of a composition.
-HYDRA_GROUPS = ("output", "help", "hydra_help", "hydra_logging", "job_logging", "env")
 
 
 @dataclass(frozen=True)
@@ -152,10 +150,13 @@ def parse_overrides(overrides: Iterable[str], catalog: Catalog) -> tuple[list[Ov
     return parsed, problems
 
 
+# Hydra's settings for the jobs of @hydra.main: nothing here reads their groups, and loading those is most of the work.
+ConfigStore.instance().store(group="hydra", name="config", node=HydraConf(defaults=[]), provider="hydra")
+
+
 def _store_primary(config_path: str, run: Tree) -> None:
     store = ConfigStore.instance()
-    unused = [{f"override /hydra/{group}": None} for group in HYDRA_GROUPS]
-    store.store(name=PRIMARY, node={"defaults": [f"/{config_path}", f"/{PROFILE}", "_self_", *unused]})
+    store.store(name=PRIMARY, node={"defaults": [f"/{config_path}", f"/{PROFILE}", "_self_"]})
     store.store(name=PROFILE, node={"run": run} if run else {}, package="_global_")
 
 

@@ -353,14 +353,14 @@ def test_what_is_no_reason_to_refuse_is_told_before_anything_is_written(
         assert not Path(prepared.plan.run_dir).exists()
         heard.extend(remarks)
 
-    monkeypatch.setattr(LocalExecutor, "preflight", lambda self, plan: [remark])
+    monkeypatch.setattr(LocalExecutor, "preflight", lambda self, plan, beside: [remark])
     monkeypatch.setattr(LocalExecutor, "submit", lambda self, plan, rendered: "the handle")
     monkeypatch.setattr(code, "snapshot", lambda run_dir, digest, source: None)  # `CODE` is nobody's
     prepared = lifecycle.prepare(request_of(tmp_path, "data", "prep", "sft"))
     assert lifecycle.submit(prepared, tell=tell) == "the handle"
     assert heard == [remark]
     worse = lifecycle.prepare(request_of(tmp_path, "data", "prep", "sft"))
-    monkeypatch.setattr(LocalExecutor, "preflight", lambda self, plan: [remark, Problem("no such image")])
+    monkeypatch.setattr(LocalExecutor, "preflight", lambda self, plan, beside: [remark, Problem("no such image")])
     with pytest.raises(UserError) as refused:
         lifecycle.submit(worse, tell=tell)
     assert [problem.what for problem in refused.value.problems] == ["no such image"]

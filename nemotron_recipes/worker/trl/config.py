@@ -12,6 +12,7 @@ from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Tree
 
 METHODS = ("sft", "dpo", "kto", "grpo")
+CONTAINER = "containers/unsloth.Dockerfile"  # the image that has Unsloth and bitsandbytes
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
-from nemotron_recipes.worker.trl.config import TrlSettings
-
-CONTAINER = "containers/unsloth.Dockerfile"
+from nemotron_recipes.worker.trl.config import CONTAINER, TrlSettings
 
 
 class Engine(Protocol):

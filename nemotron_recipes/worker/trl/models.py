@@ -1,9 +1,7 @@
-"""Base model and tokenizer in, Hugging Face folder out."""
+"""Base model and tokenizer in."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemotron_recipes.errors import JobFailed, Problem, UserError
-from nemotron_recipes.fsio import files_below, fsync_tree, write_atomic
+from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.tiny.model import write_model
 from nemotron_recipes.tiny.tokenizer import write_tokenizer
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.hub import folder_of
-from nemotron_recipes.worker.trl.config import TrlSettings
-from nemotron_recipes.worker.trl.engine import CONTAINER, Engine
+from nemotron_recipes.worker.trl.config import CONTAINER, TrlSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-ADAPTER = "adapter"  # subfolder of the output for LoRA weights before the merge
 
 
 @dataclass(frozen=True)
@@ -106,34 +100,3 @@ def load_tokenizer(folder: Path, chat_template: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def write_output(
-    model: Any, base: Base, chat_template: str, settings: TrlSettings, folder: Path, engine: Engine
-) -> None:
-    """The trained model as `AutoModelForCausalLM.from_pretrained` loads it; adapters are merged, and kept beside it.
-
-    A base in 4 bits is merged as it was before: into the 4 bits the adapters' change would be rounded away.
-    The tokenizer's files are copied byte for byte: data that was prepared with it still fits this model.
-    """
-    if settings.peft is not None:
-        model.save_pretrained(folder / ADAPTER)
-    if settings.model.load_in_4bit:
-        engine.write_merged(model, base.model, folder / ADAPTER, settings, folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "quantization_config" in config:
-            raise JobFailed(f"the merged model in {folder} is still quantised; the adapters lie in {folder / ADAPTER}")
-    else:
-        if settings.peft is not None:
-            model = model.merge_and_unload()
-        model.to(DTYPES[settings.model.dtype])
-        model.config.use_cache = True
-        model.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        if (base.tokenizer / name).is_file():
-            shutil.copyfile(base.tokenizer / name, folder / name)
-    write_atomic(folder / "chat_template.jinja", chat_template)
-    mode = (folder / "chat_template.jinja").stat().st_mode
-    for path in files_below(folder):
-        path.chmod(mode)  # safetensors makes files that only their owner may read
-    fsync_tree(folder)

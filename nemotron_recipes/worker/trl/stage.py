@@ -22,7 +22,8 @@ from nemotron_recipes.worker.trl.data import DataFolder
 from nemotron_recipes.worker.trl.engine import Engine
 from nemotron_recipes.worker.trl.evaluate import exact_match, label_accuracy, preference_accuracy
 from nemotron_recipes.worker.trl.learning import LeavesLn2, require_targets
-from nemotron_recipes.worker.trl.models import base_folders, load_tokenizer, load_weights, write_output
+from nemotron_recipes.worker.trl.models import base_folders, load_tokenizer, load_weights
+from nemotron_recipes.worker.trl.output import write_output
 from nemotron_recipes.worker.trl.rewards import final_answer
 from nemotron_recipes.worker.trl.sandbox import walls
 from nemotron_recipes.worker.trl.trainers import build_trainer
