@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -106,8 +107,13 @@ class Runner(Protocol):
         """The run is over."""
         ...
 
-    def launched(self, stage: RenderedStage, attempt: int, job: str, log: Path) -> AbstractContextManager[Started]:
-        """Start `stage`; its output goes to `log`, in the order in which it is written. StageFailed: it can't start."""
+    def launched(
+        self, stage: RenderedStage, attempt: int, job: str, log: Path, unwanted: Callable[[], bool]
+    ) -> AbstractContextManager[Started]:
+        """Start `stage`; its output goes to `log`, in the order in which it is written. StageFailed: it can't start.
+
+        unwanted   whether the run is to stop: what takes long before the start is given up then, as StageFailed
+        """
         ...
 
 
@@ -143,6 +149,8 @@ class Driver:
             except Stopped:
                 return self._cancelled(stage.name, attempt)
             except StageFailed as cause:
+                if self.stopping:  # it had not started yet
+                    return self._cancelled(stage.name, attempt)
                 how = {"scheduler": cause.ended_by} if cause.ended_by else {}
                 append_event(self.run.events, "finished", state="failed", stage=stage.name, cause=str(cause), **how)
                 return 1
@@ -152,7 +160,7 @@ class Driver:
     def wait_for_run(self, folder: Path) -> None:
         """Until that run is over: its driver has gone, and has left no process behind."""
         append_event(self.run.events, "waiting", run=folder.name)
-        while not self.stopping and not _is_over(folder):
+        while not self.stopping and not is_over(folder):
             time.sleep(_POLL_SECONDS)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -165,7 +173,8 @@ class Driver:
         log = folder.launcher_log(attempt)
         log.parent.mkdir(parents=True)  # takes the number: a driver that dies from here on has used it up
         begun = time.monotonic()
-        with self.runner.launched(stage, attempt, f"{self.plan['id']}-{attempt}", log) as started:
+        job = f"{self.plan['id']}-{attempt}"
+        with self.runner.launched(stage, attempt, job, log, lambda: self.stopping) as started:
             try:
                 append_event(self.run.events, "stage-started", stage=stage.name, attempt=attempt, **started.told)
                 short = self._wait(started, self._options(stage.name))
@@ -277,7 +286,7 @@ def _drive(run: RunDir, plan: Tree, rendered: Tree, inherited: dict[str, str]) -
         close(run)
 
 
-def _is_over(folder: Path) -> bool:
+def is_over(folder: Path) -> bool:
     """Whether nobody runs that run: each driver holds its lock while it lives."""
     try:
         with open(folder / "driver.lock", "ab") as lock:

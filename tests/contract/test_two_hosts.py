@@ -22,10 +22,10 @@ def pair() -> Iterator[two_hosts.Pair]:
         yield made
 
 
-def run(pair: two_hosts.Pair, folder: Path, fields: dict[str, Any] | None = None, **orders: Any) -> Any:
+def run(pair: two_hosts.Pair, folder: Path, what: str = "run", **orders: Any) -> Any:
     """(how it ended, its events, its stage's folder)."""
-    profile = json.dumps(pair.profile(**(fields or {})))
-    done = pair.python(folder, "-m", "tests.helpers.hosts_run", "run", str(folder / "run"), profile, json.dumps(orders))
+    profile = json.dumps(pair.profile())
+    done = pair.python(folder, "-m", "tests.helpers.hosts_run", what, str(folder / "run"), profile, json.dumps(orders))
     state, *events = json.loads(done.stdout.splitlines()[-1])
     return state, events, RunDir(folder / "run").stage("first")
 
@@ -104,6 +104,20 @@ def test_what_would_not_work_is_refused_before_anything_starts(pair: two_hosts.P
     assert not (tmp_path / "copies").exists()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("what", "state", "last"), [("cancel", "ended", "cancelled"), ("kill", "lost", "linked")])
+def test_a_long_copy_is_given_up(pair: two_hosts.Pair, tmp_path: Path, what: str, state: str, last: str) -> None:
+    large = tmp_path / "rows.jsonl"
+    with open(large, "wb") as file:
+        file.truncate(4 << 30)  # minutes, over the network that ssh takes
+    how, events, _ = run(pair, tmp_path, what, input=str(large))
+    assert (how, events[-1]["event"]) == (state, last)
+    assert not Path(f"{pair.copies}{tmp_path}/run").exists(), "no copy of the run's folder is left"
+    assert Path(f"{pair.copies}{large}").stat().st_size < large.stat().st_size
+    assert [pair.containers(host) for host in (0, 1)] == [[], []]
+
+
+@pytest.mark.long  # whose failure it was is tested on faked containers, too
 def test_one_that_fails_ends_both_and_is_named(pair: two_hosts.Pair, tmp_path: Path) -> None:
     state, events, _ = run(pair, tmp_path, signal=9, failing_rank="1")
     (exited,) = [event for event in events if event["event"] == "stage-exited"]

@@ -46,7 +46,9 @@ class Part:
 
 
 @contextmanager
-def launched(runner: DockerRunner, stage: RenderedStage, attempt: int, log: Path) -> Iterator[Together]:
+def launched(
+    runner: DockerRunner, stage: RenderedStage, attempt: int, log: Path, unwanted: Callable[[], bool]
+) -> Iterator[Together]:
     """See `driver.Runner.launched`. The network between the hosts is looked for anew: much may have changed since."""
     machines = network.of_options(runner.options)
     with ExitStack() as stack:
@@ -62,7 +64,7 @@ def launched(runner: DockerRunner, stage: RenderedStage, attempt: int, log: Path
             append_event(runner.run.events, "linked", stage=stage.name, links=told, environment=environments[0])
             for host in machines[1:]:
                 stack.callback(_clear, host, runner.run)
-                _bring(runner, host, stage)
+                _bring(runner, host, stage, unwanted)
             parts = _started(runner, stage, attempt, machines, environments)
         except (NoLink, meeting.NoMeeting, NemotronError, OSError) as error:
             raise StageFailed(str(error)) from None
@@ -220,11 +222,11 @@ class Together:
                 self._memory[host.name] = (time.monotonic(), memory.Memory(*told) if told else None)
 
 
-def _bring(runner: DockerRunner, host: Host, stage: RenderedStage) -> None:
+def _bring(runner: DockerRunner, host: Host, stage: RenderedStage, unwanted: Callable[[], bool]) -> None:
     """Copies and folders that the container there mounts."""
     folders = [runner.plan["run_dir"], runner.plan["store"], stage.cwd]
     if host.root:
-        copies.send(host, copies.needed(runner.run, runner.plan, stage.name))
+        copies.send(host, copies.needed(runner.run, runner.plan, stage.name), unwanted)
         for folder in folders:
             host.where.call(there.make_folder, host.place(folder))
         if runner.secrets:

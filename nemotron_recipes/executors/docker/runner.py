@@ -48,14 +48,16 @@ class DockerRunner:
         files.secrets(self.run).unlink(missing_ok=True)
 
     @contextmanager
-    def launched(self, stage: RenderedStage, attempt: int, job: str, log: Path) -> Iterator[Started]:
+    def launched(
+        self, stage: RenderedStage, attempt: int, job: str, log: Path, unwanted: Callable[[], bool]
+    ) -> Iterator[Started]:
         if self.secrets:
             write_atomic(files.secrets(self.run), json.dumps(self.secrets), mode=0o600)
         try:
             if stage.elsewhere:
                 from nemotron_recipes.executors.docker import hosts as docker_hosts
 
-                with docker_hosts.launched(self, stage, attempt, log) as together:
+                with docker_hosts.launched(self, stage, attempt, log, unwanted) as together:
                     yield together
                 return
             container = StageContainer(self.docker, start(self.docker, stage.argv, attempt, {}), stage, attempt)

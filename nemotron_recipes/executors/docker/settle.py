@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nemotron_recipes.closing import close
-from nemotron_recipes.executors import torchrun
+from nemotron_recipes.executors import driver, torchrun
 from nemotron_recipes.executors.docker import files
 from nemotron_recipes.executors.docker.control import Container, Docker, Refused, Unreachable
 from nemotron_recipes.executors.docker.places import daemon_of, hosts_of
@@ -31,6 +31,7 @@ def settle(handle: JobHandle) -> list[Tree]:
     if not any(container for _, _, container in found):
         with suppress(OSError):
             remove_secrets(run, files.secrets(run))
+        _clear(handle, run)
         return []
     if any(container and container.running for _, _, container in found):
         return []
@@ -48,6 +49,17 @@ def settle(handle: JobHandle) -> list[Tree]:
                 docker.remove(container.id)
             copies.clear(host, run)
     return missing
+
+
+def _clear(handle: JobHandle, run: RunDir) -> None:
+    """What a driver that was killed while it copied has left on other hosts, secrets perhaps.
+
+    Not once a new driver is at work: from its start it takes seconds to look for the network, and then it copies.
+    """
+    for host in hosts_of(handle)[1:]:
+        with suppress(OSError, transport.Unreachable):
+            if driver.is_over(run.path):
+                copies.clear(host, run)
 
 
 def _containers(handle: JobHandle, started: Tree) -> list[tuple[Host, Docker, Container | None]]:

@@ -5,12 +5,14 @@ Copies lie below one folder on the other host, by the paths that they have here.
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING
 
 from nemotron_recipes.errors import JobFailed, NemotronError
 from nemotron_recipes.executors.hosts import needed_files
@@ -21,6 +23,9 @@ from nemotron_recipes.executors.remote.transport import Unreachable
 from nemotron_recipes.fsio import file_digest
 from nemotron_recipes.rundir import TRACKER, RunDir, StageDir, latest_checkpoint, read_json
 from nemotron_recipes.spec import Tree
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 READ_WHOLE = 16 << 20  # bytes; of larger files size and time tell whether the copy is still good
 BACK = ("events", "logs", "heartbeats", "failures", "stacks")  # of a stage's folder: what each rank writes by itself
@@ -46,16 +51,27 @@ def needed(run: RunDir, plan: Tree, name: str) -> list[Path]:
     return [path for path in [*found, store / ".index"] if path.exists()]
 
 
-def send(host: Host, paths: Iterable[Path]) -> int:
-    """Bring files and folders below `host.root`, and compare what came; how many bytes went. Unreachable, JobFailed."""
+class Abandoned(NemotronError):
+    """Nobody wants the copy any more."""
+
+
+def send(host: Host, paths: Iterable[Path], unwanted: Callable[[], bool] = lambda: False) -> int:
+    """Bring files and folders below `host.root`, and compare what came; how many bytes went. Unreachable, JobFailed.
+
+    unwanted   asked again and again, for this may take long: once it is true, Abandoned
+    """
     files = {str(path): _known(path) for path in _files(paths)}
     stale = host.where.call(needed_files.stale, host.root, files)
     if not stale:
         return 0
     assert isinstance(host.where, Remote)
-    _stream(host, stale)
-    arrived = host.where.call(needed_files.digests, host.root, stale)
-    bad = [name for name in stale if arrived[name] != file_digest(Path(name))]
+    _stream(host, stale, unwanted)
+    large = [name for name in stale if not files[name][2]]
+    bad: list[str] = []
+    for names in ([name for name in stale if files[name][2]], *([name] for name in large)):
+        _check(unwanted)
+        arrived = host.where.call(needed_files.digests, host.root, names)
+        bad += [name for name in names if arrived[name] != file_digest(Path(name))]
     if bad:
         raise JobFailed(f"{host.name}: {bad[0]} did not arrive as it is here ({len(bad)} of {len(stale)} files)")
     return sum(Path(name).stat().st_size for name in stale)
@@ -120,7 +136,24 @@ def _known(path: Path) -> list[object]:
     return [status.st_size, int(status.st_mtime), file_digest(path) if status.st_size <= READ_WHOLE else ""]
 
 
-def _stream(host: Host, names: Sequence[str]) -> None:
+def _check(unwanted: Callable[[], bool]) -> None:
+    if unwanted():
+        raise Abandoned("the copy was given up")
+
+
+class _Pipe(io.RawIOBase):
+    """What tarfile writes to: large files, too, can be given up between two of their pieces."""
+
+    def __init__(self, pipe: IO[bytes], unwanted: Callable[[], bool]):
+        super().__init__()
+        self.pipe, self.unwanted = pipe, unwanted
+
+    def write(self, piece: Buffer, /) -> int:
+        _check(self.unwanted)
+        return self.pipe.write(piece)
+
+
+def _stream(host: Host, names: Sequence[str], unwanted: Callable[[], bool]) -> None:
     """tar's, over the connection that is open: nothing has to be installed, and it is as fast as ssh."""
     assert isinstance(host.where, Remote)
     host.where.call(there.make_folder, host.root)
@@ -128,7 +161,8 @@ def _stream(host: Host, names: Sequence[str]) -> None:
     with host.where.feed(argv) as tar:
         assert tar.stdin is not None and tar.stderr is not None
         try:
-            with tarfile.open(fileobj=tar.stdin, mode="w|", format=tarfile.GNU_FORMAT, dereference=True) as stream:
+            pipe = _Pipe(tar.stdin, unwanted)
+            with tarfile.open(fileobj=pipe, mode="w|", format=tarfile.GNU_FORMAT, dereference=True) as stream:
                 for name in names:
                     stream.add(name, name.lstrip("/"), recursive=False, filter=_in_whole_seconds)
             tar.stdin.close()

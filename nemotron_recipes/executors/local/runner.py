@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,7 +31,9 @@ class LocalRunner:
         pass
 
     @contextmanager
-    def launched(self, stage: RenderedStage, attempt: int, job: str, log: Path) -> Iterator[Process]:
+    def launched(
+        self, stage: RenderedStage, attempt: int, job: str, log: Path, unwanted: Callable[[], bool]
+    ) -> Iterator[Process]:
         environ = {**self.inherited, ATTEMPT_ENV: str(attempt)}
         with nemo_adapter.launched(stage, environ, log, job) as process:
             yield Process(process, stage.env[RUN_ID_ENV])
