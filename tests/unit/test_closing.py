@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,27 @@ def test_every_byte_counts_and_more_may_come(tmp_path: Path) -> None:
         closing.check(path)
         path.write_bytes(whole)
     assert list(closing.changed(run)) == []
+
+
+@pytest.mark.parametrize(
+    ("mutant", "instead"),
+    [
+        ("closing.check_mark", lambda *_: None),
+        ("closing.mark", lambda path, _: [path.stat().st_size, ""]),
+        ("closing.close", lambda _: None),
+        ("closing._of_run", lambda _: None),
+        ("closing._of_record", lambda _: None),
+        ("rundir.digest_of_start", lambda *_: "sha256:always the same"),
+        ("rundir.mark", lambda path: [0, ""]),
+    ],
+    ids=lambda mutant: mutant if isinstance(mutant, str) else "",
+)
+def test_a_removed_check_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str, instead: Callable[..., object]
+) -> None:
+    monkeypatch.setattr(f"nemotron_recipes.{mutant}", instead)
+    with pytest.raises((pytest.fail.Exception, AssertionError)):
+        test_every_byte_counts_and_more_may_come(tmp_path)
 
 
 def test_a_damaged_log_is_shown_as_that(tmp_path: Path) -> None:
