@@ -345,12 +345,12 @@ def _explain(folder: StageDir, attempt: int, failure: Tree | None, note: str) ->
 
 def _silent_rank(folder: StageDir, attempt: int) -> int | None:
     """The lowest rank that started and then neither finished nor failed nor stopped when asked."""
-    ranks = []
-    for path in (folder.path / "events").glob(f"attempt-{attempt}.rank-*.jsonl"):
-        last = [event["event"] for event in _events(path)][-1:]
+    found = (folder.path / "events").glob(f"attempt-{attempt}.rank-*.jsonl")
+    for rank in sorted(int(path.name.split(".rank-")[1].removesuffix(".jsonl")) for path in found):  # may be thousands
+        last = [event["event"] for event in _events(folder.events(attempt, rank))][-1:]
         if last and last[0] not in ("finished", "failed", "cancelled"):
-            ranks.append(int(path.name.split(".rank-")[1].removesuffix(".jsonl")))
-    return min(ranks, default=None)
+            return rank
+    return None
 
 
 def _killed_by(launcher_log: Path, rank: int) -> str:
