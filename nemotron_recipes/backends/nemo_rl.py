@@ -109,6 +109,8 @@ _OWNED_SECTIONS = {
     "data.validation.": "use data.path",
     "logger.wandb.": "[wandb] in env.toml says where to",
 }
+VLLM_SHARE = "policy.generation.vllm_cfg.gpu_memory_utilization"
+VLLM_TENSOR = "policy.generation.vllm_cfg.tensor_parallel_size"
 _EPOCHS = 1_000_000  # train.train_iters ends the training, unless backend.native gives a number of passes, too
 
 
@@ -136,7 +138,7 @@ class NemoRlBackend:
             *_method_problems(config),
             *native.not_measured(config, self.name, but=config["method"]),
             *native.owned_problems(config, _OWNED, _OWNED_SECTIONS),
-            *_schema_problems(config),
+            *(list(_schema_problems(config)) or _generation_problems(config)),
         ]
 
     def describe(self, stage: StageSpec) -> Launch:
@@ -181,6 +183,13 @@ def setting(config: Tree, key: str) -> Any:
     given = native.flat(config["backend"]["native"], native.keys(SCHEMAS))
     example = schema_of(config)[0].content["recipes"].get(base_of(config), {"values": {}})
     return given.get(key, example["values"].get(key))
+
+
+def vllm_of(config: Tree) -> tuple[float, int] | None:
+    """(share of each GPU that it gets, GPUs a copy of the weights is split over); None: unused, or refused."""
+    if not _generates_with_vllm(config) or list(_generation_problems(config)):
+        return None
+    return setting(config, VLLM_SHARE), setting(config, VLLM_TENSOR)
 
 
 def is_gym(config: Tree) -> bool:
@@ -310,6 +319,22 @@ def _reward_problems(grpo: Tree) -> Iterator[Problem]:
         if value is not None:
             fix = "backend.native.env, where NeMo-RL sets its environments"
             yield Problem(f"NeMo-RL does not read grpo.{key}", f"grpo.{key}", fix)
+
+
+def _generates_with_vllm(config: Tree) -> bool:
+    return config["method"] == "grpo" and setting(config, "policy.generation.backend") == "vllm"
+
+
+def _generation_problems(config: Tree) -> Iterator[Problem]:
+    """What vLLM can't begin with."""
+    if not _generates_with_vllm(config):
+        return
+    share, tensor = setting(config, VLLM_SHARE), setting(config, VLLM_TENSOR)
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        what = f"'backend.native.{VLLM_SHARE}' should be more than 0 and at most 1, not {share!r}"
+        yield Problem(what, fix="NeMo-RL's own examples have 0.5 to 0.7")
+    if type(tensor) is not int or tensor < 1:
+        yield Problem(f"'backend.native.{VLLM_TENSOR}' should be a whole number above 0, not {tensor!r}")
 
 
 def _schema_problems(config: Tree) -> Iterator[Problem]:

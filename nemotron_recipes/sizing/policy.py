@@ -17,8 +17,6 @@ from nemotron_recipes.sizing.memory import GIB, Memory
 from nemotron_recipes.sizing.shape import Shape
 from nemotron_recipes.spec import Tree
 
-_VLLM = "policy.generation.vllm_cfg."
-
 
 def notes(config: Tree, shape: Shape, takes: Memory, per_node: int) -> Iterator[str]:
     """For people: what the figures assume, what vLLM takes, and what waits in the memory of a node."""
@@ -28,9 +26,10 @@ def notes(config: Tree, shape: Shape, takes: Memory, per_node: int) -> Iterator[
     if longest:
         yield f"sequences counted as long as they may be: {longest} tokens (policy.max_total_sequence_length)"
     host = takes.weights if _compares(config) else 0.0
-    if config["method"] == "grpo":
-        share, tensor = (nemo_rl.setting(config, _VLLM + name) for name in _GENERATION)
+    if vllm := nemo_rl.vllm_of(config):
+        share, tensor = vllm
         yield f"while vLLM generates: {share:.0%} of each GPU, {_weights(shape, tensor) / GIB:.1f} GiB of it weights"
+    if config["method"] == "grpo":
         host += takes.weights + takes.gradients + takes.optimizer
     if host:
         yield f"in the memory of a node beside that: {host * per_node / GIB:.0f} GiB (reference model, waiting policy)"
@@ -38,18 +37,15 @@ def notes(config: Tree, shape: Shape, takes: Memory, per_node: int) -> Iterator[
 
 def problems(config: Tree, shape: Shape, capacity: float | None) -> Iterator[Problem]:
     """Whether vLLM's share of a GPU has room for its weights at all."""
-    if config["backend"]["name"] != "nemo_rl" or config["method"] != "grpo" or not capacity:
+    if config["backend"]["name"] != "nemo_rl" or not capacity or not (vllm := nemo_rl.vllm_of(config)):
         return
-    share, tensor = (nemo_rl.setting(config, _VLLM + name) for name in _GENERATION)
+    share, tensor = vllm
     weights = _weights(shape, tensor)
     if shape.verified and weights > share * capacity:
         what = f"vLLM's weights take {weights / GIB:.1f} GiB of each GPU, of which it gets {share * capacity / GIB:.1f}"
         least = -(-weights * tensor // (share * capacity))
-        fix = f"backend.native.{_VLLM}tensor_parallel_size={_power(int(least))}"
-        yield Problem(what, f"backend.native.{_VLLM}tensor_parallel_size", fix)
-
-
-_GENERATION = ("gpu_memory_utilization", "tensor_parallel_size")
+        fix = f"backend.native.{nemo_rl.VLLM_TENSOR}={_power(int(least))}"
+        yield Problem(what, f"backend.native.{nemo_rl.VLLM_TENSOR}", fix)
 
 
 def _compares(config: Tree) -> bool:

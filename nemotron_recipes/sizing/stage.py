@@ -62,13 +62,18 @@ def sized(config: Tree, shape: Shape, processes: int, data: Artifact | None) -> 
 def sequence_of(config: Tree, data: Artifact | None) -> int:
     """Tokens of one sequence that goes through at once: of a pack, where rows are packed, or at most; else 0."""
     if config["backend"]["name"] == "nemo_rl":
-        return int(nemo_rl.setting(config, "policy.max_total_sequence_length") or 0)
+        return _tokens(nemo_rl.setting(config, "policy.max_total_sequence_length"))
     packed: Any = config["backend"]["native"].get("packed_sequence", {})
     told = config["data"]["pack_size"] or packed.get("packed_sequence_size")
     if told or data is None or data.source not in ("store", "path") or config["method"] != "sft":
-        return int(told or 0)
+        return _tokens(told)
     metadata = transport.call(there.document, f"{data.uri}/metadata.json")
     return int(metadata.get("pack_size") or 0) if metadata else 0
+
+
+def _tokens(value: Any) -> int:
+    """A number that a backend's own key gives: 0 where it is none, which the check of the backend says."""
+    return value if type(value) is int and value > 0 else 0
 
 
 def _lora(config: Tree) -> Lora | None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,36 @@ def test_layouts_that_cannot_be_listed(
 ) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         layouts(Request(family, words, config, overrides=overrides, cwd=str(place)), CATALOG, Environment(place))
+
+
+_VLLM = "policy.generation.vllm_cfg"
+_SHARE, _TENSOR = f"{_VLLM}.gpu_memory_utilization", f"{_VLLM}.tensor_parallel_size"
+NONSENSE = {  # native values that sizes are made of
+    "share": ("nano3", ("rl",), "nemo-rl", (f"{_SHARE}=0",), "should be more than 0 and at most 1, not 0"),
+    "no share": ("nano3", ("rl",), "nemo-rl", (f"{_SHARE}=null",), "should be float | int, not None"),
+    "parts": ("nano3", ("rl",), "nemo-rl", (f"{_TENSOR}=0",), "should be a whole number above 0, not 0"),
+    "word": ("nano3", ("rl",), "nemo-rl", (f"{_SHARE}=most",), "should be float | int, not 'most' (nemo_rl-0.7.0)"),
+    "length": (
+        "nano3",
+        ("dpo",),
+        "nemo-rl",
+        ("policy.max_total_sequence_length=4k",),
+        "should be float | int, not '4k'",
+    ),
+    "pack": ("ultra3", ("lora",), "h100", ("packed_sequence.packed_sequence_size=2k",), "should be int, not '2k'"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_native_values_that_make_no_sense_are_told_once(place: Path, case: str) -> None:
+    family, words, config, given, said = NONSENSE[case]
+    model = ("model.path=nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "data.path=packs") if family == "nano3" else ()
+    overrides = (*model, *(f"backend.native.{value}" for value in given))
+    told = refused(place, family, words, config, *overrides, nproc_per_node=16)
+    assert [said in problem for problem in told if "backend.native" in problem] == [True], told
+    request = Request(family, words, config, overrides=(*overrides, "run.nodes=2"), cwd=str(place))
+    with suppress(UserError):  # whether there are layouts is not asked here
+        layouts(request, CATALOG, Environment(place))
 
 
 def test_checkpoints_without_room_stop_a_submission(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
