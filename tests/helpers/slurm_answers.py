@@ -6,6 +6,7 @@ tests/helpers/slurm_scenes.py makes the jobs that are asked about.
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +116,7 @@ def ask_all(jobs: dict[str, str], scene: str) -> dict[str, Any]:
 
 @contextmanager
 def recorded(recording: Recording, scene: str, folder: Path) -> Iterator[None]:
-    """Everything that our code asks within the block goes into the recording."""
+    """Everything that our code asks within the block goes into the recording; what jobs leave goes to `folder`."""
     answers: dict[tuple[str, ...], dict[str, Any]] = {}
     run = there.run
 
@@ -124,8 +125,13 @@ def recorded(recording: Recording, scene: str, folder: Path) -> Iterator[None]:
         answers.setdefault(tuple(argv), {"argv": [*argv], **said})
         return said
 
-    with mock.patch.object(there, "run", listening):
-        yield
+    before = Path.cwd()
+    os.chdir(folder)  # sbatch without --output writes beside its submitter
+    try:
+        with mock.patch.object(there, "run", listening):
+            yield
+    finally:
+        os.chdir(before)
     text = json.dumps([*answers.values()], ensure_ascii=False)
     text = text.replace(str(folder), "/cluster").replace(socket.gethostname(), "login")
     recording.scenes[scene] = json.loads(re.sub(r"/[^\s\"=,:]*/root/usr/lib", "/usr/lib", text))
