@@ -60,10 +60,8 @@ class Follower:
             self.silent_since = None
         waiting = [job for job in outlook.jobs if job.waiting and self.only in (None, job.stage)]
         for job in [job for job in waiting if job.reason != "Dependency"] or waiting[:1]:
-            text = waiting_text(job)
             self.begun.discard(job.stage)
-            # a start that moves by seconds is no news
-            self._tell_once(job, f"{job.state} {job.reason} {round(job.start / 300) if job.start else ''}", text)
+            self._tell_once(job, waiting_news(job), waiting_text(job))
         for job in outlook.jobs:  # a container's image may take minutes from here
             if (
                 job.state in ("RUNNING", "CONFIGURING")
@@ -152,6 +150,11 @@ def waiting_text(job: JobFacts) -> str:
     if job.start is not None and job.start > time.time():
         when = f"; start about {clock(job.start)} (in {duration(job.start - time.time())})"
     return f"{job.stage} is job {job.job}, {job.state}{why}{code}{when}"
+
+
+def waiting_news(job: JobFacts) -> str:
+    """What of `waiting_text` is worth to be told again when it changes: a start that moves by seconds is no news."""
+    return f"{job.job} {job.state} {job.reason} {round(job.start / 300) if job.start else ''}"
 
 
 def progress_text(row: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from nemotron_recipes.artifacts import records
 from nemotron_recipes.cli import attach, compare, explain, follow, summary, tensorboard, watch
 from nemotron_recipes.cli.text import age, table, write_page
 from nemotron_recipes.config.profiles import read_environment
-from nemotron_recipes.errors import Problem, UserError, printable
+from nemotron_recipes.errors import NemotronError, Problem, UserError, printable
 from nemotron_recipes.rundir import RunDir
 
 
@@ -120,17 +120,22 @@ def shell(run: str, stage: str | None, command: tuple[str, ...]) -> None:
 
 @runs.command()
 @click.argument("run")
-def cancel(run: str) -> None:
+def cancel(run: str) -> int:
     """Stop a run, or all of a sweep, and everything that was started for it."""
     members = sweep.runs_of(_root().parent, run)
     if members:
         views = lifecycle.load_all([_root() / name for name in members])
+        codes = [0]
         for view in views:  # the newest first: they wait for the others
             if view.state in sweep.GOES_ON and view.handle is not None:
-                lifecycle.cancel(view.handle)
+                try:
+                    lifecycle.cancel(view.handle)
+                except NemotronError as error:  # that one can't be stopped is no reason to let the others run
+                    click.echo(printable(f"error: {error}"), err=True)
+                    codes.append(error.exit_code)
         for after in lifecycle.load_all([_root() / name for name in members]):
             click.echo(printable(f"{after.id}: {after.state}"))
-        return
+        return max(codes)
     view = lifecycle.load(_find(run))
     over = view.state not in ("running", "stalled", "pending")
     if view.handle is None or (over and not lifecycle.left_behind(view.handle)):
@@ -138,6 +143,7 @@ def cancel(run: str) -> None:
     lifecycle.cancel(view.handle)
     after = lifecycle.load(Path(view.path))
     click.echo(printable(f"{view.id}: {after.state}"))
+    return 0
 
 
 runs.add_command(watch.watch)

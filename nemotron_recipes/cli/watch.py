@@ -15,7 +15,7 @@ from nemotron_recipes import lifecycle
 from nemotron_recipes.artifacts.records import RunView, find_run, run_folders
 from nemotron_recipes.cli import attach
 from nemotron_recipes.cli.chart import Curve, chart
-from nemotron_recipes.cli.follow import progress_text, waiting_text
+from nemotron_recipes.cli.follow import progress_text, waiting_news, waiting_text
 from nemotron_recipes.cli.tail import Tail
 from nemotron_recipes.cli.text import age, duration, table
 from nemotron_recipes.config.profiles import read_environment
@@ -65,7 +65,7 @@ class Board:
         self.row: dict[str, Any] | None = None
         self.curve = Curve()
         self.beats: tuple[Beat, ...] = ()
-        self.queue: list[str] = []
+        self.queue: dict[str, str] = {}  # what is news of it -> the words
         self.before = ""  # words on the run that must be over first
         self.end = ""
 
@@ -80,17 +80,17 @@ class Board:
         if self.stage is not None:
             self.beats = read_beats(self.stage, self.attempt)
         if outlook is not None:
-            self.queue = [f"Slurm does not answer: {outlook.unreachable}"] if outlook.unreachable else []
-            self.queue += [waiting_text(job) for job in outlook.jobs if job.waiting]
+            self.queue = {"silent": f"Slurm does not answer: {outlook.unreachable}"} if outlook.unreachable else {}
+            self.queue |= {waiting_news(job): waiting_text(job) for job in outlook.jobs if job.waiting}
 
     @property
-    def waits(self) -> list[str]:
-        """Why it waits, as far as it does."""
-        return [*([self.before] if self.before else []), *self.queue]
+    def waits(self) -> dict[str, str]:
+        """Why it waits, as far as it does: what is news of it -> the words."""
+        return ({self.before: self.before} if self.before else {}) | self.queue
 
     def lines(self, width: int, height: int) -> list[str]:
         """The whole picture, safe to be printed; a curve takes the room that is left."""
-        head = [f"{self.name}", *(f"  queue   {text}" for text in self.waits)]
+        head = [f"{self.name}", *(f"  queue   {text}" for text in self.waits.values())]
         head += [f"  stage   {name}: {state}" for name, state in self.stages.items()]
         head += [f"  end     {self.end}"] if self.end else []
         tail = [f"  memory  {text}" for text in memory_texts(self.beats)]
@@ -147,8 +147,8 @@ class _Plain:
         self.told = 0.0
 
     def board(self, board: Board, last: bool = False) -> None:
-        for number, text in enumerate(board.waits):
-            self._once(f"queue {number}", f"queue   {text}")
+        for number, (news, text) in enumerate(board.waits.items()):
+            self._once(f"queue {number}", f"queue   {text}", news)
         for name, state in board.stages.items():
             self._once(name, f"stage   {name}: {state}")
         if board.end:
@@ -164,9 +164,9 @@ class _Plain:
         for line in lines[1:]:
             self._once(line.split()[0], line)
 
-    def _once(self, key: str, text: str) -> None:
-        if self.said.get(key) != text:
-            self.said[key] = text
+    def _once(self, key: str, text: str, news: str = "") -> None:
+        if self.said.get(key) != (news or text):
+            self.said[key] = news or text
             click.echo(one_line(text))
 
 

@@ -163,3 +163,33 @@ def test_jobs_of_the_handle_before_are_no_jobs_of_this_submission(
     monkeypatch.setattr(link, "call", lambda *_: said)
     with transport.through(link):
         assert handles.find(handle, "first") is None
+
+
+BROKEN = "sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received"
+
+
+@pytest.mark.parametrize("end", ["kill -9 $$", "exit 137", f"echo '{BROKEN}' >&2; exit 1"])
+def test_an_sbatch_that_did_not_come_to_its_own_end_may_have_been_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """A machine out of memory kills it, slurmctld is restarted: the job may be there, and Slurm is asked for it."""
+    known: list[str | None] = ["7", "7", None]
+    monkeypatch.setattr(control, "job_with", lambda *_: known.pop(0))
+    monkeypatch.setattr(control, "ask", lambda *_: "")
+    answer = tmp_path / "answer"
+    given = (["sh", "-c", end], str(tmp_path), [], answer, "token", "name", ())
+    assert submission.submit(*given) == "7"
+    assert submission.found(answer, "token", "name", ()) == "7", "and whoever looks later finds it as well"
+    with pytest.raises(submission.Unknown, match="ended without an answer"):
+        submission.found(answer, "token", "name", ())
+
+
+def test_what_sbatch_refuses_nobody_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "job_with", lambda *_: "7")
+    answer = tmp_path / "answer"
+    refusal = ["sh", "-c", "echo 'sbatch: error: Invalid partition' >&2; exit 1"]
+    with pytest.raises(control.Refused, match="Invalid partition"):
+        submission.submit(refusal, str(tmp_path), [], answer, "token", "name", ())
+    assert submission.found(answer, "token", "name", ()) is None
+    assert there.forestall(str(tmp_path / "other"))
+    assert submission.found(tmp_path / "other", "token", "name", ()) is None

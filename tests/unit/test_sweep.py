@@ -237,3 +237,25 @@ def test_options_that_do_not_fit(capsys: pytest.CaptureFixture[str], words: tupl
         main(["nano3", *WORDS, "-c", "tiny", "--dry-run", *words])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_one_that_cannot_be_stopped_does_not_let_the_others_run(
+    tmp_path: Path, fake_submit: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "env.toml").write_text('[lab]\nexecutor = "slurm"\n')
+    found = sweep.prepare(request(tmp_path, "data.pack_size=128,256", mode="batch", profile="lab"), 1)
+    sweep.submit(found)
+    asked = []
+
+    def fake_cancel(handle: JobHandle) -> None:
+        asked.append(handle.run)
+        if len(asked) == 1:
+            raise JobFailed(f"run {handle.run}: its job did not end")
+
+    monkeypatch.setattr(lifecycle, "cancel", fake_cancel)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", "cancel", found.id])
+    assert sorted(asked) == sorted(member.run for member in found.members)
+    assert ended.value.code == 1
+    assert f"error: run {asked[0]}: its job did not end" in capsys.readouterr().err

@@ -10,11 +10,14 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+
+import pytest
 
 from nemotron_recipes.cli.chart import Curve, chart
 from nemotron_recipes.cli.tail import Tail
-from nemotron_recipes.cli.watch import Board, last_row, memory_texts
+from nemotron_recipes.cli.watch import Board, _Plain, last_row, memory_texts
 from nemotron_recipes.executors.local.executor import LocalExecutor
 from nemotron_recipes.pulse import Beat
 from nemotron_recipes.rundir import RunDir, append_event
@@ -90,6 +93,16 @@ def test_a_board_shows_queue_progress_curve_and_memory(tmp_path: Path) -> None:
     assert "  stage   sft: exit 7 after 3.0 s" in board.lines(120, 30)
     assert len(board.lines(30, 2)) == 2
     assert max(map(len, board.lines(30, 5))) <= 30
+
+
+def test_a_start_that_moves_by_seconds_is_no_news(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    board, plain = Board("my-run", RunDir(tmp_path)), _Plain()
+    hour = 3600 * (time.time() // 3600 + 2)
+    for start in (hour, hour, hour + 3, hour + 1800):
+        facts = JobFacts("sft", "12", "PENDING", True, True, "Priority", "others are before it", start=start)
+        board.look(Outlook("queued", (facts,)))
+        plain.board(board)
+    assert capsys.readouterr().out.count("sft is job 12") == 2
 
 
 def test_many_ranks_are_told_by_their_extremes() -> None:

@@ -139,7 +139,7 @@ def forestall(answer: str) -> bool:
     except FileExistsError:
         return False
     fsync_folder(Path(answer).parent)
-    write_atomic(Path(f"{answer}.code"), "-1")
+    write_atomic(Path(f"{answer}.code"), "127")  # as of what could not be started
     return True
 
 

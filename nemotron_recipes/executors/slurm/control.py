@@ -22,8 +22,13 @@ _silent: dict[str, float] = {}  # command -> until when it is not worth another 
 
 _TIMES = {"SLURM_TIME_FORMAT": "%s"}  # else as the user's own environment and time zone have it
 
-# How Slurm's commands say that nobody answers: no slurm.conf, no slurmctld, no reply within MessageTimeout.
-_NOBODY_ANSWERS = ("Could not establish a configuration source", "Unable to contact slurm controller", "timed out")
+# How Slurm's commands say that nobody answers: no slurm.conf, no slurmctld, no reply within MessageTimeout; or that the
+# connection broke (src/common/slurm_errno.c), maybe after slurmctld had heard them.
+_NOBODY_ANSWERS = (
+    *("Could not establish a configuration source", "Unable to contact slurm controller", "timed out"),
+    *("Zero Bytes were transmitted or received", "Message receive failure", "Message send failure"),
+    *("Communication connection failure", "Communication shutdown failure", "Unexpected message received"),
+)
 
 
 class Refused(NemotronError):

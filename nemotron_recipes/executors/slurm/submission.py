@@ -65,8 +65,8 @@ def submit(
         return job
     if said.get("late") or said.get("code") == 0:  # on a full disk sbatch can't write down what it knows
         return _found_or_raise(answer, token, name, earlier, "sbatch did not say what became of it")
-    words = (said.get("err") or said.get("out") or "").strip() or f"sbatch ended with {said.get('code')}"
-    if control.is_silence(words):
+    words = (said.get("err") or said.get("out") or "").strip() or f"sbatch ended with {said['code']}"
+    if not _refused(said["code"], words):
         return _found_or_raise(answer, token, name, earlier, words.splitlines()[-1])
     raise control.Refused(words)
 
@@ -88,12 +88,17 @@ def found(answer: Path, token: str, name: str, earlier: Collection[str], patienc
     job = job_of(said["out"])
     if job:
         return job
-    if said.get("code") and not control.is_silence(said["err"]):
-        return None  # refused, in so many words
+    if "code" in said and _refused(said["code"], said["err"]):
+        return None
     job = control.job_with(token, name, earlier)
     if job is None and said["quiet"] < settled_seconds():
         raise Unknown(f"sbatch has ended without an answer {said['quiet']:.0f} s ago, and Slurm knows of no job yet")
     return job
+
+
+def _refused(code: int, words: str) -> bool:
+    """Whether sbatch has said no. What a signal ends (in a script of the site's: 128 and more) may have been heard."""
+    return 0 < code < 128 and not control.is_silence(words)
 
 
 def settled_seconds() -> float:
