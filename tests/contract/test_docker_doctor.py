@@ -36,6 +36,16 @@ def test_a_machine_with_docker(docker_daemon: docker.Daemon, monkeypatch: pytest
     assert look(docker_host="unix:///nowhere")["docker"][0] == "problem"
 
 
+def test_what_a_run_would_be_refused_for(tmp_path: Path) -> None:
+    found = look(docker_host=f"unix://{tmp_path}/nobody", hosts=["localhost"], mounts=["relative:/x"])
+    assert found["hosts"] == (
+        "problem",
+        "localhost alone is one machine: leave hosts out, or name this machine and another",
+    )
+    assert "'relative:/x' is no mount" in found["mounts"][1]
+    assert "localhost: docker" in found, "what there is is looked at all the same"
+
+
 def test_the_driver_and_the_newest_cuda_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a fake driver's file, and a fake nvidia-smi that says what one has said on a DGX Spark."""
     fake_driver, fake_smi = tmp_path / "version", tmp_path / "bin" / "nvidia-smi"

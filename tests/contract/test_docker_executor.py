@@ -137,7 +137,8 @@ def test_files_belong_to_the_user(daemon: docker.Daemon, tmp_path: Path) -> None
 
 
 def test_a_stage_gets_its_grace_and_a_shell(daemon: docker.Daemon, tmp_path: Path) -> None:
-    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120)))
+    stage = stage_of(fields={"grace_seconds": 60.0}, sleep=120)  # the launcher writes its report, on a slow disk too
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage))
     wait_for_probe(tmp_path / "run")
     shell = EXECUTOR.shell(handle, "first", ["sh", "-c", "echo $NEMOTRON_RUN_ID; exit 5"])
     done = subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)

@@ -74,7 +74,7 @@ class Daemon:
                         "--ip-masq=false",
                         "--ip-forward=false",
                     ),
-                    *("--ip-forward=false", *self.flags),
+                    *self.flags,
                 ],
                 env={**os.environ, "PATH": _SEARCH},
                 stdin=subprocess.DEVNULL,

@@ -30,7 +30,7 @@ from nemotron_recipes.executors.hosts import copies, needed_files
 from nemotron_recipes.executors.hosts import network as hosts
 from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.rundir import ATTEMPT_ENV, RANKS_HERE_ENV, RUN_ID_ENV, RunDir, StageDir, append_event
-from nemotron_recipes.spec import Examination, JobHandle, Plan, Rendered, RenderedStage, StagePlan, Tree
+from nemotron_recipes.spec import Examination, Finding, JobHandle, Plan, Rendered, RenderedStage, StagePlan, Tree
 
 LAUNCHER = "nemotron_recipes.executors.docker.launch"
 HOME = "/tmp"  # of a user whom the image does not know; every image lets all write there
@@ -92,15 +92,16 @@ class DockerExecutor(DrivenExecutor):
                 return
 
     def examine(self, profile: Tree) -> Examination:
-        """The machine, its memory and GPUs, docker and the image; of several hosts each, and what joins them."""
+        """The profile, the machine, its memory and GPUs, docker and the image; of several hosts each, and what joins
+        them."""
         from nemotron_recipes.executors.docker import doctor as docker_doctor
         from nemotron_recipes.executors.hosts import doctor as hosts_doctor
 
         wanted = DockerProfile.model_validate(profile)
         hf_cache = Path(_hf_cache(wanted))
-        if wanted.hosts:
-            return Examination(tuple(hosts_doctor.findings(wanted, hf_cache)))
-        return Examination(tuple(docker_doctor.findings(wanted, hf_cache)))
+        look = hosts_doctor.findings if wanted.hosts else docker_doctor.findings
+        told = (Finding(key, "problem", f"{what}: {fix}") for key, what, fix in contradictions(wanted))
+        return Examination((*told, *look(wanted, hf_cache)))
 
     def shell(self, handle: JobHandle, stage: str, command: Sequence[str]) -> list[str]:
         """The command in the stage's container; of several hosts, the first one's."""
