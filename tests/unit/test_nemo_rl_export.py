@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def test_a_weight_that_is_not_there_ends_it(model: Path, trained: Weights, tmp_p
     del trained["lm_head.weight"]
     with pytest.raises(JobFailed, match=r"1 weight\(s\) of .* not in the checkpoint: lm_head.weight; .*strict=false"):
         export(tmp_path, model, saved(tmp_path, trained, "v1"))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copyfile(model / "config.json", bare / "config.json")
+    with pytest.raises(JobFailed, match=r"holds no safetensors to compare with; .*strict=false"):
+        export(tmp_path / "again", bare, tmp_path / "checkpoint")
 
 
 FAKE_CONVERTER = """\

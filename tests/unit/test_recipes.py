@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +65,30 @@ ELSEWHERE = {("super3", ("sft",), "spark-qlora", "slurm")}  # executors that a r
 CASES = [(*recipe, executor) for recipe in RECIPES for executor in sorted(REGISTRY)]
 
 
+@pytest.fixture(scope="module")
+def store_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family -> a store with what earlier stages would have made. Plans only read it, so it is made once."""
+
+    @cache
+    def made(family: str) -> Path:
+        store = Store(tmp_path_factory.mktemp("store"))
+        for name, kind in _made(family):
+            staged = store.stage(name)
+            (staged.content / "content.txt").write_text("made by a test")
+            store.commit(staged, kind=kind)
+        return store.root
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("family", "words", "config", "executor"),
     [case for case in CASES if case not in ELSEWHERE],
     ids=lambda part: str(part),
 )
 def test_recipe_plans_and_renders(
-    family: str, words: tuple[str, ...], config: str, executor: str, tmp_path: Path
+    family: str, words: tuple[str, ...], config: str, executor: str, tmp_path: Path, store_of: Callable[[str], Path]
 ) -> None:
-    store = Store(tmp_path / "store")
-    for name, kind in _made(family):  # what an earlier stage would have made
-        staged = store.stage(name)
-        (staged.content / "content.txt").write_text("made by a test")
-        store.commit(staged, kind=kind)
     (tmp_path / "blend.json").write_text("{}")
     (tmp_path / "gym").mkdir()
     overrides = REQUIRED.get((family, *words)) or REQUIRED.get((family, *words, config), ())
@@ -91,7 +104,7 @@ def test_recipe_plans_and_renders(
         profile["memory_stop_gib"], smoke = 6.0, 50
     environment = Environment(
         tmp_path,
-        artifacts={"output": str(tmp_path), "store": str(store.root)},
+        artifacts={"output": str(tmp_path), "store": str(store_of(family))},
         profiles={"here": profile},
     )
     request = Request(family, words, config, "run", "here", overrides, offline=True, cwd=str(tmp_path), smoke=smoke)
@@ -113,14 +126,10 @@ def _made(family: str) -> list[tuple[str, str]]:
     return [*((n, "data") for n in data), *((n, "model") for n in models), *((n, "checkpoint") for n in checkpoints)]
 
 
-def test_r1_under_unsloth_and_on_megatron_is_one_training(tmp_path: Path) -> None:
+def test_r1_under_unsloth_and_on_megatron_is_one_training(tmp_path: Path, store_of: Callable[[str], Path]) -> None:
     """The same rows and values; what differs is how each says it; both ways end in a merged model."""
-    store = Store(tmp_path / "store")
-    for name, kind in _made("r1-qwen3-8b"):
-        staged = store.stage(name)
-        (staged.content / "content.txt").write_text("made by a test")
-        store.commit(staged, kind=kind)
-    environment = Environment(tmp_path, artifacts={"output": str(tmp_path), "store": str(store.root)}, profiles={})
+    artifacts = {"output": str(tmp_path), "store": str(store_of("r1-qwen3-8b"))}
+    environment = Environment(tmp_path, artifacts=artifacts, profiles={})
 
     def config_of(family: str, words: tuple[str, ...], config: str, *overrides: str) -> dict[str, Any]:
         request = Request(family, words, config, overrides=overrides, offline=True, cwd=str(tmp_path))

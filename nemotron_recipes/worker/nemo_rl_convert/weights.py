@@ -33,6 +33,8 @@ def write_weights(shards: Path, model: Path, output: Path, dtype: str, strict: b
     found = {key: entry for key, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
     places = {_name(paths.get(key, (key,))): (key, paths.get(key, (key,))) for key in found}
     known, own = _types_of(model)
+    if strict and not known:
+        raise JobFailed(f"{model} holds no safetensors to compare with; backend.native.strict=false goes without")
     if missing := sorted(known.keys() - places.keys()):
         what = f"{len(missing)} weight(s) of {model} are not in the checkpoint: {', '.join(missing[:5])}"
         if strict:
