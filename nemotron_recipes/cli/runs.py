@@ -110,7 +110,9 @@ def shell(run: str, stage: str | None, command: tuple[str, ...]) -> None:
         view.stage(stage)
     running = stage or next((s.name for s in view.stages if s.state in ("running", "stalled")), None)
     if view.handle is None or running is None:
-        raise UserError(Problem(f"no stage of {view.id} is running: it is {view.state}", view.path))
+        between = view.state in ("running", "stalled")
+        why = "one is over, and the next has not begun" if between else f"it is {view.state}"
+        raise UserError(Problem(f"no stage of {view.id} is running: {why}", view.path))
     argv = lifecycle.shell(view.handle, running, command or ("bash",))
     try:
         os.execvp(argv[0], argv)

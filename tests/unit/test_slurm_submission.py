@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from nemotron_recipes.executors.remote import sites, there, transport
 from nemotron_recipes.executors.remote.ssh import Remote
 from nemotron_recipes.executors.remote.ssh_login import Login
 from nemotron_recipes.executors.remote.ssh_session import Connection
-from nemotron_recipes.executors.slurm import control, handles, submission
+from nemotron_recipes.executors.slurm import chain, control, handles, script, submission
 from nemotron_recipes.executors.slurm.executor import SlurmExecutor
+from nemotron_recipes.executors.slurm.states import JobState
 from nemotron_recipes.rundir import RunDir, append_event, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import JobHandle
 from tests.helpers.plans import plan_of, probe_stage
@@ -193,3 +194,16 @@ def test_what_sbatch_refuses_nobody_is_asked_about(tmp_path: Path, monkeypatch: 
     assert submission.found(answer, "token", "name", ()) is None
     assert there.forestall(str(tmp_path / "other"))
     assert submission.found(tmp_path / "other", "token", "name", ()) is None
+
+
+def test_a_run_waits_for_the_last_job_of_the_one_before_whatever_its_stages_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handle's file has its stages by name; the jobs of a pipe go by their order."""
+    other = RunDir(tmp_path / "other")
+    jobs = {"sft": "99", "dpo": "100", "eval": "101"}
+    write_sealed(other.handle, asdict(JobHandle("slurm", "other", str(other.path), {"jobs": jobs, "names": jobs})))
+    monkeypatch.setattr(control, "job_state", lambda job: JobState(job, "PENDING"))
+    plan = plan_of(tmp_path / "run", probe_stage("first", placement=placement_of()))
+    plan = replace(plan, after=str(other.path))
+    assert chain._before(plan, RunDir(tmp_path / "run")) == {script.last_of(str(other.path)): "101"}

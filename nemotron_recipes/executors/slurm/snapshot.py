@@ -76,6 +76,9 @@ def _unnoted(handle: JobHandle) -> dict[str, str]:
 
 
 def _jobs(handle: JobHandle, named: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """One that was accepted while its submitter died is in no handle, but has its name."""
+    """In the order in which Slurm took them: a file's keys have none.
+
+    One that was accepted while its submitter died is in no handle, but has its name.
+    """
     found = {stage: named[name][0] for stage, name in _unnoted(handle).items() if named.get(name)}
-    return {**handle.native["jobs"], **found}
+    return dict(sorted({**handle.native["jobs"], **found}.items(), key=lambda each: (len(each[1]), each[1])))
