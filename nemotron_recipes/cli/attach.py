@@ -92,10 +92,17 @@ def _asked_again(handle: JobHandle) -> bool:
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """A closed terminal or a SIGTERM ends the following as Ctrl-C does."""
+    """A closed terminal or a SIGTERM ends the following as Ctrl-C does.
+
+    Once: a terminal, its shell and `timeout` may all say it, and what was begun at the first must come to its end.
+    """
+    told = False
 
     def stop(number: int, frame: Any) -> None:
-        raise HungUp
+        nonlocal told
+        if not told:
+            told = True
+            raise HungUp
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:

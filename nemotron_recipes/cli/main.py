@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
             if argv is None and only_looks(arguments):
                 reach.guard()
                 gc.disable()  # it is over soon; going through 10,000 manifests again and again takes time
+            elif argv is None and tuple(arguments[:2]) != ("runs", "shell"):  # which becomes another program
+                reach.guard(acts=True)
         code = root.main(arguments, prog_name="nemotron", standalone_mode=False)
         _mirror_in_background(arguments)
         sys.exit(code if isinstance(code, int) else 0)

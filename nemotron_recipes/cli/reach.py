@@ -1,7 +1,7 @@
 """Whether the folders that every command reads answer: a network file system that hangs must not hang us.
 
-`check` asks before a command begins. `guard` goes on asking while one works that only looks: what hangs in the kernel
-can neither be interrupted nor ended, so the work is done by a second process, and the first one leaves it behind.
+`check` asks before a command begins. `guard` goes on asking while it works: what hangs in the kernel can neither be
+interrupted nor ended, so the work is done by a second process, and the first one leaves it behind.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from nemotron_recipes.errors import Problem, UserError, printable
 
 LONGEST = 8.0  # seconds
 PAUSE = 1.0  # seconds between two looks while a command works
+GOES_ON = "    a run that was started goes on as far as it can: see `nemotron runs list` once the folder answers\n"
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def check(seconds: float = LONGEST) -> None:
@@ -34,25 +36,43 @@ def check(seconds: float = LONGEST) -> None:
         raise _silence(silent, seconds)
 
 
-def guard(seconds: float = LONGEST) -> None:
+def guard(seconds: float = LONGEST, acts: bool = False) -> None:
     """Return in a second process, which does the work, and watch over it in this one, which then ends as that one does.
 
     When a folder falls silent it ends with exit code 2 and a message, whatever becomes of the second process. On Linux;
     elsewhere there is no second process.
+
+    acts   the command may start, follow or stop a run. There is a second process only where a folder is on another
+           machine, since whoever watches may not be killed alone: the second one dies with it. A disk of this machine
+           is slow at most.
     """
     folders = _folders()
+    if acts:
+        from nemotron_recipes.executors.folders import may_fall_silent
+
+        folders = [folder for folder in folders if may_fall_silent(folder)]
     if not (folders and _can_wait_for_processes()):
         return
     relays = _relays()
-    pid = os.fork()
+    first, pid = os.getpid(), os.fork()
     if pid == 0:
+        if acts:
+            _die_with(first)
         for relay in relays:
             for stream in relay.streams:
                 os.dup2(relay.writer, stream)
             os.close(relay.writer)
             os.close(relay.reader)
         return
-    os._exit(_Guard(pid, relays, folders, seconds).watch())
+    os._exit(_Guard(pid, relays, folders, seconds, GOES_ON if acts else "").watch())
+
+
+def _die_with(parent: int) -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has died before
+        os._exit(2)
 
 
 def _can_wait_for_processes() -> bool:
@@ -100,8 +120,8 @@ def _relays() -> list[_Relay]:
 class _Guard:
     """The first process."""
 
-    def __init__(self, pid: int, relays: list[_Relay], folders: list[Path], seconds: float):
-        self.pid, self.folders, self.seconds = pid, folders, seconds
+    def __init__(self, pid: int, relays: list[_Relay], folders: list[Path], seconds: float, remark: str):
+        self.pid, self.folders, self.seconds, self.remark = pid, folders, seconds, remark
         self.looks: dict[int, tuple[Path, _Look, float]] = {}  # by the descriptor that becomes readable
         self.next_look = time.monotonic() + PAUSE
         self.selector = selectors.DefaultSelector()
@@ -127,9 +147,9 @@ class _Guard:
                 self._pass_on()
                 text = "".join(f"error: {printable(str(p))}\n" for p in _silence(silent, self.seconds).problems)
                 with suppress(OSError):
-                    os.write(2, text.encode())
+                    os.write(2, (text + self.remark).encode())
                 return 2
-            for key, _ in self.selector.select(self._patience()):
+            for key, _ in self._news():
                 if key.fd == self.end:
                     return self._ended()
                 if key.data is None:
@@ -150,6 +170,15 @@ class _Guard:
                 self.looks[look.reader] = folder, look, now + self.seconds
                 self.selector.register(look.reader, selectors.EVENT_READ)
         return silent
+
+    def _news(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """What there is to read, after a while at most. Who was stopped meanwhile (Ctrl-Z) waits so much longer."""
+        patience, began = self._patience(), time.monotonic()
+        found = self.selector.select(patience)
+        stopped = time.monotonic() - began - patience
+        if stopped > PAUSE:
+            self.looks = {fd: (folder, look, until + stopped) for fd, (folder, look, until) in self.looks.items()}
+        return found
 
     def _patience(self) -> float:
         """Seconds until something has to be done."""

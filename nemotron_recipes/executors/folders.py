@@ -149,6 +149,11 @@ def shared(path: str, run_dir: str) -> bool:
     return os.stat(folder).st_dev == os.stat(run).st_dev or _file_system(str(folder)).startswith(_NETWORK)
 
 
+def may_fall_silent(folder: Path) -> bool:
+    """Whether it is on another machine, or behind a program (sshfs), as far as the kernel says."""
+    return _file_system(str(folder)).startswith((*_NETWORK, "fuse"))
+
+
 def _file_system(folder: str) -> str:
     """The type of the one that holds `folder`; "" where the kernel doesn't say."""
     real, best = os.path.realpath(folder), ("", "")

@@ -183,8 +183,11 @@ def falls_silent(folder: Path) -> None:
         staged = store.stage(f"rows-{number}")
         (staged.content / "a.txt").write_text("x")
         parents = {"data": store.commit(staged, kind="data", parents=parents)}
-    (folder / "env.toml").write_text(f'[artifacts]\nstore = "{folder}/a/store"\n')
-    commands = (("artifacts", "list"), ("lineage", "rows-39"), ("gc", "--dry-run"), ("artifacts", "list", "--json"))
+    (folder / "env.toml").write_text(f'[artifacts]\noutput = "{folder}/a"\n')
+    commands = (
+        *(("artifacts", "list"), ("lineage", "rows-39"), ("gc", "--dry-run"), ("artifacts", "list", "--json")),
+        ("nano3", "data", "prep", "sft", "-c", "tiny"),  # is ended while it writes the run's folder
+    )
     with mounted(shared, folder / "a", options="cache=no", line=True) as (_, line):
         assert line is not None
         for words in commands:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_recipes.cli import reach
+from nemotron_recipes.cli import attach, reach
 from nemotron_recipes.cli.main import only_looks
 from nemotron_recipes.errors import UserError
+from nemotron_recipes.executors import folders
 from tests.helpers.cli import ROOT
 
 
@@ -37,8 +39,10 @@ def test_a_folder_that_never_answers_is_named(tmp_path: Path, monkeypatch: pytes
 GUARDED = """
 import os, sys, time
 from nemotron_recipes.cli import reach
+from nemotron_recipes.executors import folders
 
-answers, hangs = os.listdir, len(sys.argv) > 1
+answers, words = os.listdir, sys.argv[1:]
+hangs = "hangs" in words
 def listdir(folder):
     if hangs and os.getpid() != worker:
         time.sleep(600)
@@ -46,8 +50,14 @@ def listdir(folder):
 os.listdir = listdir
 worker = 0
 reach.PAUSE = 0.01
-reach.guard(seconds=0.2 if hangs else 60)
+folders.may_fall_silent = lambda folder: "local" not in words
+first = os.getpid()
+reach.guard(seconds=0.2 if hangs else 60, acts="acts" in words)
 worker = os.getpid()
+assert (worker == first) == ("local" in words)
+if "killed" in words:
+    os.kill(first, 9)
+    time.sleep(600)
 print("it works", flush=True)
 print("beside it", file=sys.stderr, flush=True)
 if hangs:
@@ -74,6 +84,33 @@ def test_a_folder_that_falls_silent_ends_the_command_that_reads_it(tmp_path: Pat
 def test_a_guarded_command_ends_as_it_would_alone(tmp_path: Path) -> None:
     done = guarded(tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (7, "it works\n" + "x" * 200_000, "beside it\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux lets one wait for a process and for more")
+def test_whoever_acts_is_guarded_where_a_folder_is_elsewhere_and_dies_with_its_guard(tmp_path: Path) -> None:
+    done = guarded(tmp_path, "hangs", "acts")
+    assert done.returncode == 2 and "nemotron-output/store did not answer for 0 s" in done.stderr
+    assert "a run that was started goes on" in done.stderr
+    for words in (["acts"], ["acts", "local"]):
+        done = guarded(tmp_path, *words)
+        assert (done.returncode, done.stdout, done.stderr) == (7, "it works\n" + "x" * 200_000, "beside it\n")
+    done = guarded(tmp_path, "acts", "killed")  # ends: nobody holds the pipes
+    assert (done.returncode, done.stdout) == (-9, "")
+
+
+def test_a_disk_of_this_machine_is_never_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, silent in (("ext4", False), ("overlay", False), ("nfs4", True), ("fuse.sshfs", True), ("lustre", True)):
+        monkeypatch.setattr(folders, "_file_system", lambda folder, kind=kind: kind)
+        assert folders.may_fall_silent(tmp_path) is silent, kind
+
+
+def test_who_is_told_to_end_by_several_ends_in_peace() -> None:
+    """A guard passes on what its terminal has told the guarded one as well."""
+    with attach._stop_signals():
+        with pytest.raises(attach.HungUp):
+            signal.raise_signal(signal.SIGHUP)
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            signal.raise_signal(number)
 
 
 def test_what_only_looks_is_guarded(tmp_path: Path) -> None:
