@@ -109,8 +109,9 @@ _OWNED_SECTIONS = {
     "data.validation.": "use data.path",
     "logger.wandb.": "[wandb] in env.toml says where to",
 }
-VLLM_SHARE = "policy.generation.vllm_cfg.gpu_memory_utilization"
-VLLM_TENSOR = "policy.generation.vllm_cfg.tensor_parallel_size"
+_VLLM = "policy.generation.vllm_cfg"
+_SHARE, _PIPELINE = f"{_VLLM}.gpu_memory_utilization", f"{_VLLM}.pipeline_parallel_size"
+VLLM_TENSOR = f"{_VLLM}.tensor_parallel_size"
 _EPOCHS = 1_000_000  # train.train_iters ends the training, unless backend.native gives a number of passes, too
 
 
@@ -185,11 +186,12 @@ def setting(config: Tree, key: str) -> Any:
     return given.get(key, example["values"].get(key))
 
 
-def vllm_of(config: Tree) -> tuple[float, int] | None:
-    """(share of each GPU that it gets, GPUs a copy of the weights is split over); None: unused, or refused."""
+def vllm_of(config: Tree) -> tuple[float, float] | None:
+    """(share of each GPU that it gets, bytes of a weight on each of them); None: unused, or refused."""
     if not _generates_with_vllm(config) or list(_generation_problems(config)):
         return None
-    return setting(config, VLLM_SHARE), setting(config, VLLM_TENSOR)
+    bytes_ = 1 if setting(config, f"{_VLLM}.precision") == "fp8" else 2
+    return setting(config, _SHARE), bytes_ / (setting(config, VLLM_TENSOR) * setting(config, _PIPELINE))
 
 
 def is_gym(config: Tree) -> bool:
@@ -329,12 +331,13 @@ def _generation_problems(config: Tree) -> Iterator[Problem]:
     """What vLLM can't begin with."""
     if not _generates_with_vllm(config):
         return
-    share, tensor = setting(config, VLLM_SHARE), setting(config, VLLM_TENSOR)
+    share = setting(config, _SHARE)
     if type(share) not in (int, float) or not 0 < share <= 1:
-        what = f"'backend.native.{VLLM_SHARE}' should be more than 0 and at most 1, not {share!r}"
-        yield Problem(what, fix="NeMo-RL's own examples have 0.5 to 0.7")
-    if type(tensor) is not int or tensor < 1:
-        yield Problem(f"'backend.native.{VLLM_TENSOR}' should be a whole number above 0, not {tensor!r}")
+        what = f"'backend.native.{_SHARE}' should be more than 0 and at most 1, not {share!r}"
+        yield Problem(what, fix="NeMo-RL's own examples have 0.5 to 0.8")
+    for key in (VLLM_TENSOR, _PIPELINE):
+        if type(parts := setting(config, key)) is not int or parts < 1:
+            yield Problem(f"'backend.native.{key}' should be a whole number above 0, not {parts!r}")
 
 
 def _schema_problems(config: Tree) -> Iterator[Problem]:

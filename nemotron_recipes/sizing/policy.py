@@ -27,8 +27,9 @@ def notes(config: Tree, shape: Shape, takes: Memory, per_node: int) -> Iterator[
         yield f"sequences counted as long as they may be: {longest} tokens (policy.max_total_sequence_length)"
     host = takes.weights if _compares(config) else 0.0
     if vllm := nemo_rl.vllm_of(config):
-        share, tensor = vllm
-        yield f"while vLLM generates: {share:.0%} of each GPU, {_weights(shape, tensor) / GIB:.1f} GiB of it weights"
+        share, weight = vllm
+        weights = weight * parameters.total(shape)
+        yield f"while vLLM generates: {share:.0%} of each GPU, {weights / GIB:.1f} GiB of it weights"
     if config["method"] == "grpo":
         host += takes.weights + takes.gradients + takes.optimizer
     if host:
@@ -39,11 +40,11 @@ def problems(config: Tree, shape: Shape, capacity: float | None) -> Iterator[Pro
     """Whether vLLM's share of a GPU has room for its weights at all."""
     if config["backend"]["name"] != "nemo_rl" or not capacity or not (vllm := nemo_rl.vllm_of(config)):
         return
-    share, tensor = vllm
-    weights = _weights(shape, tensor)
+    share, weight = vllm
+    weights = weight * parameters.total(shape)
     if shape.verified and weights > share * capacity:
         what = f"vLLM's weights take {weights / GIB:.1f} GiB of each GPU, of which it gets {share * capacity / GIB:.1f}"
-        least = -(-weights * tensor // (share * capacity))
+        least = -(-weights * nemo_rl.setting(config, nemo_rl.VLLM_TENSOR) // (share * capacity))
         fix = f"backend.native.{nemo_rl.VLLM_TENSOR}={_power(int(least))}"
         yield Problem(what, f"backend.native.{nemo_rl.VLLM_TENSOR}", fix)
 
@@ -51,10 +52,6 @@ def problems(config: Tree, shape: Shape, capacity: float | None) -> Iterator[Pro
 def _compares(config: Tree) -> bool:
     """DPO always has a reference; GRPO loads one unless its penalty is 0 (nemo_rl/algorithms/grpo.py)."""
     return config["method"] == "dpo" or bool(config["grpo"]["kl_beta"])
-
-
-def _weights(shape: Shape, tensor: int) -> float:
-    return 2 * parameters.total(shape) / tensor
 
 
 def _power(least: int) -> int:

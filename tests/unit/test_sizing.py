@@ -276,7 +276,10 @@ def test_what_nemo_rl_keeps_of_a_policy_and_beside_it() -> None:
     (problem,) = policy.problems(grpo, shape, 80 * GIB)
     assert "224.8 GiB of each GPU, of which it gets 48.0" in problem.what
     assert problem.fix == "backend.native.policy.generation.vllm_cfg.tensor_parallel_size=8"
-    wide = {"generation": {"vllm_cfg": {"tensor_parallel_size": 8}}}
-    assert not list(policy.problems(nemo_rl_config("grpo", "grpo_math_1B_megatron.yaml", policy=wide), shape, 80 * GIB))
+    for split in ({"tensor_parallel_size": 8}, {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}):
+        wide = nemo_rl_config("grpo", "grpo_math_1B_megatron.yaml", policy={"generation": {"vllm_cfg": split}})
+        assert not list(policy.problems(wide, shape, 80 * GIB))
+    half = {"generation": {"vllm_cfg": {"tensor_parallel_size": 4, "precision": "fp8"}}}
+    assert not list(policy.problems(nemo_rl_config("grpo", "grpo_math_1B_megatron.yaml", policy=half), shape, 80 * GIB))
     elsewhere = {"generation": {"colocated": {"enabled": False}}}
     assert footprint(nemo_rl_config("grpo", "grpo_math_1B_megatron.yaml", policy=elsewhere), 8) is None
