@@ -56,11 +56,11 @@ def fsync_tree(root: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """`sha256:<hex>` of a file's bytes, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while piece := handle.read(1 << 20):
-            digest.update(piece)
+    """`sha256:<hex>` of a file's bytes, read in pieces that stay in the CPU's cache."""
+    digest, room = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with open(path, "rb", buffering=0) as handle:
+        while count := handle.readinto(room):
+            digest.update(room[:count])
     return "sha256:" + digest.hexdigest()
 
 

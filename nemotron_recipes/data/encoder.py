@@ -59,8 +59,9 @@ class Encoder:
         self.template = ChatTemplate(template_source, tuple(sorted(token["content"] for token in control)))
         self._ids = {token["content"]: token["id"] for token in control}
         tree |= {"truncation": None, "padding": None, "post_processor": None}
-        # The flag says nothing but what `encode_special_tokens` switches off.
-        self._tokenizer = _load(_control_only_special(tree, set(self._ids)), path)
+        # The flag says nothing but what is switched off in plain text.
+        tree = _control_only_special(tree, set(self._ids))
+        self._tokenizer = _load(tree, path)
         self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         size = max([self.vocabulary_size - 1, *self._ids.values()]) + 1
         self._is_control = np.zeros(size, dtype=bool)
@@ -90,7 +91,7 @@ class Encoder:
         for index, encoded in zip(whole, found, strict=True):
             results[index] = encoded
         return [
-            self._in_pieces(one) if result is None and one.frame is not None else result
+            self._in_pieces(one, by_widths) if result is None and one.frame is not None else result
             for one, result in zip(rendered, results, strict=True)
         ]
 
@@ -114,8 +115,11 @@ class Encoder:
 
     def _by_widths(self, rendered: Sequence[Rendered]) -> list[Encoded | None]:
         """None for a text whose control tokens or length in bytes don't come out."""
+        return self._mark(rendered, *self.engine.encode([one.text for one in rendered]))
+
+    def _mark(self, rendered: Sequence[Rendered], ids: np.ndarray, bounds: np.ndarray) -> list[Encoded | None]:
+        """Masks from the widths of the tokens; None as above."""
         assert self._widths is not None
-        ids, bounds = self.engine.encode([one.text for one in rendered])
         places: np.ndarray = np.zeros(len(ids) + 1, dtype=np.int64)  # where each token begins, in bytes
         np.cumsum(self._widths[ids], dtype=np.int64, out=places[1:])
         controls = np.diff(np.searchsorted(np.flatnonzero(self._is_control[ids]), bounds)).tolist()
@@ -174,16 +178,28 @@ class Encoder:
             what = f"data.engine={name} is for byte-level BPE that normalises nothing; this tokenizer is something else"
             raise UserError(Problem(what, str(path), "leave data.engine=tokenizers"))
         engine = Fastokens(tree, path)
-        if not agree(engine, self.reference, PROBES):
+        if not agree(engine, self.reference, [*PROBES, *(f"a {token}b" for token in self._ids)]):
             what = f"data.engine={name} gives other ids for this tokenizer than the reference"
             raise UserError(Problem(what, str(path), "leave data.engine=tokenizers"))
         return engine
 
-    def _in_pieces(self, rendered: Rendered) -> Encoded | BadRow:
+    def _in_pieces(self, rendered: Rendered, by_widths: bool) -> Encoded | BadRow:
         """The template's control tokens by id, the stretches between them as plain text."""
         if not self._pieces_are_exact:
             return BadRow("control_text", "a control token in the content, and this tokenizer can't encode in pieces")
-        return self._pieces(rendered)
+        return (self._pieces_by_widths(rendered) if by_widths else None) or self._pieces(rendered)
+
+    def _pieces_by_widths(self, rendered: Rendered) -> Encoded | BadRow | None:
+        """None: the length in bytes doesn't come out."""
+        frame = rendered.frame or ()
+        text = rendered.text
+        ends = [0, *(end for _, end in frame)]
+        starts = [*(start for start, _ in frame), len(text)]
+        ids, bounds = self.engine.encode([text[a:b] for a, b in zip(ends, starts, strict=True)], plain=True)
+        if self._is_control[ids].any():
+            return CONTROL_TEXT
+        ids = np.insert(ids, bounds[1:-1], [self._ids[text[start:end]] for start, end in frame])
+        return self._mark([rendered], ids, np.array([0, len(ids)]))[0]
 
     def _pieces(self, rendered: Rendered) -> Encoded | BadRow:
         ids: list[int] = []

@@ -34,8 +34,9 @@ class Engine(Protocol):
 
     name: str
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32 of all texts one after another, bounds int64 [texts + 1]); they may be read-only."""
+    def encode(self, texts: Sequence[str], plain: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 of all texts one after another, bounds int64 [texts + 1]); they may be read-only. `plain`: tokens
+        that the tokenizer's file flags as special are text like any other."""
         ...
 
 
@@ -47,8 +48,12 @@ class Reference:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    def encode(self, texts: Sequence[str], plain: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        self._tokenizer.encode_special_tokens = plain
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = False
         rows = [np.frombuffer(array("i", one.ids), dtype=np.int32) for one in encodings]  # quicker than from a list
         bounds: np.ndarray = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=bounds[1:])
@@ -72,15 +77,18 @@ class Fastokens:
             fix = "leave data.engine=tokenizers"
             raise UserError(Problem(f"fastokens can't read this tokenizer: {error}", str(path), fix)) from None
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, bounds = self._tokenizer.encode_batch_flat(list(texts))
+    def encode(self, texts: Sequence[str], plain: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        ids, bounds = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=plain)
         return np.frombuffer(ids, dtype="<i4"), np.frombuffer(bounds, dtype="<i8")
 
 
 def agree(one: Engine, other: Engine, texts: Sequence[str]) -> bool:
-    """Whether two engines give the same ids for all texts."""
-    (ids, bounds), (other_ids, other_bounds) = one.encode(texts), other.encode(texts)
-    return np.array_equal(bounds, other_bounds) and np.array_equal(ids, other_ids)
+    """Whether two engines give the same ids for all texts, special tokens acting or not."""
+    for plain in (False, True):
+        (ids, bounds), (other_ids, other_bounds) = one.encode(texts, plain), other.encode(texts, plain)
+        if not (np.array_equal(bounds, other_bounds) and np.array_equal(ids, other_ids)):
+            return False
+    return True
 
 
 def byte_widths(tree: dict[str, Any], size: int) -> np.ndarray | None:

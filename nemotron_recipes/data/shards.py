@@ -13,7 +13,7 @@ from typing import IO
 from nemotron_recipes.data.files import open_input
 from nemotron_recipes.fsio import file_digest
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18  # stays in the cache of a CPU
 
 
 @dataclass(frozen=True)

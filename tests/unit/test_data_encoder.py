@@ -97,10 +97,13 @@ def test_without_control_strings_ids_and_mask_are_hugging_faces(name: str, messa
 def test_pieces_encode_as_the_whole(name: str, messages: list[dict[str, Any]]) -> None:
     one = encoder(name)
     rendered = one.template.render(messages, [])
-    whole, pieces = encode(name, messages), one._in_pieces(rendered)
-    assert isinstance(pieces, Encoded)
-    assert pieces.ids.tolist() == whole.ids.tolist()
-    assert pieces.mask.tolist() == whole.mask.tolist()
+    whole = encode(name, messages)
+    for by_widths in {False, one._widths is not None}:
+        pieces = one._in_pieces(rendered, by_widths)
+        assert isinstance(pieces, Encoded)
+        assert pieces.ids.tolist() == whole.ids.tolist()
+        assert pieces.mask.tolist() == whole.mask.tolist()
+        assert pieces.blocks == whole.blocks
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
