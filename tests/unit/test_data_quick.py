@@ -97,11 +97,16 @@ def test_one_differing_row_hands_the_shard_to_the_reference(
     assert bytes_of(tmp_path / "wrong") == bytes_of(tmp_path / "right")
 
 
-def test_engines_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("about", ["all text", "special tokens that don't act"])
+def test_engines_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch, about: str) -> None:
     from nemotron_recipes.data.engine import Fastokens
 
-    def wrong(self: Any, texts: Any) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros(len(texts), dtype=np.int32), np.arange(len(texts) + 1)
+    right = Fastokens.encode
+
+    def wrong(self: Any, texts: Any, plain: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        if about == "all text":
+            return np.zeros(len(texts), dtype=np.int32), np.arange(len(texts) + 1)
+        return right(self, texts, False)
 
     monkeypatch.setattr(Fastokens, "encode", wrong)
     with pytest.raises(UserError, match="gives other ids for this tokenizer than the reference"):
