@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,6 @@ def test_slurm_has_forgotten_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_driver_and_container_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, handle = a_lost_run(tmp_path / "r", {"docker_host": "unix:///nowhere"})
+    run, handle = a_lost_run(tmp_path / "r", {"docker_host": "unix:///nowhere", "host": socket.gethostname()})
     monkeypatch.setattr(docker, "has_ended", lambda handle: False)
     assert DockerExecutor().settle(handle) == [] and not docker_files.secrets(run).exists()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import signal
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -97,8 +98,12 @@ def found(answer: Path, token: str, name: str, earlier: Collection[str], patienc
 
 
 def _refused(code: int, words: str) -> bool:
-    """Whether sbatch has said no. What a signal ends (in a script of the site's: 128 and more) may have been heard."""
-    return 0 < code < 128 and not control.is_silence(words)
+    """Whether sbatch has said no. What a signal ended (in a site's script: 128 and its number) may have been heard.
+
+    255 is sbatch's own: it could not read its options.
+    """
+    ended = code < 0 or 128 < code <= 128 + signal.SIGRTMAX
+    return code != 0 and not ended and not control.is_silence(words)
 
 
 def settled_seconds() -> float:
