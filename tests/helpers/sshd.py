@@ -68,8 +68,8 @@ class Server:
         """End all connections as a network would: without a word to either side."""
         for session in self.sessions:
             for process in _below(session.pid):
-                if process.name() == "sshd":
-                    with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself at any moment
+                    if process.name() == "sshd":
                         process.kill()
         for session in self.sessions:
             session.wait()
