@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron_recipes.backends import Backend, nemo_rl
+from nemotron_recipes.backends import Backend, nemo_rl_native
 from nemotron_recipes.backends.layout import Layout, layout_problems
 from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.executors.remote import transport
@@ -146,7 +146,7 @@ def _disk(config: Tree, size: Sized) -> Tree:
 
 def _passes(config: Tree) -> bool:
     """Whether the data may end the training before train.train_iters does."""
-    return config["backend"]["name"] == "nemo_rl" and nemo_rl.passes_of(config) is not None
+    return config["backend"]["name"] == "nemo_rl" and nemo_rl_native.passes_of(config) is not None
 
 
 def _refusal(question: Question, size: Sized, takes: Memory, capacity: float) -> list[Problem]:

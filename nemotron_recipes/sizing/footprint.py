@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron_recipes.backends import nemo_rl
+from nemotron_recipes.backends.nemo_rl_native import setting
 from nemotron_recipes.spec import Tree
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -109,17 +109,17 @@ def _nemo_rl(config: Tree, processes: int) -> Footprint | None:
     two moments that the distributed optimizer shares out (examples/configs/grpo_math_1B.yaml).
     """
     if config["method"] == "dpo":
-        recompute = nemo_rl.setting(config, "policy.dtensor_cfg.activation_checkpointing")
+        recompute = setting(config, "policy.dtensor_cfg.activation_checkpointing")
         return Footprint(4, 4, 8, 4, True, True, True, recompute=bool(recompute), logit=10)
-    if not nemo_rl.setting(config, "policy.generation.colocated.enabled"):
+    if not setting(config, "policy.generation.colocated.enabled"):
         return None  # how many GPUs are left to the policy is said elsewhere
     section = "policy.megatron_cfg."
     return Footprint(
         weight=2,
-        gradient=4 if nemo_rl.setting(config, f"{section}distributed_data_parallel_config.grad_reduce_in_fp32") else 2,
+        gradient=4 if setting(config, f"{section}distributed_data_parallel_config.grad_reduce_in_fp32") else 2,
         optimizer=12,
-        shards_optimizer=bool(nemo_rl.setting(config, f"{section}optimizer.use_distributed_optimizer")),
-        recompute=bool(nemo_rl.setting(config, f"{section}activation_checkpointing")),
+        shards_optimizer=bool(setting(config, f"{section}optimizer.use_distributed_optimizer")),
+        recompute=bool(setting(config, f"{section}activation_checkpointing")),
     )
 
 

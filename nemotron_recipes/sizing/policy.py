@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemotron_recipes.backends import nemo_rl
+from nemotron_recipes.backends.nemo_rl_native import setting
+from nemotron_recipes.backends.nemo_rl_rules import VLLM_TENSOR, vllm_of
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.sizing import parameters
 from nemotron_recipes.sizing.memory import GIB, Memory
@@ -22,11 +23,11 @@ def notes(config: Tree, shape: Shape, takes: Memory, per_node: int) -> Iterator[
     """For people: what the figures assume, what vLLM takes, and what waits in the memory of a node."""
     if config["backend"]["name"] != "nemo_rl":
         return
-    longest = nemo_rl.setting(config, "policy.max_total_sequence_length")
+    longest = setting(config, "policy.max_total_sequence_length")
     if longest:
         yield f"sequences counted as long as they may be: {longest} tokens (policy.max_total_sequence_length)"
     host = takes.weights if _compares(config) else 0.0
-    if vllm := nemo_rl.vllm_of(config):
+    if vllm := vllm_of(config):
         share, weight = vllm
         weights = weight * parameters.total(shape)
         yield f"while vLLM generates: {share:.0%} of each GPU, {weights / GIB:.1f} GiB of it weights"
@@ -38,15 +39,15 @@ def notes(config: Tree, shape: Shape, takes: Memory, per_node: int) -> Iterator[
 
 def problems(config: Tree, shape: Shape, capacity: float | None) -> Iterator[Problem]:
     """Whether vLLM's share of a GPU has room for its weights at all."""
-    if config["backend"]["name"] != "nemo_rl" or not capacity or not (vllm := nemo_rl.vllm_of(config)):
+    if config["backend"]["name"] != "nemo_rl" or not capacity or not (vllm := vllm_of(config)):
         return
     share, weight = vllm
     weights = weight * parameters.total(shape)
     if shape.verified and weights > share * capacity:
         what = f"vLLM's weights take {weights / GIB:.1f} GiB of each GPU, of which it gets {share * capacity / GIB:.1f}"
-        least = -(-weights * nemo_rl.setting(config, nemo_rl.VLLM_TENSOR) // (share * capacity))
-        fix = f"backend.native.{nemo_rl.VLLM_TENSOR}={_power(int(least))}"
-        yield Problem(what, f"backend.native.{nemo_rl.VLLM_TENSOR}", fix)
+        least = -(-weights * setting(config, VLLM_TENSOR) // (share * capacity))
+        fix = f"backend.native.{VLLM_TENSOR}={_power(int(least))}"
+        yield Problem(what, f"backend.native.{VLLM_TENSOR}", fix)
 
 
 def _compares(config: Tree) -> bool:

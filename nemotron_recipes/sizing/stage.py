@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nemotron_recipes.backends import nemo_rl
 from nemotron_recipes.backends.layout import Layout
+from nemotron_recipes.backends.nemo_rl_native import setting
 from nemotron_recipes.executors.remote import there, transport
 from nemotron_recipes.sizing.footprint import Footprint, footprint
 from nemotron_recipes.sizing.lora import Lora
@@ -62,7 +62,7 @@ def sized(config: Tree, shape: Shape, processes: int, data: Artifact | None) -> 
 def sequence_of(config: Tree, data: Artifact | None) -> int:
     """Tokens of one sequence that goes through at once: of a pack, where rows are packed, or at most; else 0."""
     if config["backend"]["name"] == "nemo_rl":
-        return _tokens(nemo_rl.setting(config, "policy.max_total_sequence_length"))
+        return _tokens(setting(config, "policy.max_total_sequence_length"))
     packed: Any = config["backend"]["native"].get("packed_sequence", {})
     told = config["data"]["pack_size"] or packed.get("packed_sequence_size")
     if told or data is None or data.source not in ("store", "path") or config["method"] != "sft":

@@ -1,6 +1,7 @@
 """The checked-in schemas of the NVIDIA packages, and what a plan makes of a wrong key or value."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from nemotron_recipes.config.catalog import Catalog, package_root
 from nemotron_recipes.config.compose import compose
 from nemotron_recipes.planning.validate import validate
 
+ROOT = Path(__file__).parents[2]
 CATALOG = Catalog((package_root(),))
 NANO = "recipe/nano3/sft/default"
 RL = "recipe/nano3/rl/nemo-rl"
@@ -152,7 +154,7 @@ def test_a_key_of_another_version_is_refused():
 
 def test_every_file_is_what_was_read_from_its_package():
     """Those that this Python can't make anew, by their digest; `make schemas` writes both."""
-    sums = dict(reversed(line.split()) for line in (schemas.HERE / "SHA256SUMS").read_text().splitlines())
+    sums = dict(reversed(line.split()) for line in (ROOT / "tools" / "schemas" / "SHA256SUMS").read_text().splitlines())
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in schemas.HERE.glob("*.json")}
     assert found == sums
 

@@ -2,7 +2,7 @@
 
 Each version gets a virtual environment of its own below .schemas/, without what needs CUDA; nothing of it is imported
 here. megatron-bridge 0.4 and newer need Python 3.12 (PYTHON312=/path/to/python3.12); without one they are left as they
-are, and that is said. SHA256SUMS tells whether a file is still what was read from its package.
+are, and that is said. SHA256SUMS, beside this program, tells whether a file is still what was read from its package.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main() -> int:
     if not options.check:
         files = sorted(TARGET.glob("*.json"))
         sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
-        (TARGET / "SHA256SUMS").write_text(sums, encoding="utf-8")
+        (HERE / "SHA256SUMS").write_text(sums, encoding="utf-8")
     if differs:
         print(f"differs from what is checked in: {', '.join(differs)}; run `make schemas`", file=sys.stderr)
     return 1 if differs else 0
