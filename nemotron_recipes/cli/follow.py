@@ -89,6 +89,9 @@ class Follower:
         elif event["event"] == "linked":
             for link in event["links"]:
                 self._line(f"   {link}")
+        elif event["event"] in ("link-down", "link-up"):
+            how = "gone" if event["event"] == "link-down" else "back"
+            self._line(f"   the network between the hosts is {how}: {event['words']}")
         elif event["event"] == "job-accepted":
             array = f", after the tasks of array {event['array']}" if event.get("array") else ""
             self._line(f"   {stage} is job {event['job']}{array}")

@@ -86,11 +86,12 @@ class Started(Protocol):
 @dataclass(frozen=True)
 class Blamed:
     """Of a stage that has failed: the launcher's log of the machine whose failure it was, the machine's name where
-    there are several, and the cause where no exit code tells it."""
+    there are several, the cause where no exit code tells it, and who ended it, as in `StageFailed`."""
 
     log: Path
     host: str = ""
     cause: str = ""
+    ended_by: str = ""
 
 
 class Runner(Protocol):
@@ -199,7 +200,7 @@ class Driver:
         if short and cause:  # else it was done before it could be stopped
             raise StageFailed(memory.ended_for(short, folder), memory.STOPPED_BY)
         if cause and not interrupted:
-            raise StageFailed(cause)
+            raise StageFailed(cause, blamed.ended_by)
         return interrupted if cause else ""
 
     def _check_what_runs(self, stage: RenderedStage) -> None:

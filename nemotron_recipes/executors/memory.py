@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.rundir import StageDir, latest_checkpoint
+from nemotron_recipes.executors.verdict import what_is_kept
+from nemotron_recipes.rundir import StageDir
 from nemotron_recipes.spec import Artifact, StagePlan
 
 MEMINFO = Path("/proc/meminfo")
@@ -87,9 +88,8 @@ def shortage(stop_gib: float | None, memory: Memory | None) -> str:
 
 def ended_for(short: str, stage: StageDir) -> str:
     """The cause of a run's end, with what to do."""
-    newest = latest_checkpoint(stage.checkpoints)
-    kept = f"go on from {newest.name} with train.resume=true" if newest else "no checkpoint was saved in time"
-    return f"stopped before the machine ran out of memory: {short}; lower micro_batch_size or the pack size; {kept}"
+    advice = f"lower micro_batch_size or the pack size; {what_is_kept(stage)}"
+    return f"stopped before the machine ran out of memory: {short}; {advice}"
 
 
 def _weights(artifact: Artifact, environ: Mapping[str, str]) -> int:

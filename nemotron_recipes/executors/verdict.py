@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from nemotron_recipes.executors.torchrun import RankFailure
-from nemotron_recipes.rundir import StageDir, read_json
+from nemotron_recipes.rundir import StageDir, latest_checkpoint, read_json
 from nemotron_recipes.spec import Tree
 
 
@@ -33,6 +33,12 @@ def failure_cause(
     if not is_done(record, fingerprint):
         return f"exit code 0, but {folder.record} says {record.get('state')!r}"
     return ""
+
+
+def what_is_kept(folder: StageDir) -> str:
+    """What a stage that was ended for no fault of its own can go on from."""
+    newest = latest_checkpoint(folder.checkpoints)
+    return f"go on from {newest.name} with train.resume=true" if newest else "no checkpoint was saved in time"
 
 
 def named(code: int) -> str:

@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors.docker import files
 from nemotron_recipes.executors.docker.control import Docker, Unreachable
-from nemotron_recipes.executors.docker.executor import DockerExecutor, container_name
+from nemotron_recipes.executors.docker.executor import DockerExecutor
 from nemotron_recipes.executors.docker.profile import DockerProfile
+from nemotron_recipes.executors.docker.render import container_name
 from nemotron_recipes.executors.local import process_tree
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import Artifact, JobHandle, StagePlan

@@ -22,17 +22,19 @@ def pair() -> Iterator[two_hosts.Pair]:
         yield made
 
 
-def run(pair: two_hosts.Pair, folder: Path, what: str = "run", **orders: Any) -> Any:
+def run(
+    pair: two_hosts.Pair, folder: Path, what: str = "run", fields: dict[str, Any] | None = None, **orders: Any
+) -> Any:
     """(how it ended, its events, its stage's folder)."""
-    profile = json.dumps(pair.profile())
+    profile = json.dumps(pair.profile(**(fields or {})))
     done = pair.python(folder, "-m", "tests.helpers.hosts_run", what, str(folder / "run"), profile, json.dumps(orders))
     state, *events = json.loads(done.stdout.splitlines()[-1])
     return state, events, RunDir(folder / "run").stage("first")
 
 
-def test_two_hosts_work_as_one(pair: two_hosts.Pair, tmp_path: Path) -> None:
+def test_two_hosts_work_as_one_and_outlast_a_short_cut(pair: two_hosts.Pair, tmp_path: Path) -> None:
     strangers = [daemon.docker("create", docker.IMAGE, "true").strip() for daemon in pair.daemons]
-    state, events, stage = run(pair, tmp_path, lines=2)
+    state, events, stage = run(pair, tmp_path, "flap", lines=-1)
     assert (state, events[-1]) == ("ended", {"event": "finished", "state": "succeeded"}), events
     (linked,) = [event for event in events if event["event"] == "linked"]
     assert "localhost fast0 10.88.1.1 - second fast0 10.88.1.2" in linked["links"][0]
@@ -115,6 +117,34 @@ def test_a_long_copy_is_given_up(pair: two_hosts.Pair, tmp_path: Path, what: str
     assert not Path(f"{pair.copies}{tmp_path}/run").exists(), "no copy of the run's folder is left"
     assert Path(f"{pair.copies}{large}").stat().st_size < large.stat().st_size
     assert [pair.containers(host) for host in (0, 1)] == [[], []]
+
+
+@pytest.mark.long  # the limit is tested on faked containers, too
+def test_a_cut_cable_ends_both_although_ssh_still_works(pair: two_hosts.Pair, tmp_path: Path) -> None:
+    try:
+        state, events, _ = run(pair, tmp_path, "cut", {"hosts_lost_seconds": 2.0}, sleep=600)
+    finally:
+        pair.bring_up()
+    (down,) = [event for event in events if event["event"] == "link-down"]
+    assert "fast0 is down" in down["words"]
+    assert (state, events[-1]["state"], events[-1]["scheduler"]) == ("ended", "failed", "NETWORK")
+    assert "the network between the hosts was gone for" in events[-1]["cause"]
+    assert "localhost: fast0 is down" in events[-1]["cause"]
+    assert "second: fast0 is down" in events[-1]["cause"]
+    assert [pair.containers(host) for host in (0, 1)] == [[], []]
+
+
+@pytest.mark.long
+def test_hosts_that_share_their_files_copy_none(pair: two_hosts.Pair, tmp_path: Path) -> None:
+    """Both namespaces see the same file system."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    fields = {"hosts_share_files": True, "hosts_folder": str(tmp_path / "copies"), "secrets": []}
+    state, events, stage = run(pair, tmp_path, fields=fields, input=str(data), lines=2)
+    assert (state, events[-1]["state"]) == ("ended", "succeeded"), events
+    assert stage.ranks_with_logs(1) == [0, 1]
+    assert (stage.path / "received-1.json").exists(), "what the other one writes is here at once, all of it"
+    assert not (tmp_path / "copies").exists()
 
 
 @pytest.mark.long  # whose failure it was is tested on faked containers, too

@@ -82,6 +82,11 @@ class Pair:
         of_run = ("--filter", f"label=nemotron.run={run}") if run else ()
         return self.daemons[host].docker("ps", "--all", "--quiet", *of_run).split()
 
+    def bring_up(self) -> None:
+        """The fast network again, of which somebody has taken one end down."""
+        for space in self.spaces:
+            _ip("-n", space, "link", "set", FAST[0], "up")
+
     def start_sshd(self) -> None:
         """Returns when it listens."""
         argv = self.inside(1, str(sshd.PROGRAM), "-D", "-e", "-f", str(self.folder / "sshd_config"))

@@ -65,11 +65,11 @@ def together(tmp_path: Path) -> Iterator[Callable[..., Together]]:
     stage = RenderedStage("first", {}, (), {}, str(tmp_path / "first"))
     all_made: list[Together] = []
 
-    def make(*containers: FakeContainer, **options: Any) -> Together:
+    def make(*containers: FakeContainer, down: Any = lambda: (0.0, ""), **options: Any) -> Together:
         named = enumerate(zip(("spark1", "spark2"), containers, strict=True))
         hosts = [(Host(name, node, HERE), container) for node, (name, container) in named]
         parts = [Part(host, container, Back(host, run)) for host, container in hosts]  # type: ignore[arg-type]
-        all_made.append(Together(parts, stage, 1, {**OPTIONS, **options}, run))
+        all_made.append(Together(parts, stage, 1, {**OPTIONS, **options}, run, down))
         return all_made[-1]
 
     yield make
@@ -147,3 +147,27 @@ def test_memory_is_watched_on_all_hosts(
     assert made.shortage(6.0).startswith("spark2: 3.0 GiB of memory were available")
     made._memory["spark2"] = (time.monotonic() - 60.0, figures["spark2"])
     assert made.shortage(6.0) == "", "a figure that old says nothing"
+
+
+def test_a_network_that_stays_away_ends_all_and_names_what_is_kept(
+    together: Callable[..., Together], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docker_hosts, "_ECHO_SECONDS", -1.0)
+    gone = [5.0, "spark1: enp1s0f1np1 is down"]
+    containers = FakeContainer("a"), FakeContainer("b")
+    options = {"hosts_lost_seconds": 60.0, "grace_seconds": -1.0}
+    made = together(*containers, down=lambda: gone, **options)
+    assert not made.wait(0.0) and not made.wait(0.0)
+    assert [each.asked for each in containers] == [False, False], "it may come back"
+    gone[0] = 61.0
+    while not made.wait(0.0):
+        pass
+    write_atomic(RunDir(tmp_path).stage("first").checkpoints / "latest_checkpointed_iteration.txt", "4")
+    (RunDir(tmp_path).stage("first").checkpoints / "iter_0000004").mkdir()
+    blamed = made.blamed(Path("log"))
+    assert (blamed.host, blamed.ended_by) == ("", "NETWORK")
+    assert "was gone for 61 s (spark1: enp1s0f1np1 is down); go on from iter_0000004" in blamed.cause
+    fell = together(FakeContainer("a"), FakeContainer("b", 1), down=lambda: (2.0, "spark2: x"), **options)
+    while not fell.wait(0.0):
+        pass
+    assert "a rank failed while the network between the hosts was gone (spark2: x)" in fell.blamed(Path("log")).cause

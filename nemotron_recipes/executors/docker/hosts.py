@@ -8,30 +8,41 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import memory, torchrun
 from nemotron_recipes.executors.docker import files
+from nemotron_recipes.executors.docker.container import StageContainer, start
 from nemotron_recipes.executors.docker.places import LEFT, daemon_at
-from nemotron_recipes.executors.docker.runner import StageContainer, start
 from nemotron_recipes.executors.driver import Blamed, StageFailed
 from nemotron_recipes.executors.hosts import copies, network
 from nemotron_recipes.executors.hosts.network import Host, NoLink
+from nemotron_recipes.executors.hosts.watch import Watch
 from nemotron_recipes.executors.remote import there
 from nemotron_recipes.executors.slurm import meeting
+from nemotron_recipes.executors.verdict import what_is_kept
 from nemotron_recipes.rundir import RunDir, StageDir, append_event
 from nemotron_recipes.spec import RenderedStage, Tree
 
-if TYPE_CHECKING:
-    from nemotron_recipes.executors.docker.runner import DockerRunner
+CUT_BY, AWAY_BY = "NETWORK", "HOST"  # in the event that ends the run
 
 _ECHO_SECONDS = 5.0  # within which ranks on other hosts fall over a failed one by themselves, and say so
 _MEMORY_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
 _STALE_SECONDS = 5.0  # an older figure says nothing
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the run's driver knows of it: plan.json, the options of its placement, and the secrets' values by name."""
+
+    run: RunDir
+    plan: Tree
+    options: Tree
+    secrets: dict[str, str] = field(repr=False)
 
 
 @dataclass
@@ -47,28 +58,30 @@ class Part:
 
 @contextmanager
 def launched(
-    runner: DockerRunner, stage: RenderedStage, attempt: int, log: Path, unwanted: Callable[[], bool]
+    given: Given, stage: RenderedStage, attempt: int, log: Path, unwanted: Callable[[], bool]
 ) -> Iterator[Together]:
     """See `driver.Runner.launched`. The network between the hosts is looked for anew: much may have changed since."""
-    machines = network.of_options(runner.options)
+    machines = network.of_options(given.options)
     with ExitStack() as stack:
         try:
-            found = network.find_links(machines, runner.options["hosts_interface"])
-            slow = network.too_slow(machines, found, runner.options["hosts_min_gbps"])
+            found = network.find_links(machines, given.options["hosts_interface"])
+            slow = network.too_slow(machines, found, given.options["hosts_min_gbps"])
             if slow:
                 raise StageFailed(slow)
-            held, port = meeting.hold_port(StageDir(Path(stage.cwd)), attempt, runner.plan["created"])
+            held, port = meeting.hold_port(StageDir(Path(stage.cwd)), attempt, given.plan["created"])
             stack.enter_context(held)
             environments = network.environments(found, port)
             told = [link.words(machines[0].name, host.name) for host, link in zip(machines[1:], found, strict=True)]
-            append_event(runner.run.events, "linked", stage=stage.name, links=told, environment=environments[0])
+            append_event(given.run.events, "linked", stage=stage.name, links=told, environment=environments[0])
+            watch = Watch(machines, found, partial(_tell, given, stage.name))
+            stack.callback(watch.close)
             for host in machines[1:]:
-                stack.callback(_clear, host, runner.run)
-                _bring(runner, host, stage, unwanted)
-            parts = _started(runner, stage, attempt, machines, environments)
+                stack.callback(_clear, host, given.run)
+                _bring(given, host, stage, unwanted)
+            parts = _started(given, stage, attempt, machines, environments)
         except (NoLink, meeting.NoMeeting, NemotronError, OSError) as error:
             raise StageFailed(str(error)) from None
-        together = Together(parts, stage, attempt, runner.options, runner.run)
+        together = Together(parts, stage, attempt, given.options, given.run, watch.down)
         try:
             yield together
         finally:
@@ -78,13 +91,23 @@ def launched(
 class Together:
     """See `driver.Started`."""
 
-    def __init__(self, parts: list[Part], stage: RenderedStage, attempt: int, options: Tree, run: RunDir):
-        self.run = run
+    def __init__(
+        self,
+        parts: list[Part],
+        stage: RenderedStage,
+        attempt: int,
+        options: Tree,
+        run: RunDir,
+        down: Callable[[], tuple[float, str]] = lambda: (0.0, ""),
+    ):
+        """down: for how long the network between the hosts has been gone, and why (`Watch.down`)"""
+        self.run, self._down = run, down
         self.parts, self.stage, self.attempt = parts, StageDir(Path(stage.cwd)), attempt
         self.lost_after: float = options["hosts_lost_seconds"]
         self.grace: float = options["grace_seconds"]
         ids = {part.host.name: part.container.id for part in parts}
         self.told: Tree = {"container": parts[0].container.id, "containers": ids, "hosts": [*ids]}
+        self._cut = ""  # why the network between the hosts ended it
         self._ends = 0
         self._asked_at: float | None = None  # when the others were asked to stop, for one that has failed
         self._failed_at: float | None = None
@@ -113,8 +136,10 @@ class Together:
             elif part.container.away and time.monotonic() - part.seen > self.lost_after:
                 part.container.give_up(part.container.away)
                 self._note(part)
-        failed = [part for part in self.parts if part.container.code]
-        if failed and not self._all_over():
+        failed = any(part.container.code for part in self.parts)
+        if not self._cut and self._failed_at is None:
+            self._cut = self._cut_off(failed)
+        if (failed or self._cut) and not self._all_over():
             self._end_the_others()
         return self._all_over()
 
@@ -146,7 +171,11 @@ class Together:
             return Blamed(log)
         if first.container.away:
             words = f"can't be reached any more ({first.container.away}); its container may still run there, and"
-            return Blamed(log, first.host.name, f"{words} `nemotron runs cancel` stops it when the host is back")
+            return Blamed(
+                log, first.host.name, f"{words} `nemotron runs cancel` stops it when the host is back", AWAY_BY
+            )
+        if self._cut:
+            return Blamed(log, cause=f"{self._cut}; {what_is_kept(self.stage)}", ended_by=CUT_BY)
         return Blamed(self.stage.launcher_log(self.attempt, first.host.node), first.host.name)
 
     def close(self, log: Path) -> None:
@@ -160,6 +189,15 @@ class Together:
                 with suppress(NemotronError, OSError):
                     part.back.refresh()
             part.container.close(log if part.host.node == 0 else self.stage.launcher_log(self.attempt, part.host.node))
+
+    def _cut_off(self, failed: bool) -> str:
+        """Why the network between the hosts has ended it: gone for too long, or when a rank failed; "" otherwise."""
+        seconds, why = self._down()
+        if why and failed:
+            return f"a rank failed while the network between the hosts was gone ({why})"
+        if why and seconds > self.lost_after:
+            return f"the network between the hosts was gone for {seconds:.0f} s ({why})"
+        return ""
 
     def _all_over(self) -> bool:
         return all(part.container.code is not None for part in self.parts)
@@ -222,16 +260,16 @@ class Together:
                 self._memory[host.name] = (time.monotonic(), memory.Memory(*told) if told else None)
 
 
-def _bring(runner: DockerRunner, host: Host, stage: RenderedStage, unwanted: Callable[[], bool]) -> None:
+def _bring(given: Given, host: Host, stage: RenderedStage, unwanted: Callable[[], bool]) -> None:
     """Copies and folders that the container there mounts."""
-    folders = [runner.plan["run_dir"], runner.plan["store"], stage.cwd]
+    folders = [given.plan["run_dir"], given.plan["store"], stage.cwd]
     if host.root:
-        copies.send(host, copies.needed(runner.run, runner.plan, stage.name), unwanted)
+        copies.send(host, copies.needed(given.run, given.plan, stage.name), unwanted)
         for folder in folders:
             host.where.call(there.make_folder, host.place(folder))
-        if runner.secrets:
-            file = host.place(str(files.secrets(runner.run)))
-            host.where.call(there.write, file, json.dumps(runner.secrets), 0o600)
+        if given.secrets:
+            file = host.place(str(files.secrets(given.run)))
+            host.where.call(there.write, file, json.dumps(given.secrets), 0o600)
     host.where.call(there.make_folder, stage.env["HF_HOME"])
 
 
@@ -244,7 +282,7 @@ def _clear(host: Host, run: RunDir) -> None:
 
 
 def _started(
-    runner: DockerRunner,
+    given: Given,
     stage: RenderedStage,
     attempt: int,
     machines: list[Host],
@@ -254,9 +292,9 @@ def _started(
     parts: list[Part] = []
     for host, environment in zip(machines, environments, strict=True):
         argv = stage.elsewhere.get(host.name, stage.argv)
-        back = copies.Back(host, runner.run)
+        back = copies.Back(host, given.run)
         try:
-            docker = daemon_at(host, runner.options["docker_host"])
+            docker = daemon_at(host, given.options["docker_host"])
             container = start(docker, argv, attempt, environment)
         except (StageFailed, NemotronError) as error:
             for part in parts:
@@ -266,6 +304,10 @@ def _started(
         refresh = back.refresh if host.node else _nothing
         parts.append(Part(host, StageContainer(docker, container, stage, attempt, host.node, refresh), back))
     return parts
+
+
+def _tell(given: Given, stage: str, event: str, words: str) -> None:
+    append_event(given.run.events, event, stage=stage, words=words)
 
 
 def _nothing() -> None:

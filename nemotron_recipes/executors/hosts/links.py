@@ -80,6 +80,28 @@ def send(name: str, address: str, to: str, port: int, token: str, seconds: float
     return sum(got) * 8 / took / 1e9
 
 
+def fault(name: str, address: str) -> str:
+    """Why nothing can come through an interface of this machine now; "" where nothing is to be seen."""
+    if not (_NET / name).exists():
+        return f"interface {name} is gone"
+    if not _is_up(_NET / name) or read(_NET / name / "carrier") == "0":
+        return f"{name} is down (operstate {read(_NET / name / 'operstate')}: a cable, a port, or somebody)"
+    if address not in own_addresses():
+        return f"{name} has lost its address {address}"
+    return ""
+
+
+def knock(name: str, address: str, to: str, port: int) -> str:
+    """The same, and whether `to` answers at that port through the interface."""
+    found = fault(name, address)
+    if not found:
+        try:
+            _connected(name, address, to, port).close()
+        except OSError as error:
+            found = f"{to} does not answer through {name}: {error.strerror or error}"
+    return found
+
+
 def own_addresses() -> list[str]:
     """All IPv4 addresses of this machine."""
     return [address for _, address in _addresses()]

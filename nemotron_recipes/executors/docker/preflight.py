@@ -1,0 +1,73 @@
+"""What a daemon, and the image there, could not do of a plan: asked before anything is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.executors import checks
+from nemotron_recipes.executors.docker import render, trial
+from nemotron_recipes.executors.docker.control import Docker, Elsewhere, Unreachable, endpoint
+from nemotron_recipes.executors.docker.profile import DockerProfile
+from nemotron_recipes.executors.images import check as image_check
+from nemotron_recipes.executors.remote import transport
+from nemotron_recipes.spec import StagePlan
+
+
+def problems(
+    profile: DockerProfile, stage: StagePlan, modules: Sequence[str], offline: bool, where: transport.Transport
+) -> Iterator[Problem]:
+    """Of the daemon there, and of the image, which must be able to import `modules`. UserError: it can't be asked, or
+    it is none that a run could use."""
+    try:
+        docker = Docker(endpoint(profile.docker_host, where), where)
+        if docker.is_podman():
+            what = f"{docker.host} is Podman's socket: asked for GPUs it gives none, without a word (seen with 4.3.1)"
+            raise UserError(Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon"))
+        found = [*_misfits(docker, profile, stage, offline)]
+        yield from found
+        if modules and not any(problem.refuses for problem in found):
+            yield from _trial(docker, profile, stage, modules)
+    except Unreachable as error:
+        what = f"docker can't be used: {error}"
+        raise UserError(Problem(what, checks.where(stage), _how_to_reach(error))) from None
+
+
+def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan, offline: bool) -> Iterator[Problem]:
+    """What the daemon could not do of the plan, before anything is started."""
+    info = docker.info()
+    rootless = any("rootless" in option for option in info.get("SecurityOptions") or [])
+    if rootless and profile.user is None and os.getuid() != 0:
+        what = "the daemon is rootless: your own user is 0:0 in its containers"
+        yield Problem(what, checks.where(stage, "user"), 'set user = "0:0"')
+    here, machine = docker.image(profile.container_image), str(info["Architecture"])
+    place = checks.where(stage, "container_image")
+    yield from image_check.of_docker(profile.container_image, here, machine, place, offline)
+
+
+def _trial(docker: Docker, profile: DockerProfile, stage: StagePlan, modules: Sequence[str]) -> Iterator[Problem]:
+    """What can't be imported in the image, with the flags that decide it."""
+    gpus = render.gpus(profile)
+    given = [
+        *("--user", profile.user or f"{os.getuid()}:{os.getgid()}", "--ipc", profile.ipc, *gpus),
+        *(word for limit in profile.ulimits for word in ("--ulimit", limit)),
+        *(word for mount in render.profile_mounts(profile) for word in ("--mount", mount)),
+        *(word for name, value in profile.env.items() for word in ("--env", f"{name}={value}")),
+        *profile.options,
+    ]
+    where = checks.where(stage, "container_image")
+    yield from trial.problems(docker, given, profile.container_image, profile.python, modules, bool(gpus), where)
+
+
+def _how_to_reach(error: Unreachable) -> str:
+    words = str(error)
+    if isinstance(error, Elsewhere):
+        return "start the run on that machine"
+    if "no docker command" in words:
+        return "install docker: https://docs.docker.com/engine/install"
+    if "permission denied" in words:
+        return "join the group docker (sudo usermod -aG docker $USER, then log in again), or use a rootless daemon"
+    return (
+        "start the daemon (sudo systemctl start docker), or name another: docker_host in the profile, or $DOCKER_HOST"
+    )
