@@ -64,7 +64,7 @@ class DockerProfile(DrivenProfile):
     )  # this machine, then those that ssh reaches by these names
     hosts_interface: str | None = None  # of this machine, towards the others; unset: the fastest that reaches them
     hosts_min_gbps: Annotated[float, Field(gt=0)] = LEAST_GBPS  # less by TCP between two hosts: refused
-    hosts_lost_seconds: Annotated[float, Field(gt=0)] = 60.0  # a host, or the network between them, that is away for so long
+    hosts_lost_seconds: Annotated[float, Field(gt=0)] = 60.0  # for so long a host, or the network, may be away
     hosts_folder: str = "~/.nemotron/hosts"  # where copies of what a run needs lie on the others
     hosts_share_files: bool = False  # all of them see the run folder, the store and inputs at the same paths: no copies
     ssh_config: str | None = None  # instead of ~/.ssh/config
