@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
+EXTRAS = ("test", "s3", "gs")
 BUILD_TOOLS = "setuptools\nwheel\nhatchling\neditables\n"
 
 
@@ -28,7 +29,8 @@ def main() -> int:
         tools.write_text(BUILD_TOOLS, encoding="utf-8")
         resolve = [
             *(sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.10"),
-            *("--no-python-downloads", "--no-annotate", "--no-header", "--extra", "test", "--output-file", str(pins)),
+            *("--no-python-downloads", "--no-annotate", "--no-header", "--output-file", str(pins)),
+            *(word for extra in EXTRAS for word in ("--extra", extra)),
             *(str(ROOT / "pyproject.toml"), str(tools)),
         ]
         if subprocess.call(resolve) != 0:

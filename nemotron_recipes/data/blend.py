@@ -37,6 +37,7 @@ def read_blend(path: Path, method: str) -> list[Tree]:
     lists = tree if isinstance(tree, dict) else {}
     if not lists:
         problems.append(Problem("data.blend holds no data sets", str(path), f"an object with {' or '.join(PARTS)}"))
+    lists = {key: value for key, value in lists.items() if not str(key).startswith("_")}  # notes, as in published files
     for key in lists:
         if key not in PARTS:
             problems.append(Problem(f"data.blend: unknown key '{key}'", str(path), nearest(str(key), PARTS)))
@@ -64,7 +65,7 @@ def _source(entry: Any, split: str | None, method: str, folder: Path, where: str
     """A relative path is meant from the blend's folder."""
     if not isinstance(entry, dict):
         raise UserError(Problem(f"{where}: an object is expected, not {entry!r}"))
-    unknown = [key for key in entry if key not in FIELDS]
+    unknown = [key for key in entry if key not in FIELDS and not str(key).startswith("_")]
     if unknown:
         raise UserError(*(Problem(f"{where}: unknown key '{key}'", fix=nearest(str(key), FIELDS)) for key in unknown))
     known = {key: entry[key] for key in ("name", "path", "weight", "subset", "rows") if entry.get(key) is not None}

@@ -165,7 +165,8 @@ def _files(source: dict[str, Any]) -> str:
     shown = [_code(source["reference"])] if source["reference"] else []
     for identity in identities[:EXAMPLES]:
         mark = identity.get("digest") or identity.get("revision") or ""
-        shown.append(_code(identity["name"]) + (f" {mark[:19]}" if mark else ""))
+        name = " ".join(identity[key] for key in ("name", "split", "file") if identity.get(key))
+        shown.append(_code(name) + (f" {mark[:19]}" if mark else ""))
     if len(identities) > EXAMPLES:
         shown.append(f"{len(identities)} files in all")
     return "<br>".join(shown)

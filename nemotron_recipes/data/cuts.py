@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from nemotron_recipes.data.files import Input, kind_of
-from nemotron_recipes.data.hub_rows import hub_rows, hub_splits, hub_stream
+from nemotron_recipes.data.files import KINDS, Input, kind_of, open_input
+from nemotron_recipes.data.hub_rows import hub_error, hub_files, hub_rows, hub_stream
 from nemotron_recipes.data.job import Hub, Job
 from nemotron_recipes.data.readers import count_rows, parquet_file
 from nemotron_recipes.data.settings import Source
@@ -16,16 +16,20 @@ from nemotron_recipes.errors import Problem, UserError
 SHARD_BYTES = 4 << 20  # of text: a few seconds of work
 MOST_SHARDS = 4096  # beyond it shards grow instead
 _PIECE = 1 << 20
+_LINES = tuple(suffix for suffix, kind in KINDS.items() if kind in ("lines", "gzip", "zstd"))
 
 
 def cut_job(job: Job, files: Sequence[Sequence[Input]]) -> list[Shard]:
     """All shards of a job in input order. `files`: of each source that lies in files."""
-    target = target_size(sum(file.size for some in files for file in some))
+    jobs = zip(job.settings.sources, job.locations, strict=True)
+    hubs = {number: _hub_parts(where, source) for number, (source, where) in enumerate(jobs) if isinstance(where, Hub)}
+    in_files = sum(file.size for some in files for file in some)
+    target = target_size(in_files + sum(part.file.size for parts in hubs.values() for part in parts if part.file))
     shards: list[Shard] = []
     for number, (source, where) in enumerate(zip(job.settings.sources, job.locations, strict=True)):
         limit = min((n for n in (source.rows, job.settings.sample) if n is not None), default=None)
         if isinstance(where, Hub):
-            shards += _hub_shards(number, where, source, limit)
+            shards += _hub_shards(number, where, hubs[number], limit, target)
         elif where is None:
             assert limit is not None  # settings.cross_problems asks for it
             task = (source.split or "", job.method)
@@ -108,19 +112,59 @@ def _row_groups(shard: Shard, file: Input, rows: int | None, target: int) -> tup
     return shards, min(total, rows) if rows is not None else 0
 
 
-def _hub_shards(number: int, hub: Hub, source: Source, limit: int | None) -> list[Shard]:
-    """The data set's own files, of one split or of all one after another; at most the first `limit` rows of the source,
-    and then each split is one shard."""
-    subset = source.subset
-    names = hub_splits(hub.name, subset, hub.revision) if source.hub_split == "all" else [source.hub_split]
+@dataclass(frozen=True)
+class _HubPart:
+    """What is read one after another of a hub data set: a file of JSON Lines, or all of a split."""
+
+    subset: str | None
+    split: str
+    file: Input | None = None
+
+
+def _hub_parts(hub: Hub, source: Source) -> list[_HubPart]:
+    found = hub_files(hub.name, source.subset, hub.revision)
+    names, wanted = list(found.splits), source.hub_split
+    if wanted != "all" and wanted not in names:
+        what = f"hf://{hub.name}{f', {source.subset},' if source.subset else ''} has no split '{wanted}'"
+        raise UserError(Problem(what, fix=f"hub_split: {', '.join(names)}, or all: one after another"))
+    parts: list[_HubPart] = []
+    for split in names if wanted == "all" else [wanted]:
+        places = found.splits[split]
+        if all(place.endswith(_LINES) for place in places):
+            try:
+                parts += [_HubPart(found.subset, split, open_input(place)) for place in places]
+            except OSError as error:
+                raise hub_error(hub.name, error) from None
+        elif split in found.whole:
+            parts.append(_HubPart(found.subset, split))
+        else:
+            what = f"hf://{hub.name}: {source.subset} is a part of the split '{split}', and not in JSON Lines"
+            raise UserError(Problem(what, fix=f"subset: null, hub_split: {split}"))
+    return parts
+
+
+def _hub_shards(number: int, hub: Hub, parts: Sequence[_HubPart], limit: int | None, target: int) -> list[Shard]:
+    """At most the first `limit` rows of the source."""
     shards: list[Shard] = []
-    for index, name in enumerate(names):
-        if limit is not None and index:  # what the split before gave
-            limit -= hub_rows(hub.name, subset, names[index - 1], hub.revision, limit)
-            if not limit:
-                break
-        shard = Shard(number, index, "hub", f"hf://{hub.name}/{name}", hub.name, limit=limit,
-                      task=(subset or "", name), revision=hub.revision, size=1)  # fmt: skip
-        count = 1 if limit is not None else hub_stream(hub.name, subset, name, hub.revision).num_shards
-        shards += [replace(shard, lo=part, hi=count) for part in range(count)] if count > 1 else [shard]
+    left = limit
+    for index, part in enumerate(parts):
+        if left is not None and left <= 0:
+            break
+        where = Shard(
+            number, index, "hub", f"hf://{hub.name}/{part.split}", hub.name, task=(part.subset or "", part.split),
+            revision=hub.revision, limit=left, size=1,
+        )  # fmt: skip
+        if part.file is not None:
+            place = part.file.place
+            where = replace(where, kind=kind_of(place), name=f"{where.name}/{part.file.name}", place=place, limit=None)
+            cut, found = _cut_file(where, part.file, left, target)
+            shards += cut
+        elif left is None:
+            found, count = 0, hub_stream(hub.name, part.subset, part.split, hub.revision).num_shards
+            shards += [replace(where, lo=one, hi=count) for one in range(count)] if count > 1 else [where]
+        else:
+            shards.append(where)
+            last = index == len(parts) - 1
+            found = 0 if last else hub_rows(hub.name, part.subset, part.split, hub.revision, left)
+        left = None if left is None else left - found
     return shards

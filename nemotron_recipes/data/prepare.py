@@ -172,8 +172,8 @@ class _Preparation:
             entries: list[dict[str, Any]]
             if isinstance(where, Hub):
                 facts = {"name": where.name, "revision": where.revision, "subset": source.subset}
-                names = dict.fromkeys(shard.task[1] for shard in self.shards if shard.source == index)
-                entries = [{**facts, "split": name} for name in names]
+                parts = {shard.file: shard for shard in self.shards if shard.source == index}
+                entries = [{**facts, "split": part.task[1], "file": part.file_of_hub} for part in parts.values()]
             elif where is None:
                 entries = [{"name": source.path, "seed": source.seed}]
             else:

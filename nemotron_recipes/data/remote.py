@@ -15,10 +15,10 @@ from typing import IO, Any
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import sha256_text, to_json
 
-SCHEMES = ("s3://", "gs://", "memory://")
+SCHEMES = ("s3://", "gs://", "hf://", "memory://")
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 # Whatever of these a store tells changes with the content; of time stamps only where there is nothing better.
-_CONTENT = ("ETag", "etag", "generation", "md5Hash", "crc32c")
+_CONTENT = ("ETag", "etag", "generation", "md5Hash", "crc32c", "blob_id")
 _TIMES = ("LastModified", "updated", "mtime", "created")
 _READ_AHEAD = 4 << 20  # bytes per request
 # Module -> what its calls raise that is no OSError.
@@ -27,6 +27,8 @@ _ERRORS = {
     "aiohttp": ("ClientError",),
     "google.auth.exceptions": ("GoogleAuthError",),
     "gcsfs.retry": ("HttpError",),
+    "httpx": ("HTTPError",),
+    "httpx2": ("HTTPError",),
     "fsspec.exceptions": ("FSTimeoutError",),
 }
 

@@ -38,6 +38,11 @@ class Shard:
     def first(self) -> bool:
         return self.lo == 0
 
+    @property
+    def file_of_hub(self) -> str | None:
+        """Which file of its split it is a piece of; None: of all, in rows that are streamed."""
+        return None if self.kind == "hub" else self.name.rpartition("/")[2]
+
 
 def content_digest(shard: Shard) -> str:
     """What identifies the rows of a shard, wherever they lie. OSError: they can't be read."""

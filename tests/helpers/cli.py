@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[2]
 LONGEST = 900  # seconds
 
 
-def nemotron(cwd: Path, *arguments: str, code: int = 0) -> str:
+def nemotron(cwd: Path, *arguments: str, code: int = 0, **environment: str) -> str:
     """Run a command that must end with `code`; its stdout."""
     done = subprocess.run(
         [sys.executable, "-m", "nemotron_recipes", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=LONGEST,

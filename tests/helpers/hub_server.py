@@ -53,10 +53,8 @@ class HubServer:
         self.asked.append((request.command, path, request.headers.get("Range", "")))
         if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._info(request, match[1], match[2])
-        elif match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path):
-            files = self.repositories.get(match[1], {})
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": _etag(c)} for n, c in files.items()]
-            _send(request, 200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
+        elif match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", path):
+            self._tree(request, match[1], match[2] or "", "recursive=true" in request.path.lower())
         elif match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(request, match[1], match[3], body)
         else:
@@ -72,6 +70,16 @@ class HubServer:
         told = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
         _send(request, 200, json.dumps(told).encode(), {"Content-Type": "application/json"})
 
+    def _tree(self, request: BaseHTTPRequestHandler, name: str, folder: str, deep: bool) -> None:
+        """Files and folders in a folder, or all below it."""
+        start = f"{folder}/" if folder else ""
+        below = {n.removeprefix(start): c for n, c in self.repositories.get(name, {}).items() if n.startswith(start)}
+        tree = [{"type": "file", "path": start + n, "size": len(c), "oid": _etag(c)}
+                for n, c in below.items() if deep or "/" not in n]  # fmt: skip
+        folders = sorted({n.partition("/")[0] for n in below if "/" in n})
+        tree += [{"type": "directory", "path": start + n, "size": 0, "oid": _etag(n.encode())} for n in folders]
+        _send(request, 200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
+
     def _file(self, request: BaseHTTPRequestHandler, name: str, file: str, body: bool) -> None:
         content = self.repositories.get(name, {}).get(file)
         if content is None:
@@ -85,15 +93,16 @@ class HubServer:
         if trouble == "error":
             _send(request, 500, b"")
             return
-        first = int(m[1]) if (m := re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))) else 0
-        if first:
-            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        part = content[first:]
+        asked = re.match(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        first = int(asked[1]) if asked else 0
+        part = content[first : int(asked[2]) + 1 if asked and asked[2] else None]
+        if asked:
+            headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
         if trouble == "cut":
             _send(request, 200, part, headers, written=len(part) // 2)
             request.close_connection = True
             return
-        _send(request, 206 if first else 200, part if body else b"", headers, length=len(part))
+        _send(request, 206 if asked else 200, part if body else b"", headers, length=len(part))
 
 
 def _etag(content: bytes) -> str:

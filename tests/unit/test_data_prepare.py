@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemotron_recipes.data.hub_rows import hub_stream
-from nemotron_recipes.data.job import Hub, Job
+from nemotron_recipes.data.job import Job
 from nemotron_recipes.data.packed import PackedSplit
 from nemotron_recipes.data.prepare import prepare
-from nemotron_recipes.data.readers import read_shard
 from nemotron_recipes.data.settings import read_settings
-from nemotron_recipes.data.shards import Shard
 from nemotron_recipes.data.splits import copies, split_of, weight_point
 from nemotron_recipes.errors import UserError
 from tests.helpers.data_prep import TEMPLATE, bytes_of, chat, encoder, rows_of, run_prepare, tiny_folder, write_rows
@@ -330,57 +325,6 @@ def test_megatron_npy(tmp_path: Path) -> None:
     for pack, one in zip(packs, native, strict=True):
         assert pack == {name: column.tolist() for name, column in one.items()}
     assert len(np.load(tmp_path / "npy" / "test.npy", allow_pickle=True)) == 0
-
-
-def test_hub_rows_come_through_datasets(tmp_path: Path) -> None:
-    """`datasets` reads a local folder of parquet as it reads the hub."""
-    datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_list(many(3))
-    (tmp_path / "repo").mkdir()
-    table.to_parquet(str(tmp_path / "repo" / "train.parquet"))
-    shard = Shard(0, 0, "hub", "hf://some/where", str(tmp_path / "repo"), limit=2, task=("", "train"))
-    lines = list(read_shard(shard))
-    assert [line.value["messages"] for line in lines] == [row["messages"] for row in many(2)]
-    assert [line.number for line in lines] == [1, 2]
-    with pytest.raises(UserError, match="hub_split"):
-        list(read_shard(replace(shard, task=("", "nope"))))
-
-
-def test_all_splits_of_a_hub_data_set(tmp_path: Path) -> None:
-    """One after another, each with its own counts."""
-    datasets = pytest.importorskip("datasets")
-    (tmp_path / "repo").mkdir()
-    for number, name in enumerate(("train", "test")):
-        table = datasets.Dataset.from_list(many(3 + number, start=10 * number))
-        table.to_parquet(str(tmp_path / "repo" / f"{name}.parquet"))
-    tree = {"path": "hf://some/where", "hub_split": "all", "split": "train"}
-    settings = read_settings({"sources": [tree], "tokenizer": "tiny", "pack_size": 128}, "sft")
-    (tmp_path / "out").mkdir()
-    job = Job("sft", settings, (Hub(str(tmp_path / "repo"), None),), tiny_folder(), TEMPLATE)
-    (source,) = prepare(job, tmp_path / "out").sources
-    assert [(one["identity"]["split"], one["rows_written"]) for one in source["files"]] == [("train", 3), ("test", 4)]
-
-
-def test_the_first_rows_of_all_splits(tmp_path: Path) -> None:
-    """A source's `rows` are of the source, not of each split."""
-    datasets = pytest.importorskip("datasets")
-    (tmp_path / "repo").mkdir()
-    for number, name in enumerate(("train", "test")):
-        table = datasets.Dataset.from_list(many(3 + number, start=10 * number))
-        table.to_parquet(str(tmp_path / "repo" / f"{name}.parquet"))
-    for rows, found in ((3, [3]), (5, [3, 2])):
-        tree = {"path": "hf://some/where", "hub_split": "all", "split": "train", "rows": rows}
-        settings = read_settings({"sources": [tree], "tokenizer": "tiny", "pack_size": 128}, "sft")
-        (tmp_path / f"out-{rows}").mkdir()
-        job = Job("sft", settings, (Hub(str(tmp_path / "repo"), None),), tiny_folder(), TEMPLATE)
-        (source,) = prepare(job, tmp_path / f"out-{rows}").sources
-        assert [one["rows_written"] for one in source["files"]] == found
-
-
-def test_a_missing_datasets_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'nemotron-recipes\[data\]'"):
-        hub_stream("some/where", None, "train", "0" * 40)
 
 
 @pytest.mark.parametrize("method", ["rl", "kto", "dpo"])
