@@ -40,6 +40,10 @@ class Backend(Protocol):
         real config class. `section.*` stands for a section that takes whatever it is given."""
         ...
 
+    def unread(self, method: str) -> dict[str, str]:
+        """Envelope keys that this backend has nothing for, each with what to do instead: to set one is an error."""
+        ...
+
     def makes(self, config: Tree) -> str:
         """The slot of a stage's one output, which is also its kind: "data", "model", "checkpoint", "adapter"."""
         ...

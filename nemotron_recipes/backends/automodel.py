@@ -51,6 +51,11 @@ _TABLE = {
     "peft.target_modules": "peft.target_modules",
 }
 _OPTIMIZER = ("_target_", "lr", "weight_decay", "betas", "eps")  # of the open section; the table has these
+_UNREAD = {
+    **native.UNREAD,
+    "model.attn_implementation": "backend.native.model.attn_implementation; without it AutoModel chooses",
+    "model.tokenizer": "leave it out: packs hold tokens; another data set has backend.native.dataset.tokenizer",
+}
 # Native keys that the launch decides, and why another value would break a promise.
 _OWNED = {
     "recipe": "the method says which",
@@ -84,6 +89,9 @@ class AutoModelBackend:
     def native_keys(self, method: str) -> frozenset[str]:
         named = {native for native in _TABLE.values() if native.startswith(("optimizer.", "model."))}
         return native.keys(SCHEMAS) | named
+
+    def unread(self, method: str) -> dict[str, str]:
+        return dict(_UNREAD)
 
     def makes(self, config: Tree) -> str:
         return "model" if config["peft"] is None else "adapter"

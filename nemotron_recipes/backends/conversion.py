@@ -12,6 +12,12 @@ from nemotron_recipes.spec import Launch, StageSpec, Tree
 FILE = "convert.yaml"
 _WHAT = {"path": "the checkpoint to convert", "base": "the checkpoint that the adapters were trained on"}
 
+UNREAD = {
+    "model.attn_implementation": "leave it out: nothing is computed with the model",
+    "model.load_in_4bit": "leave it out: weights are converted as they are",
+    "model.tokenizer": "leave it out: the model's own goes with it",
+}
+
 
 def problems(backend: str, config: Tree, nproc: int, needed: Sequence[str]) -> Iterator[Problem]:
     """needed: the keys of `checkpoint` that this conversion reads. Everything below `native` is true or false."""

@@ -24,6 +24,9 @@ class DataPrepBackend:
     def native_keys(self, method: str) -> frozenset[str]:
         return frozenset()
 
+    def unread(self, method: str) -> dict[str, str]:
+        return {}
+
     def makes(self, config: Tree) -> str:
         return "data"
 

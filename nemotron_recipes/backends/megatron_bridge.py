@@ -59,6 +59,10 @@ _TARGETS = {
     "in_proj": ("in_proj",),
     "out_proj": (),
 }
+_UNREAD = {
+    **native.UNREAD,
+    "model.attn_implementation": "backend.native.model.attention_backend, in Megatron's words",
+}
 # Native keys that the launch decides, and why another value would break a promise.
 _OWNED = {
     "checkpoint.save": "everything goes to the run folder",
@@ -102,6 +106,9 @@ class MegatronBridgeBackend:
 
     def native_keys(self, method: str) -> frozenset[str]:
         return native.keys(SCHEMAS)
+
+    def unread(self, method: str) -> dict[str, str]:
+        return dict(_UNREAD)
 
     def makes(self, config: Tree) -> str:
         return "checkpoint"

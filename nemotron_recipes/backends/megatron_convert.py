@@ -30,6 +30,9 @@ class MegatronConvertBackend:
     def native_keys(self, method: str) -> frozenset[str]:
         return frozenset(_NATIVE)
 
+    def unread(self, method: str) -> dict[str, str]:
+        return dict(conversion.UNREAD)
+
     def makes(self, config: Tree) -> str:
         return "checkpoint" if config["method"] == "import" else "model"
 

@@ -13,6 +13,11 @@ from nemotron_recipes.backends.schemas import NativeSchema
 from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.spec import Tree
 
+_SIZES = ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
+# Envelope keys that these backends have nothing for; each adds its own.
+UNREAD = {"evaluation.max_new_tokens": "leave it out: no answers are generated before and after training"}
+_ALONE = {**dict.fromkeys((f"{n}_parallel_size" for n in _SIZES), 1), "sequence_parallel": False}
+
 
 @cache
 def keys(names: tuple[str, ...]) -> frozenset[str]:
@@ -64,12 +69,16 @@ def _numbers(version: str) -> tuple[int, int, int]:
 
 
 def translate(config: Tree, table: Mapping[str, str], converted: Mapping[str, Any]) -> Tree:
-    """Dotted native key -> value of each row, a section that is null left out; `converted` comes before the config."""
+    """Dotted native key -> value of each row; `converted` comes before the config.
+
+    A section that is null is left out, but for `parallel`: a layout is stated, never the one of some example.
+    """
     values: Tree = {}
     for key, native in table.items():
         section, _, name = key.partition(".")
-        if config[section] is not None:
-            values[native] = converted[key] if key in converted else config[section][name]
+        told = _ALONE if section == "parallel" and config[section] is None else config[section]
+        if told is not None:
+            values[native] = converted[key] if key in converted else told[name]
     return values
 
 
@@ -109,7 +118,7 @@ def owned_problems(config: Tree, owned: Mapping[str, str], prefixes: Mapping[str
             yield Problem(f"backend.native.{key} can't be set: {reason}", fix="leave it out")
 
 
-def not_measured(config: Tree, name: str, but: str = "") -> Iterator[Problem]:
+def not_measured(config: Tree, name: str) -> Iterator[Problem]:
     """Envelope settings that these backends have nothing for."""
     if config["evaluation"]["rows"]:
         yield Problem(f"{name} measures no held-out rows before and after training", fix="evaluation.rows=0")
@@ -119,9 +128,6 @@ def not_measured(config: Tree, name: str, but: str = "") -> Iterator[Problem]:
         )
     if config["model"]["arch"]:
         yield Problem(f"{name} makes no tiny model", "model.arch", "~model.arch, or backend=trl")
-    for section in ("dpo", "kto", "grpo"):
-        if config[section] is not None and section != but:
-            yield Problem(f"the section '{section}' means nothing for method {config['method']}", fix=f"{section}=null")
 
 
 def _names(tree: Tree, prefix: str = "") -> Iterable[str]:

@@ -45,6 +45,9 @@ class NemoRlBackend:
     def native_keys(self, method: str) -> frozenset[str]:
         return native.keys(SCHEMAS) | frozenset(TABLES[method].values()) | {"base"}
 
+    def unread(self, method: str) -> dict[str, str]:
+        return nemo_rl_rules.unread(method)
+
     def makes(self, config: Tree) -> str:
         return "checkpoint"
 

@@ -28,6 +28,9 @@ class NemoRlConvertBackend:
     def native_keys(self, method: str) -> frozenset[str]:
         return frozenset(_NATIVE)
 
+    def unread(self, method: str) -> dict[str, str]:
+        return dict(conversion.UNREAD)
+
     def makes(self, config: Tree) -> str:
         return "model"
 

@@ -44,13 +44,32 @@ _VLLM = "policy.generation.vllm_cfg"
 _SHARE, _PIPELINE = f"{_VLLM}.gpu_memory_utilization", f"{_VLLM}.pipeline_parallel_size"
 VLLM_TENSOR = f"{_VLLM}.tensor_parallel_size"
 
+_UNREAD = {
+    **native.UNREAD,
+    "train.log_interval": "leave it out: every step is logged",
+    "data.pack_size": "backend.native.policy.max_total_sequence_length; NeMo-RL packs rows itself",
+    "model.attn_implementation": "leave it out",
+    **dict.fromkeys(
+        (
+            "grpo.reward_weights",
+            *(f"grpo.reward_settings.{n}" for n in ("format_pattern", "code_seconds", "code_memory_mib", "judges")),
+        ),
+        "backend.native.env, where NeMo-RL sets its environments",
+    ),
+}
+
+
+def unread(method: str) -> dict[str, str]:
+    """See `Backend`; the sections of other methods are refused whole."""
+    return {key: fix for key, fix in _UNREAD.items() if method == "grpo" or not key.startswith("grpo.")}
+
 
 def problems(config: Tree, layout: Layout) -> Iterator[Problem]:
     """Each of them."""
     yield from layout_problems(layout)
     yield from _batch_problems(layout, config)
     yield from _method_problems(config)
-    yield from native.not_measured(config, "nemo_rl", but=config["method"])
+    yield from native.not_measured(config, "nemo_rl")
     yield from native.owned_problems(config, _OWNED, _OWNED_SECTIONS)
     yield from list(_schema_problems(config)) or _generation_problems(config)
 
@@ -98,13 +117,6 @@ def _reward_problems(grpo: Tree) -> Iterator[Problem]:
     for name in names:
         if name not in _ENVIRONMENTS:
             yield Problem(f"NeMo-RL has no environment '{name}'", "grpo.rewards", nearest(name, _ENVIRONMENTS))
-    settings = grpo["reward_settings"]
-    unread = {"reward_weights": grpo["reward_weights"]}
-    unread |= {f"reward_settings.{key}": settings[key] for key in ("format_pattern", "judges")}
-    for key, value in unread.items():
-        if value is not None:
-            fix = "backend.native.env, where NeMo-RL sets its environments"
-            yield Problem(f"NeMo-RL does not read grpo.{key}", f"grpo.{key}", fix)
 
 
 def _generates_with_vllm(config: Tree) -> bool:

@@ -108,6 +108,9 @@ class TrlBackend:
         """Native key -> type."""
         return {**_fields()["common"], **_fields()[method]}
 
+    def unread(self, method: str) -> dict[str, str]:
+        return {}
+
     def makes(self, config: Tree) -> str:
         return "model"
 
@@ -115,7 +118,7 @@ class TrlBackend:
         return [
             *_not_mine(config),
             *_batch_problems(config, nproc),
-            *_method_problems(config),
+            *(_reward_problems(config["grpo"]) if config["method"] == "grpo" else ()),
             *_model_problems(config),
             *_native(config, self._own(config["method"])),
         ]
@@ -206,7 +209,7 @@ def _batch_problems(config: Tree, nproc: int) -> Iterator[Problem]:
             "KTO estimates its KL term inside a micro batch: train.micro_batch_size must be 2 or more",
             fix="train.micro_batch_size=2",
         )
-    if method == "grpo" and config["grpo"] is not None:
+    if method == "grpo":
         group = config["grpo"]["num_generations"]
         if whole % group:
             yield Problem(
@@ -219,20 +222,6 @@ def _batch_problems(config: Tree, nproc: int) -> Iterator[Problem]:
                 f" grpo.num_generations {group}",
                 fix="train.eval_interval=null",
             )
-
-
-def _method_problems(config: Tree) -> Iterator[Problem]:
-    method = config["method"]
-    for section in ("dpo", "kto", "grpo"):
-        given = config[section] is not None
-        if section == method and not given:
-            yield Problem(
-                f"method {method} needs its section '{section}'", fix=f"add '+{section}={{}}' for its defaults"
-            )
-        elif section != method and given:
-            yield Problem(f"the section '{section}' means nothing for method {method}", fix=f"{section}=null")
-    if method == "grpo" and config["grpo"] is not None:
-        yield from _reward_problems(config["grpo"])
 
 
 def _reward_problems(grpo: Tree) -> Iterator[Problem]:

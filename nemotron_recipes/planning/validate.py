@@ -40,6 +40,8 @@ def validate(composed: Composed, config_path: str, kinds: Iterable[str] = tuple(
     checked: Tree = {}
     try:
         checked = model.model_validate(tree).model_dump()
+        if kind == "train":
+            problems += _method_problems(checked, origin_of(composed))
     except ValidationError as error:
         problems += _problems(error, model, origin_of(composed), "")
     run = tree.get("run", {})
@@ -75,6 +77,19 @@ def origin_of(composed: Composed) -> Callable[[str], str]:
     return lambda key: str(composed.origin(key) or "")
 
 
+def _method_problems(checked: Tree, origin: Callable[[str], str]) -> Iterator[Problem]:
+    """The sections that belong to one method: that of this one must be there, and no other."""
+    method = checked["method"]
+    for section in ("dpo", "kto", "grpo"):
+        given = checked.get(section) is not None
+        if section == method and not given:
+            fix = f"'++{section}={{}}' for its defaults"
+            yield Problem(f"method {method} needs its section '{section}'", origin("method"), fix)
+        elif section != method and given:
+            what = f"the section '{section}' means nothing for method {method}"
+            yield Problem(what, origin(section), f"leave it out: ~{section}")
+
+
 def _executor_by_profile(composed: Composed) -> list[Problem]:
     origin = composed.origin("run.executor")
     if origin is None or origin.kind == "profile":
@@ -101,6 +116,10 @@ def _check_backend(kind: str, backend: Tree, method: Any, composed: Composed, pr
         fix = f"it does: {', '.join(sorted(described.methods))}"
         problems.append(Problem(f"backend {name} has no method '{method}'", where, fix))
         return
+    for key, fix in described.unread(method).items():
+        if _is_set(composed.tree, key):
+            where = str(composed.origin(key) or "")
+            problems.append(Problem(f"backend {name} has nothing for '{key}'", where, fix))
     native = backend.get("native")
     if not isinstance(native, dict):
         return
@@ -113,6 +132,13 @@ def _check_backend(kind: str, backend: Tree, method: Any, composed: Composed, pr
             problems.append(Problem(f"'backend.native.{key}' and '{back[key]}' are one thing", where, fix))
         elif key not in valid and not _is_open(key, valid):
             problems.append(Problem(f"unknown key 'backend.native.{key}' of {name}", where, _closest(key, valid)))
+
+
+def _is_set(tree: Any, key: str) -> bool:
+    """Whether a layer has given a dotted key a value; null is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree is not None
 
 
 def _closest(key: str, valid: frozenset[str]) -> str:

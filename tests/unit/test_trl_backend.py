@@ -31,8 +31,6 @@ def problems(method="sft", nproc=1, **sections):
         ({"method": "kto", "train": {"micro_batch_size": 1}}, "train.micro_batch_size=2"),
         ({"method": "grpo", "grpo": {"num_generations": 5}}, "no multiple of grpo.num_generations 5"),
         ({"method": "grpo", "grpo": {"num_generations": 16}, "train": {"eval_interval": 5}}, "eval_interval=null"),
-        ({"method": "dpo", "dpo": None}, "method dpo needs its section 'dpo'"),
-        ({"kto": {}}, "the section 'kto' means nothing for method sft"),
         ({"method": "grpo", "grpo": {"rewards": ["exact_mach"]}}, "did you mean 'exact_match'"),
         ({"method": "grpo", "grpo": {"rewards": ["format"]}}, "needs grpo.reward_settings.format_pattern"),
         ({"method": "grpo", "grpo": {"rewards": ["judges"]}}, "needs grpo.reward_settings.judges"),
