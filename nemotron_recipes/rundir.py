@@ -1,21 +1,21 @@
 """The run folder: the one place where its layout is decided. Standard library only.
 
-    <output>/runs/<run id>/
-        plan.json  rendered.json  handle.json
-        code/  code.patch         the sources that the workers run; what git had not committed of them
-        events.jsonl              what the launcher did: submitted, stage-started, stage-exited, cancelled, ...
-        driver.log                what the launcher printed
-        closed.json               digests of what stands in files without a seal, when the run had ended (closing.py)
-        <stage>/
-            files/                the exact files of the Plan (train.yaml, ...)
-            events/attempt-1.rank-0.jsonl    append-only, one writer each
-            logs/attempt-1/rank-0.log        stdout and stderr of each rank; launcher.log beside them
-            heartbeats/attempt-1.rank-0.json where a rank is now; stacks/ its Python stacks, when somebody asked
-            metrics.jsonl         one line per logged step, written by rank 0
-            checkpoints/          iter_NNNNNNN folders, latest_checkpointed_iteration.txt; partial/: not whole
-            failures/attempt-1.rank-0.json   what ended a rank: time, rank, error, exit_code, lines
-            environment/attempt-1.json       rank 0's host, hardware, packages, variables; names of secrets only
-            record.json           written once by rank 0, last of all
+<output>/runs/<run id>/
+    plan.json  rendered.json  handle.json
+    code/  code.patch         the sources that the workers run; what git had not committed of them
+    events.jsonl              what the launcher did: submitted, stage-started, stage-exited, cancelled, ...
+    driver.log                what the launcher printed
+    closed.json               digests of what stands in files without a seal, when the run had ended (closing.py)
+    <stage>/
+        files/                the exact files of the Plan (train.yaml, ...)
+        events/attempt-1.rank-0.jsonl    append-only, one writer each
+        logs/attempt-1/rank-0.log        stdout and stderr of each rank; launcher.log beside them
+        heartbeats/attempt-1.rank-0.json where a rank is now; stacks/ its Python stacks, when somebody asked
+        metrics.jsonl         one line per logged step, written by rank 0
+        checkpoints/          iter_NNNNNNN folders, latest_checkpointed_iteration.txt; partial/: not whole
+        failures/attempt-1.rank-0.json   what ended a rank: time, rank, error, exit_code, lines
+        environment/attempt-1.json       rank 0's host, hardware, packages, variables; names of secrets only
+        record.json           written once by rank 0, last of all
 """
 
 from __future__ import annotations

@@ -142,8 +142,10 @@ class Launch:
     # leaves behind is taken over, what it doesn't is done by `module`: it may be killed, or never be started.
     part_module: str | None = None
     writes_together: bool = False  # its ranks write into one checkpoint: all nodes must see the run folder
-    # What the module needs of an image, beside Python's own library: names to import, tried before anything is queued.
+    # What the module needs of an image, beside Python's own library, tried before anything is queued: MODULE,
+    # MODULE:ATTRIBUTE, or PACKAGE/PATH for a file, from the package's folder on; A|B: one of them will do.
     imports: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)  # package -> the version that values were checked against
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,9 @@ _OWNED = {
     "rng.seed": "use train.seed",
     "wandb": "[wandb] in env.toml says where to",
 }
+# Its entry point, which has moved (worker/automodel/stage.py), the recipe behind it, and what our packs are read with.
+_RECIPE = "nemo_automodel.recipes.llm.train_ft"
+IMPORTS = ("torch", "yaml", "numpy", f"nemo_automodel.cli.app|{_RECIPE}", _RECIPE)
 _EPOCHS = 1_000_000  # train.train_iters ends the training, not the number of passes over the data
 
 
@@ -123,14 +126,17 @@ class AutoModelBackend:
             data_keys=data_keys(config),
             resume_from=stage.resume_from,
         )
+        tree = native_tree(stage)
         return Launch(
             module=MODULE,
             args=worker_args(stage, FILE),
-            files={FILE: text, NATIVE_FILE: yaml_text(native_tree(stage))},
+            files={FILE: text, NATIVE_FILE: yaml_text(tree)},
             launcher="torchrun",
             env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"},
             notes=tuple(note for note in (schema_of(config)[1],) if note),
             writes_together=True,
+            imports=(*IMPORTS, *dict.fromkeys(_targets(tree))),
+            versions=native.checked_against(schema_of(config)[0]),
         )
 
 
@@ -196,6 +202,17 @@ def native_values(config: Tree) -> Tree:
         "checkpoint.save_interval": config["checkpoint"]["save_interval"] or train["train_iters"],
     }
     return native.translate(config, _TABLE, converted)
+
+
+def _targets(tree: Tree) -> Iterator[str]:
+    """Every class and function that automodel.yaml names of others, as `Launch.imports` has them."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _targets(value)
+        elif key in ("_target_", "collate_fn") and isinstance(value, str) and not value.startswith(PACKS):
+            *parts, last = value.split(".")
+            inside = next((number for number, part in enumerate(parts) if part != part.lower()), len(parts))
+            yield f"{'.'.join(parts[:inside])}:{'.'.join([*parts[inside:], last])}"
 
 
 def _merged(below: Tree, above: Tree) -> Tree:

@@ -37,8 +37,8 @@ def problems(backend: str, config: Tree, nproc: int, needed: Sequence[str]) -> I
             yield Problem(f"'backend.native.{key}' should be bool, not {value!r}")
 
 
-def launch(backend: str, stage: StageSpec, **own: Any) -> Launch:
-    """One process whose worker file says `own`, and the type that the model gets."""
+def launch(backend: str, stage: StageSpec, imports: Sequence[str], **own: Any) -> Launch:
+    """One process whose worker file says `own`, and the type that the model gets; imports: as `Launch` has them."""
     text = worker_file(backend, stage, method=stage.config["method"], dtype=stage.config["model"]["dtype"], **own)
     return Launch(
         module=MODULE,
@@ -46,4 +46,5 @@ def launch(backend: str, stage: StageSpec, **own: Any) -> Launch:
         files={FILE: text},
         launcher="plain",
         env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        imports=("torch", "yaml", *imports),
     )

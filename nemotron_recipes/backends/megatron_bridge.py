@@ -94,6 +94,18 @@ _OWNED_SECTIONS = {
 }
 
 
+# What the worker takes of it, by method.
+_ALWAYS = ("torch", "yaml", "megatron.core", "megatron.bridge.training.gpt_step:forward_step")
+_PACKS = "megatron.bridge.data.packing.config|megatron.bridge.data.datasets.packed_sequence"  # 0.6 on | before
+_IMPORTS = {
+    "pretrain": (
+        *(*_ALWAYS, "megatron.bridge.training.pretrain:pretrain"),
+        "megatron.bridge.recipes.utils.dataset_utils:get_blend_fields_from_data_paths",
+    ),
+    "sft": (*_ALWAYS, "numpy", "megatron.bridge.training.finetune:finetune", _PACKS),
+}
+
+
 class MegatronBridgeBackend:
     """See `Backend`."""
 
@@ -128,11 +140,12 @@ class MegatronBridgeBackend:
         config = stage.config
         schema, _ = schema_of(config)
         recipe = config["backend"]["native"]["recipe"]
+        module = schema.content["recipes"][recipe]["module"]
         text = worker_file(
             self.name,
             stage,
             method=config["method"],
-            recipe={"module": schema.content["recipes"][recipe]["module"], "function": recipe},
+            recipe={"module": module, "function": recipe},
             config=str(file_path(stage, NATIVE_FILE)),
             pack_size=config["data"]["pack_size"],
             train_iters=config["train"]["train_iters"],
@@ -150,6 +163,8 @@ class MegatronBridgeBackend:
             },
             notes=notes(config),
             writes_together=True,
+            imports=(*_IMPORTS[config["method"]], f"{module}:{recipe}"),
+            versions=native.checked_against(schema),
         )
 
 

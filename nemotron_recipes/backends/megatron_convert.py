@@ -14,6 +14,12 @@ from nemotron_recipes.errors import Problem
 from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 _NATIVE = {"trust_remote_code": False, "strict": True}
+_IMPORTS = ("megatron.bridge:AutoBridge", "megatron.bridge.training.model_load_save:temporary_distributed_context")
+_MERGE = (
+    "megatron.bridge.peft.lora:LoRA",
+    "megatron.core.dist_checkpointing",
+    "megatron.bridge.training.checkpointing:apply_peft_adapter_filter_to_state_dict",
+)
 _NEEDED = {"import": (), "export": ("path",), "merge": ("path", "base")}
 
 
@@ -40,4 +46,5 @@ class MegatronConvertBackend:
         return list(conversion.problems(self.name, config, nproc, _NEEDED[config["method"]]))
 
     def describe(self, stage: StageSpec) -> Launch:
-        return conversion.launch(self.name, stage, **{**_NATIVE, **stage.config["backend"]["native"]})
+        needs = (*_IMPORTS, *(_MERGE if stage.config["method"] == "merge" else ()))
+        return conversion.launch(self.name, stage, needs, **{**_NATIVE, **stage.config["backend"]["native"]})

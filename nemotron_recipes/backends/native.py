@@ -46,6 +46,11 @@ def schema_for(config: Tree, names: tuple[str, ...]) -> tuple[NativeSchema, str]
     return schema, f"{image} holds {package} {version}: values are checked against {schema.version}, the nearest known"
 
 
+def checked_against(schema: NativeSchema) -> dict[str, str]:
+    """For `Launch.versions`."""
+    return {schema.content["package"]: schema.version}
+
+
 def unknown_keys(schema: NativeSchema, given: Tree, elsewhere: frozenset[str]) -> Iterator[Problem]:
     """Keys that other versions have (`elsewhere`), and this one has not."""
     for key in flat(given, elsewhere):

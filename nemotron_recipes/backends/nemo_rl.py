@@ -29,6 +29,9 @@ from nemotron_recipes.spec import Launch, StageSpec, Tree
 
 FILE, NATIVE_FILE = "train.yaml", "nemo_rl.yaml"
 SCRIPTS = {"dpo": "examples/run_dpo.py", "grpo": "examples/run_grpo.py", GYM: "examples/nemo_gym/run_grpo_nemo_gym.py"}
+# What the worker and its launch.py import in the Python that Ray's driver runs in. Actors have environments of their
+# own, which NeMo-RL makes: whether those are whole shows when it starts them.
+IMPORTS = ("torch", "yaml", "ray", "nemo_rl.utils.timer:TimeoutChecker")
 _EPOCHS = 1_000_000  # train.train_iters ends the training, unless backend.native gives a number of passes, too
 
 
@@ -56,11 +59,12 @@ class NemoRlBackend:
 
     def describe(self, stage: StageSpec) -> Launch:
         config = stage.config
+        script = SCRIPTS[GYM if is_gym(config) else config["method"]]
         text = worker_file(
             self.name,
             stage,
             method=config["method"],
-            script=SCRIPTS[GYM if is_gym(config) else config["method"]],
+            script=script,
             base=base_of(config),
             config=str(file_path(stage, NATIVE_FILE)),
             gym=is_gym(config),
@@ -78,6 +82,8 @@ class NemoRlBackend:
             env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", **ray_nodes.ENVIRONMENT},
             notes=tuple(note for note in (schema_of(config)[1],) if note),
             writes_together=True,
+            imports=(*IMPORTS, *(f"nemo_rl/../{path}" for path in (script, base_of(config)))),
+            versions=native.checked_against(schema_of(config)[0]),
         )
 
 

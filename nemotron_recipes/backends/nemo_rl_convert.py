@@ -39,4 +39,5 @@ class NemoRlConvertBackend:
 
     def describe(self, stage: StageSpec) -> Launch:
         native = {**_NATIVE, **stage.config["backend"]["native"]}
-        return conversion.launch(self.name, stage, converter=list(CONVERTER), **native)
+        needs = ("safetensors.torch", "nemo_rl", "nemo_rl/../examples")
+        return conversion.launch(self.name, stage, needs, converter=list(CONVERTER), **native)

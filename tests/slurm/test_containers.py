@@ -17,6 +17,7 @@ import pytest
 
 from nemotron_recipes.artifacts.causes import diagnose
 from nemotron_recipes.artifacts.records import RunView, load_run
+from nemotron_recipes.executors.slurm import trial
 from nemotron_recipes.executors.slurm.executor import SlurmExecutor
 from nemotron_recipes.rundir import RunDir, read_json
 from nemotron_recipes.sources import digest_of
@@ -53,6 +54,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     environment = {"FROM_IMAGE": "the image's", "KEPT": "the image's", "HF_HOME": "/image/hf", "PYTORCH_VERSION": "2.9"}
     files = {"/opt/Automodel/who": "the image's\n", "/opt/lib/of_image.py": "", "/etc/image": "one\n"}
+    files["/opt/lib/broken.py"] = "import of_image\nimport no_such_library\n"
     tree = images.make_tree(folder / "tree")
     return images.make_image(folder / "one.sqsh", tree, {**environment, "PYTHONPATH": "/opt/lib"}, files)
 
@@ -88,6 +90,30 @@ def run_of(tmp_path: Path, stage: StagePlan) -> tuple[JobHandle, list[dict[str, 
     assert wait_until_over(EXECUTOR, handle, 120) == "ended"
     seen = [read_json(path) or {} for path in sorted((folder / "first").glob("seen-*.json"))]
     return handle, seen
+
+
+def test_an_image_is_tried_before_anything_is_queued(
+    cluster: slurm.Cluster, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node that is free, in a container as the stage's; where there is none, that is said."""
+    monkeypatch.setattr(trial, "NODE_SECONDS", 120)  # other tests' jobs, and a loaded machine
+
+    def told(imports: tuple[str, ...], image: Path | str = image, **fields: Any) -> list[tuple[bool, str]]:
+        stage = looking_stage(placement(EXECUTOR, container_image=str(image), **fields))
+        stage = replace(stage, launch=replace(stage.launch, imports=imports))
+        found = EXECUTOR.preflight(plan_of(tmp_path / "run", stage))
+        return [(problem.refuses, problem.what) for problem in found if "which image" not in problem.what[:12]]
+
+    needed = ("json", "of_image", "broken")
+    ((refuses, words),) = told(needed)
+    assert refuses and f"need broken, which image {image} (Python 3." in words and "'no_such_library'" in words
+    assert told(needed[:2]) == []
+    ((refuses, words),) = told(needed, python="/no/such/python")
+    assert refuses and "/no/such/python can't" in words
+    ((refuses, words),) = told(needed, exclude="n[1-2]")
+    assert not refuses and "could not be tried" in words
+    fetched = told(needed, "r.io.invalid/team/image:1")
+    assert not any(refuses for refuses, _ in fetched) and "is not tried: nodes would fetch it" in fetched[-1][1]
 
 
 def test_what_every_task_gets(cluster: slurm.Cluster, image: Path, tmp_path: Path, monkeypatch: Any) -> None:

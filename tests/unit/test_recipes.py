@@ -109,6 +109,7 @@ def test_recipe_plans_and_renders(
     )
     request = Request(family, words, config, "run", "here", overrides, offline=True, cwd=str(tmp_path), smoke=smoke)
     plan = make_plan(request, CATALOG, environment)
+    assert all(stage.launch.imports for stage in plan.stages), "what an image is tried for before anything is queued"
     rendered = get_executor(executor).render(plan)
     assert [s.name for s in rendered.stages] == [s.name for s in plan.stages]
     assert all(stage.files and stage.argv for stage in rendered.stages)

@@ -64,8 +64,7 @@ class DockerExecutor(DrivenExecutor):
             alike.setdefault(key, []).append(stage)
         for stages in alike.values():
             stage, profile = stages[0], profile_of(stages[0])
-            modules = tuple(dict.fromkeys(name for each in stages for name in each.launch.imports))
-            ask = partial(preflight.problems, profile, stage, modules, plan.request.offline)
+            ask = partial(preflight.problems, profile, stages, plan.request.offline)
             try:
                 if stage.placement.nodes > 1:
                     yield from hosts_preflight.problems(plan, stage, profile, ask)

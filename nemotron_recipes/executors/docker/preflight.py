@@ -11,15 +11,17 @@ from nemotron_recipes.executors.docker import render, trial
 from nemotron_recipes.executors.docker.control import Docker, Elsewhere, Unreachable, endpoint
 from nemotron_recipes.executors.docker.profile import DockerProfile
 from nemotron_recipes.executors.images import check as image_check
+from nemotron_recipes.executors.images.trial import Need, need
 from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.spec import StagePlan
 
 
 def problems(
-    profile: DockerProfile, stage: StagePlan, modules: Sequence[str], offline: bool, where: transport.Transport
+    profile: DockerProfile, stages: Sequence[StagePlan], offline: bool, where: transport.Transport
 ) -> Iterator[Problem]:
-    """Of the daemon there, and of the image, which must be able to import `modules`. UserError: it can't be asked, or
-    it is none that a run could use."""
+    """Of the daemon there, and of the image that the stages share. UserError: it can't be asked, or it is none that a
+    run could use."""
+    stage, needed = stages[0], need(stages)
     try:
         docker = Docker(endpoint(profile.docker_host, where), where)
         if docker.is_podman():
@@ -27,8 +29,8 @@ def problems(
             raise UserError(Problem(what, checks.where(stage, "docker_host"), "use docker's own daemon"))
         found = [*_misfits(docker, profile, stage, offline)]
         yield from found
-        if modules and not any(problem.refuses for problem in found):
-            yield from _trial(docker, profile, stage, modules)
+        if needed.imports and not any(problem.refuses for problem in found):
+            yield from _trial(docker, profile, needed, checks.where(stage, "container_image"))
     except Unreachable as error:
         what = f"docker can't be used: {error}"
         raise UserError(Problem(what, checks.where(stage), _how_to_reach(error))) from None
@@ -46,8 +48,8 @@ def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan, offline: 
     yield from image_check.of_docker(profile.container_image, here, machine, place, offline)
 
 
-def _trial(docker: Docker, profile: DockerProfile, stage: StagePlan, modules: Sequence[str]) -> Iterator[Problem]:
-    """What can't be imported in the image, with the flags that decide it."""
+def _trial(docker: Docker, profile: DockerProfile, needed: Need, where: str) -> Iterator[Problem]:
+    """What the image lacks, tried with the flags that decide it."""
     gpus = render.gpus(profile)
     given = [
         *("--user", profile.user or f"{os.getuid()}:{os.getgid()}", "--ipc", profile.ipc, *gpus),
@@ -56,8 +58,7 @@ def _trial(docker: Docker, profile: DockerProfile, stage: StagePlan, modules: Se
         *(word for name, value in profile.env.items() for word in ("--env", f"{name}={value}")),
         *profile.options,
     ]
-    where = checks.where(stage, "container_image")
-    yield from trial.problems(docker, given, profile.container_image, profile.python, modules, bool(gpus), where)
+    yield from trial.problems(docker, given, profile.container_image, profile.python, needed, bool(gpus), where)
 
 
 def _how_to_reach(error: Unreachable) -> str:

@@ -72,6 +72,14 @@ def find(written: str, images: Sequence[Image]) -> Image | None:
     return None
 
 
+def find_or_none(written: str, images: Sequence[Image]) -> Image | None:
+    """The same; None as well for what names no image of a registry: a file, an id, one of the node's own daemon."""
+    try:
+        return find(written, images)
+    except UserError:
+        return None
+
+
 def reference(written: str) -> Reference:
     """UserError where it is none."""
     try:

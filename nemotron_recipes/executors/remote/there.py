@@ -28,6 +28,7 @@ from nemotron_recipes.fsio import fsync_folder, write_atomic
 from nemotron_recipes.redact import reads_like_a_secret
 from nemotron_recipes.rundir import RunDir, append_event, write_sealed
 
+_SRUN_SECONDS = 30.0  # for srun to end its step
 PIECE = 4_000_000  # bytes of files in one answer
 
 # Slurm's commands take options from these; what a job gets is what the script and the command say, nothing unseen.
@@ -94,6 +95,28 @@ def submit(argv: Sequence[str], seconds: float, cwd: str, answer: str, secrets: 
             os.utime(out.fileno())  # from here on it is quiet; before the lock goes
     write_atomic(Path(f"{answer}.code"), str(code))
     return {"code": code, **_said(answer)}
+
+
+def step(argv: Sequence[str], seconds: float, secrets: Sequence[str]) -> dict[str, Any]:
+    """`run` for an srun of its own, with the environment that `submit` gives; what takes too long is ended by srun."""
+    environ = inherited(os.environ, secrets)
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    try:
+        process = subprocess.Popen([*argv], env=environ, encoding="utf-8", errors="replace", **pipes)
+    except FileNotFoundError:
+        return {"missing": True}
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"late": True}
+    finally:
+        if process.poll() is None:  # a signal that srun hears: what it holds is given back
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_SRUN_SECONDS)
+            process.kill()
+            process.wait()
+    return {"code": process.returncode, "out": out, "err": err}
 
 
 def inherited(environ: Mapping[str, str], secrets: Sequence[str]) -> dict[str, str]:

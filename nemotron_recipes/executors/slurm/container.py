@@ -41,13 +41,18 @@ def container_of(plan: Plan, stage: StagePlan, profile: SlurmProfile) -> Contain
     """None on bare metal. The profile has been checked."""
     if profile.image is None:
         return None
+    mounts = tuple(dict.fromkeys(_mounts(plan, stage, profile)))
+    return Container(image_for_pyxis(profile.image), profile.image, mounts, flags_of(profile))
+
+
+def flags_of(profile: SlurmProfile) -> tuple[str, ...]:
+    """For srun, beside image and mounts."""
     flags = [f"--container-name={profile.container_name}"] if profile.container_name else []
     for field, (yes, no) in _SWITCHES.items():
         wanted = getattr(profile, field)
         if wanted is not None:
             flags.append(f"--{yes if wanted else no}")
-    mounts = tuple(dict.fromkeys(_mounts(plan, stage, profile)))
-    return Container(image_for_pyxis(profile.image), profile.image, mounts, tuple(flags))
+    return tuple(flags)
 
 
 def hf_home(profile: SlurmProfile) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.executors import checks
 from nemotron_recipes.executors.remote import there, transport
-from nemotron_recipes.executors.slurm import control, limits
+from nemotron_recipes.executors.slurm import control, limits, trial
 from nemotron_recipes.executors.slurm.container import missing_here
 from nemotron_recipes.executors.slurm.profile import SlurmProfile, limit_seconds
 from nemotron_recipes.executors.slurm.script import profile_of, tasks_of
@@ -44,7 +44,10 @@ def plan_problems(plan: Plan, beside: Sequence[Plan] = ()) -> list[Problem]:
     found = (stage_problems(stage, profile_of(stage), site, plan.request.mode, plan.run_dir) for stage in run)
     problems = [*order, *(problem for problems in found for problem in problems), *_image_problems(run, site, plan)]
     others = [stage for other in beside for stage in other.stages if stage.reused is None]
-    return problems + ([*policy_problems(run, site, policy, plan.request.mode, others)] if policy else [])
+    problems += [*policy_problems(run, site, policy, plan.request.mode, others)] if policy else []
+    if any(problem.refuses for problem in problems):
+        return problems
+    return [*problems, *trial.problems(run, plan.request.mode)]
 
 
 def _order_problems(plan: Plan, first: StagePlan) -> Iterator[Problem]:
