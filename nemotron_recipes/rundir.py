@@ -12,7 +12,8 @@
         logs/attempt-1/rank-0.log        stdout and stderr of each rank; launcher.log beside them
         heartbeats/attempt-1.rank-0.json where a rank is now; stacks/ its Python stacks, when somebody asked
         metrics.jsonl         one line per logged step, written by rank 0
-        checkpoints/          iter_NNNNNNN folders, latest_checkpointed_iteration.txt; partial/: not whole
+        checkpoints/          iter_NNNNNNN folders, latest_checkpointed_iteration.txt; partial/: not whole;
+                              .digests/: of those that trainers of other projects write (checkpoints.py)
         failures/attempt-1.rank-0.json   what ended a rank: time, rank, error, exit_code, lines
         environment/attempt-1.json       rank 0's host, hardware, packages, variables; names of secrets only
         record.json           written once by rank 0, last of all
@@ -24,7 +25,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,14 +242,17 @@ def write_record(stage: StageDir, record: dict[str, Any]) -> None:
     write_sealed(stage.record, {**record, "files": files})
 
 
-def mark(path: Path, limit: float = float("inf")) -> list[Any]:
-    """What a file holds now, for `check_mark`: [bytes, their digest]; of more than `limit` bytes no digest ("")."""
+def mark(path: Path, limit: float = float("inf"), each: Callable[[], None] = lambda: None) -> list[Any]:
+    """What a file holds now, for `check_mark`: [bytes, their digest]; of more than `limit` bytes no digest ("").
+
+    each  called between pieces; what it raises ends the reading
+    """
     size = path.stat().st_size
-    return [size, digest_of_start(path, size) if size <= limit else ""]
+    return [size, digest_of_start(path, size, each) if size <= limit else ""]
 
 
-def check_mark(path: Path, marked: list[Any]) -> None:
-    """Damaged: the file does not begin with what was marked. What was added since is not looked at."""
+def check_mark(path: Path, marked: list[Any], exactly: bool = False) -> None:
+    """Damaged: the file does not begin with what was marked. What was added since counts with `exactly` alone."""
     size, digest = marked
     try:
         now = path.stat().st_size
@@ -257,6 +261,8 @@ def check_mark(path: Path, marked: list[Any]) -> None:
         raise Damaged(path, "it is gone") from None
     if now < size:
         raise Damaged(path, f"of its {size} bytes {now} are left")
+    if exactly and now > size:
+        raise Damaged(path, f"it has {now} bytes, and had {size}")
     if changed:
         raise Damaged(path, "it isn't what was written")
 

@@ -53,7 +53,7 @@ def show(run: str, as_json: bool, page: Path | None, verify: bool) -> int:
     """
     view = lifecycle.load(_find(run))
     if verify:
-        from nemotron_recipes.report.verify import damage
+        from nemotron_recipes.report.verify import damage, unread
 
         if problems := damage(view):
             raise UserError(*problems)
@@ -69,7 +69,9 @@ def show(run: str, as_json: bool, page: Path | None, verify: bool) -> int:
     else:
         click.echo(summary.describe(view, differences))
         if verify:
-            click.echo("\nverified: its files and outputs are what was written")
+            click.echo("\nverified: its files, checkpoints and outputs are what was written")
+            for folder in unread(view):
+                click.echo(printable(f"not verified: {folder} has no digests of all its files"))
     return 0 if decided else 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nemotron_recipes import closing, sources
+from nemotron_recipes import checkpoints, closing, sources
 from nemotron_recipes.artifacts.records import RunView
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import Problem, UserError
@@ -14,7 +14,7 @@ from nemotron_recipes.rundir import RunDir, read_json, read_jsonl
 
 
 def damage(view: RunView) -> list[Problem]:
-    """All that is not what was written: documents, events, logs, metrics, worker files, code, outputs, the journal."""
+    """All that is not what was written: documents, events, logs, metrics, worker files, code, checkpoints, outputs."""
     run, journal = RunDir(Path(view.path)), Journal(Path(view.path))
     documents = [run.plan, run.rendered, run.handle, journal.folder / "target.json", run.path / closing.CLOSED]
     documents += [path for name in ("record.json", "*/attempt-*.json") for path in sorted(run.path.glob(f"*/{name}"))]
@@ -27,6 +27,12 @@ def damage(view: RunView) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
+def unread(view: RunView) -> list[Path]:
+    """Checkpoints of a run of which not everything has a digest to be held against."""
+    stages = (RunDir(Path(view.path)).stage(stage.name) for stage in view.stages)
+    return [folder for stage in stages for folder in checkpoints.unread(stage.checkpoints)]
+
+
 def _unfit(view: RunView, run: RunDir) -> Iterator[Problem]:
     for stage in (read_json(run.rendered) or {"stages": []})["stages"]:
         for name, text in stage["files"].items():
@@ -37,6 +43,8 @@ def _unfit(view: RunView, run: RunDir) -> Iterator[Problem]:
         yield Problem("the run's copy of the code is not what was planned", other, "bring it back from a copy")
     store = Store(Path(view.plan["store"]))
     for view_of in view.stages:
+        for error in checkpoints.changed(run.stage(view_of.name).checkpoints):
+            yield from error.problems
         for made in view_of.outputs.values():
             yield from _problems(lambda ref: store.verify(store.resolve(ref)), f"{made['name']}:v{made['version']}")
 

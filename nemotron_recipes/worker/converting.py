@@ -11,6 +11,7 @@ from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.sealing import require_unchanged
 
 RUN_CONFIG = "run_config.yaml"  # beside the shards of Megatron's checkpoint: what it was made with
 
@@ -21,12 +22,13 @@ def key_of(name: str) -> str:
 
 
 def checkpoint_folder(context: Context, name: str) -> Path:
-    """The iter_NNNNNNN folder behind checkpoint.path or checkpoint.base. UserError: it is not whole."""
+    """The iter_NNNNNNN folder behind checkpoint.path or checkpoint.base. UserError: it isn't whole, or as it was."""
     given = context.inputs[key_of(name)]
     folder = given if given.name.startswith("iter_") else latest_checkpoint(given)
     if folder is None or not folder.is_dir():
         what = f"no whole checkpoint at {given}"
         raise UserError(Problem(what, key_of(name), f"give an iter_NNNNNNN folder, or one that holds {TRACKER}"))
+    require_unchanged(context, folder)
     return folder
 
 

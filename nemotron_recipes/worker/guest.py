@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 from nemotron_recipes.errors import JobFailed
@@ -87,11 +88,16 @@ class CheckpointWatch:
     """Rank 0: says in the events when a checkpoint is whole, which is also how people see that training lives.
 
     look: called again and again; it may turn what the guest has written into our layout before the tracker is read.
+    saw: called with each checkpoint that has become whole
     """
 
-    def __init__(self, context: Context, look: Callable[[], object] = lambda: None):
-        self.context = context
-        self.look = look
+    def __init__(
+        self,
+        context: Context,
+        look: Callable[[], object] = lambda: None,
+        saw: Callable[[Path], object] = lambda checkpoint: None,
+    ):
+        self.context, self.look, self.saw = context, look, saw
         self._seen = latest_checkpoint(context.dir.checkpoints)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="checkpoints", daemon=True)
@@ -119,6 +125,7 @@ class CheckpointWatch:
         newest = latest_checkpoint(self.context.dir.checkpoints)
         if newest is not None and newest != self._seen:
             self._seen = newest
+            self.saw(newest)
             began = min((entry.stat().st_mtime for entry in newest.iterdir()), default=time.time())
             seconds = round(max(0.0, time.time() - began), 3)
             self.context.event("checkpoint-saved", step=step_of(newest), checkpoint=str(newest), seconds=seconds)

@@ -8,10 +8,10 @@ import textwrap
 
 import pytest
 
+from nemotron_recipes.checkpoints import check
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 from nemotron_recipes.worker.trl.checkpoints import (
-    check_digests,
     checkpoint_to_resume,
     commit_checkpoint,
     quarantine,
@@ -127,16 +127,16 @@ def test_what_cannot_be_resumed_is_fatal(tmp_path, damage):
 def test_a_changed_byte_is_noticed_before_anything_is_loaded(tmp_path, name):
     stage(tmp_path, 5, "whole")
     folder = commit_checkpoint(tmp_path, 5, keep=1)
-    check_digests(folder)
+    check(folder)
     whole = (folder / name).read_bytes()
     for damaged in (whole[:2] + b"?" + whole[3:], whole[:-2]):
         (folder / name).write_bytes(damaged)
         with pytest.raises(UserError, match=f"{name} is damaged"):
-            check_digests(folder)
+            check(folder)
     (folder / name).write_bytes(whole)
-    check_digests(folder)
+    check(folder)
     (folder / "digests.json").unlink()
-    check_digests(folder)  # of an earlier version, or somebody else's
+    check(folder)  # of an earlier version, or somebody else's
 
 
 KILLED = """

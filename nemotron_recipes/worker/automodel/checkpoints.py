@@ -1,4 +1,4 @@
-"""AutoModel's checkpoints in the layout of all backends. Standard library only.
+"""AutoModel's checkpoints in the layout of all backends.
 
 AutoModel writes `epoch_E_step_S` (S counts from 0) and then the link LATEST. When LATEST names a folder, that one is
 whole: it gets the name iter_NNNNNNN beside it, as a link, and the tracker file after that.
@@ -14,6 +14,7 @@ from pathlib import Path
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
+from nemotron_recipes.worker.sealing import own_newest
 
 LATEST = "LATEST"
 _FOLDER = re.compile(r"epoch_(\d+)_step_(\d+)")
@@ -45,7 +46,7 @@ def clear_unfinished(root: Path) -> None:
 
 def to_resume(resume_from: str | None, root: Path, attempt: int) -> Path | None:
     """The checkpoint to continue from: this run's own newest on a later attempt, else `resume_from`, else None."""
-    if attempt > 1 and (own := _latest(root) or latest_checkpoint(root)):
+    if attempt > 1 and (own := _latest(root) or own_newest(root)):
         return own.resolve()  # LATEST first: adopted or not, every rank must find the same one
     if resume_from is None:
         return None
@@ -54,6 +55,11 @@ def to_resume(resume_from: str | None, root: Path, attempt: int) -> Path | None:
         fix = "give an iter_NNNNNNN folder of a run of the automodel backend"
         raise UserError(Problem(f"{given} isn't a whole checkpoint of AutoModel", "checkpoint.load", fix))
     return given.resolve()
+
+
+def named(folder: Path) -> Path:
+    """The same under the name that it has in our layout, whether or not it has got that yet."""
+    return folder.parent / f"iter_{steps_of(folder):07d}" if _FOLDER.fullmatch(folder.name) else folder
 
 
 def model_folder(checkpoint: Path, adapters: bool) -> Path:

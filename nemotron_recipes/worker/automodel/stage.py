@@ -10,11 +10,19 @@ from pathlib import Path
 
 from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.spec import Tree
-from nemotron_recipes.worker.automodel.checkpoints import adopt, clear_unfinished, model_folder, steps_of, to_resume
+from nemotron_recipes.worker.automodel.checkpoints import (
+    adopt,
+    clear_unfinished,
+    model_folder,
+    named,
+    steps_of,
+    to_resume,
+)
 from nemotron_recipes.worker.automodel.metrics import Metrics
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.guest import CheckpointWatch, Guest, link_tree, step_of
 from nemotron_recipes.worker.hub import folder_of
+from nemotron_recipes.worker.sealing import Sealing, require_unchanged
 
 # Its command line, and the module that earlier versions were started by.
 ENTRIES = ("nemo_automodel.cli.app", "nemo_automodel.recipes.llm.train_ft")
@@ -24,6 +32,8 @@ def run(config: Tree, context: Context) -> None:
     """Let AutoModel's own entry point train from automodel.yaml, and keep the last checkpoint as the output."""
     root = context.dir.checkpoints
     resume = to_resume(config["resume_from"], root, context.attempt)
+    if resume is not None:
+        require_unchanged(context, named(resume))
     if context.is_main:
         root.mkdir(parents=True, exist_ok=True)
         adopt(root, config["keep"])  # what an attempt saved right before it was killed
@@ -39,11 +49,14 @@ def run(config: Tree, context: Context) -> None:
         if metrics:
             metrics.look()
 
-    with CheckpointWatch(context, look=look), guest:
-        _start(module, argv)
-    newest = adopt(root, config["keep"]) if context.is_main else None
-    if not context.is_main:
-        return
+    with Sealing(context) as sealing:
+        with CheckpointWatch(context, look, sealing.saw), guest:
+            _start(module, argv)
+        if context.is_main:
+            _conclude(adopt(root, config["keep"]), config, context, guest)
+
+
+def _conclude(newest: Path | None, config: Tree, context: Context, guest: Guest) -> None:
     reached = step_of(newest) if newest else 0
     guest.conclude(reached, config["train_iters"])
     if not context.stop_seen:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.fsio import write_atomic
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.event_files import EventMetrics
 from nemotron_recipes.worker.guest import CheckpointWatch, Guest, link_tree, step_of
 from nemotron_recipes.worker.megatron_bridge.config import Paths, build_config, read_native
+from nemotron_recipes.worker.sealing import Sealing, own_newest, require_unchanged
 
 # Tags of its TensorBoard files (megatron/bridge/training/utils/train_utils.py and eval.py, 0.3 to 0.6) -> ours. Their
 # doubles "... vs samples" count samples, not steps.
@@ -21,6 +23,7 @@ _TAGS = {
     "iteration-time": "seconds_per_step",
     "lm loss validation": "validation_loss",
 }
+STATE = "latest_train_state.pt"
 
 
 def run(config: Tree, context: Context) -> None:
@@ -40,10 +43,18 @@ def run(config: Tree, context: Context) -> None:
     context.event("ready", resume_from=str(paths.load) if paths.load else None)
     guest = Guest(context)
     events = Path(overrides["logger"]["tensorboard_dir"])
-    with follow(events, config, context, paths) as metrics, CheckpointWatch(context, look=metrics.look), guest:
-        train(native, forward_step)
-    if not context.is_main:  # on another node the newest checkpoint may not be seen yet
-        return
+    with Sealing(context) as sealing:
+        with (
+            follow(events, config, context, paths) as metrics,
+            CheckpointWatch(context, metrics.look, sealing.saw),
+            guest,
+        ):
+            train(native, forward_step)
+        if context.is_main:  # on another node the newest checkpoint may not be seen yet
+            _conclude(config, context, guest)
+
+
+def _conclude(config: Tree, context: Context, guest: Guest) -> None:
     newest = latest_checkpoint(context.dir.checkpoints)
     reached = step_of(newest) if newest else 0
     guest.conclude(reached, config["train_iters"])
@@ -66,7 +77,10 @@ def find_paths(config: Tree, context: Context) -> Paths:
     own = context.dir.checkpoints
     load: Path | None = None
     step: int | None = None
-    if context.attempt > 1 and (own / TRACKER).is_file():
+    if context.attempt > 1 and (newest := own_newest(own)) is not None:
+        require_unchanged(context, newest)
+        if context.is_main:
+            _state_of(newest)
         load = own
     elif config["resume_from"]:
         folder = Path(config["resume_from"])
@@ -74,32 +88,45 @@ def find_paths(config: Tree, context: Context) -> Paths:
             raise UserError(
                 Problem(f"there is no checkpoint {folder}", "checkpoint.load", "give an iter_NNNNNNN folder")
             )
+        require_unchanged(context, folder)
         load, step = folder.parent, step_of(folder)
     tokenizer = context.artifacts.get("model.tokenizer") or context.artifacts["model.path"]
     key = "model.tokenizer" if "model.tokenizer" in context.artifacts else "model.path"
     return Paths(
         data=context.inputs["data.path"],
         tokenizer=str(context.inputs[key]) if key in context.inputs else tokenizer.name,
-        pretrained=_root(context.inputs.get("checkpoint.pretrained_checkpoint")),
+        pretrained=_root(context, context.inputs.get("checkpoint.pretrained_checkpoint")),
         load=load,
         load_step=step,
     )
 
 
-def _root(path: Path | None) -> Path | None:
+def _root(context: Context, path: Path | None) -> Path | None:
     """The folder with the tracker file, of which Megatron-Bridge loads the newest: an older one is refused."""
-    if path is None or not path.name.startswith("iter_"):
-        return path
-    if latest_checkpoint(path.parent) != path:
-        what = f"{path} is not the newest checkpoint of {path.parent}, and Megatron-Bridge would load the newest"
+    if path is None:
+        return None
+    root = path.parent if path.name.startswith("iter_") else path
+    newest = latest_checkpoint(root)
+    if path != root and newest != path:
+        what = f"{path} is not the newest checkpoint of {root}, and Megatron-Bridge would load the newest"
         raise UserError(Problem(what, "checkpoint.pretrained_checkpoint", "copy it into a folder of its own"))
-    return path.parent
+    if newest is not None:
+        require_unchanged(context, newest)
+    return root
+
+
+def _state_of(newest: Path) -> None:
+    """What Megatron-Bridge unpickles to learn which checkpoint is the newest is a copy of a file in that one. Let it be
+    of the one that the tracker names, which was looked at."""
+    ours, theirs = newest / "train_state.pt", newest.parent / STATE
+    if ours.is_file() and (not theirs.is_file() or ours.read_bytes() != theirs.read_bytes()):
+        write_atomic(theirs, ours.read_bytes())
 
 
 def write_output(checkpoint: Path, output: Path) -> None:
     """A checkpoint root with this one checkpoint; the tracker comes last."""
     link_tree(checkpoint, output / checkpoint.name)
-    state = checkpoint.parent / "latest_train_state.pt"
+    state = checkpoint.parent / STATE
     if state.is_file():
         (output / state.name).write_bytes(state.read_bytes())  # a copy: the next save writes it in place
     (output / TRACKER).write_text(f"{step_of(checkpoint)}\n")

@@ -29,6 +29,7 @@ from nemotron_recipes.worker.guest import LEAST_RESERVE, SAVES, CheckpointWatch,
 from nemotron_recipes.worker.hub import folder_of
 from nemotron_recipes.worker.nemo_rl import cluster
 from nemotron_recipes.worker.nemo_rl.checkpoints import adopt, continue_from
+from nemotron_recipes.worker.sealing import Sealing, own_newest, require_unchanged
 
 FILE = "nemo_rl.yaml"  # in the stage's folder: the Plan's values, with what is known only here
 TIME_IS_UP = "nemo_rl-time-is-up"  # beside it: launch.py's word that the time limit ended the program
@@ -46,6 +47,9 @@ def run(config: Tree, context: Context) -> None:
         return
     root, source = context.dir.checkpoints, source_folder()
     root.mkdir(parents=True, exist_ok=True)
+    given = Path(config["resume_from"]) if config["resume_from"] else None
+    if (resume := adopt(root) or own_newest(root) or given) is not None:
+        require_unchanged(context, resume, alone=True)
     continue_from(config["resume_from"], root)
     began = adopt(root)
     deadline = deadline_from(os.environ)
@@ -67,13 +71,18 @@ def run(config: Tree, context: Context) -> None:
         adopt(root)
         metrics.look()
 
-    with metrics, CheckpointWatch(context, look), cluster.head(context, config["ray"]) as ray:
-        program = [config["script"], "--config", str(file)]
-        code = _train([sys.executable, str(LAUNCHER), repr(written), str(mark), *program], source, ray, context)
-    newest = adopt(root)
+    with Sealing(context) as sealing:
+        with metrics, CheckpointWatch(context, look, sealing.saw), cluster.head(context, config["ray"]) as ray:
+            program = [config["script"], "--config", str(file)]
+            code = _train([sys.executable, str(LAUNCHER), repr(written), str(mark), *program], source, ray, context)
+        _conclude(code, mark.exists(), adopt(root), config, context)
+
+
+def _conclude(code: int, marked: bool, newest: Path | None, config: Tree, context: Context) -> None:
+    """JobFailed: it ended before its last step, with nobody's wish and no limit. marked: it said that time was up."""
     reached = step_of(newest) if newest else 0
     if reached < config["train_iters"] and not context.stop_seen:
-        if code == 0 and mark.exists():
+        if code == 0 and marked:
             context.stop_seen = context.time_is_up = True
             context.event("stopped", step=reached, reason="time-limit")
         elif code != 0 or newest is None or config["passes"] is None:

@@ -2,9 +2,8 @@
 
 TRL's trainer writes `checkpoints/.staging/checkpoint-N`. When it is complete it is made durable and renamed to
 `checkpoints/iter_NNNNNNN`; the tracker file is written last, so what it names is whole whatever happened. What is not
-whole goes to `checkpoints/partial`, out of reach.
-
-    iter_NNNNNNN/digests.json    sealed; files: relative name -> [bytes, digest]; missing in what others have saved
+whole goes to `checkpoints/partial`, out of reach. A checkpoint carries its digests in itself
+(nemotron_recipes/checkpoints.py).
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from nemotron_recipes.checkpoints import seal_inside
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.fsio import files_below, fsync_folder, fsync_tree, write_atomic
-from nemotron_recipes.rundir import TRACKER, Damaged, check_mark, latest_checkpoint, mark, read_json, write_sealed
+from nemotron_recipes.fsio import fsync_folder, fsync_tree, write_atomic
+from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 
 STAGING = ".staging"
 PARTIAL = "partial"
-DIGESTS = "digests.json"
-HASHERS = 4  # threads; hashing lets go of the interpreter
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTERS = ("adapter_model.safetensors",)
@@ -65,10 +62,7 @@ def commit_checkpoint(root: Path, step: int, keep: int) -> Path:
     """Turn the staged checkpoint of `step` into the newest one, and remove all but the `keep` newest."""
     staged = staging_folder(root) / f"checkpoint-{step}"
     target = root / f"iter_{step:07d}"
-    files = files_below(staged)
-    with ThreadPoolExecutor(HASHERS) as pool:
-        marks = dict(zip((path.relative_to(staged).as_posix() for path in files), pool.map(mark, files), strict=True))
-    write_sealed(staged / DIGESTS, {"files": marks}, kind="checkpoint")
+    seal_inside(staged)
     fsync_tree(staged)
     if target.exists():  # this step was saved by an earlier attempt; the tracker must not name half of two
         _remove(target)
@@ -97,21 +91,6 @@ def checkpoint_to_resume(resume_from: str | None, root: Path, attempt: int, adap
     if not given.is_dir():
         raise UserError(Problem(f"there is no checkpoint {given}", "checkpoint.load", "give an iter_NNNNNNN folder"))
     return _whole(given, adapters)
-
-
-def check_digests(folder: Path) -> None:
-    """Before a checkpoint is loaded, which may execute what stands in it. Damaged: a file is not what was saved."""
-    known = read_json(folder / DIGESTS) or {"files": {}}
-    fix = f"move {folder} away, and start again: a later attempt goes on from the checkpoint before it"
-
-    def look(name: str) -> None:
-        try:
-            check_mark(folder / name, known["files"][name])
-        except Damaged as error:
-            raise Damaged(folder / name, error.reason, fix=fix) from None
-
-    with ThreadPoolExecutor(HASHERS) as pool:
-        list(pool.map(look, known["files"]))
 
 
 def _newest_whole(root: Path, adapters: bool) -> Path:

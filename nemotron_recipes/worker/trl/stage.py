@@ -14,9 +14,10 @@ from transformers.utils import logging
 from nemotron_recipes.rundir import read_jsonl
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import Pace, deadline_from, last_save_seconds
+from nemotron_recipes.worker.sealing import require_unchanged
 from nemotron_recipes.worker.trl import fourbit
 from nemotron_recipes.worker.trl.callbacks import Progress, SaveWhole, StopWhenAsked, WhereItIs
-from nemotron_recipes.worker.trl.checkpoints import check_digests, checkpoint_to_resume, quarantine, staging_folder
+from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, quarantine, staging_folder
 from nemotron_recipes.worker.trl.config import TrlSettings
 from nemotron_recipes.worker.trl.data import DataFolder
 from nemotron_recipes.worker.trl.engine import Engine
@@ -48,8 +49,8 @@ def run_stage(settings: TrlSettings, context: Context, engine: Engine) -> None:
             print(f"warning: this checkpoint is not whole, and nothing goes on from it: moved to {folder}", flush=True)
             context.event("checkpoint-quarantined", checkpoint=str(folder))
     resume = checkpoint_to_resume(settings.resume_from, context.dir.checkpoints, context.attempt, adapters)
-    if resume is not None and context.is_main:
-        check_digests(resume)
+    if resume is not None:
+        require_unchanged(context, resume)
     context.expendable.append(staging_folder(context.dir.checkpoints))
     with base_folders(settings, context) as base:
         data = DataFolder(context.inputs["data.path"], settings.method, base.tokenizer, settings.pack_size)
