@@ -141,7 +141,11 @@ def _report(report: dict[str, Any], out: Path) -> str:
               help="sft: native, parquet, megatron_npy, megatron_indexed; dpo, kto, rl: trl, nemo_rl.")  # fmt: skip
 @click.option("--pack-size", type=click.IntRange(min=8), metavar="N", help="Pack the sequences anew, N tokens a pack.")
 def convert(name: str, target: Path, layout: str, pack_size: int | None) -> None:
-    """Write ARTIFACT (NAME[:VERSION] or a folder) in another layout into the new FOLDER, without tokenising again."""
+    """Write ARTIFACT (NAME[:VERSION] or a folder) in another layout into the new FOLDER, without tokenising again.
+
+    native, parquet and megatron_npy become each other, and megatron_indexed, which has no loss masks; trl and nemo_rl
+    become each other, where a row has its place in both. Packed tokens don't become conversations.
+    """
     from nemotron_recipes.data import convert as conversion
 
     folder, _ = _find(name)

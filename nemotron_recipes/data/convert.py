@@ -1,8 +1,8 @@
 """Prepared data in another layout, without tokenising again: from an artifact's folder to a new folder.
 
-Packed sequences go to native columns (also of another pack size), parquet, Megatron-Bridge's .npy, or Megatron's
-.bin/.idx with one document per sequence. Preference and RL rows go to the JSON Lines of TRL or NeMo-RL, without ids:
-those trainers tokenise themselves.
+Packed sequences go between native columns, parquet and Megatron-Bridge's .npy, also to another pack size, and on to
+Megatron's .bin/.idx with one document per sequence. Preference and RL rows go to the JSON Lines of TRL or NeMo-RL,
+without ids, as those trainers tokenise themselves; and from one of these to the other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from nemotron_recipes.data.indexed import BLEND, write_indexed
 from nemotron_recipes.data.layouts import write_rows
 from nemotron_recipes.data.packed import PARQUET, PackedSplit
 from nemotron_recipes.data.packing import Packing, packing
+from nemotron_recipes.data.packs_in import read_split
 from nemotron_recipes.data.settings import SPLITS
 from nemotron_recipes.data.writers import (
     MEGATRON_NAMES,
@@ -78,10 +80,13 @@ def convert(source: Path, target: Path, layout: str, pack_size: int | None = Non
             if (source / name).exists():
                 shutil.copyfile(source / name, temporary / name)
         if layout in PACKED:
-            _convert_packs(source, temporary, metadata, layout, pack_size)
+            with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+                _convert_packs(source, temporary, metadata, layout, pack_size, Path(scratch))
         else:
+            given = metadata["format"]
             for split in SPLITS:
-                write_rows(source / split / "rows.jsonl", temporary / f"{split}.jsonl", metadata["method"], layout)
+                rows = source / split / "rows.jsonl" if given == "native" else source / f"{split}.jsonl"
+                write_rows(rows, temporary / f"{split}.jsonl", metadata["method"], layout, given)
         metadata |= {"format": layout, "converted_from": file_digest(source / "metadata.json")}
         convert_card(source, temporary, metadata)
         metadata["files"] = {
@@ -98,18 +103,27 @@ def convert(source: Path, target: Path, layout: str, pack_size: int | None = Non
 
 
 def _check(source: Path, target: Path, metadata: dict[str, Any], layout: str, pack_size: int | None) -> None:
-    layouts = PACKED if metadata["method"] == "sft" else ROWS
-    problems = []
-    if metadata["method"] == "pretrain":
+    method, given = metadata["method"], metadata["format"]
+    if method == "pretrain":
         fix = f"point a training at its {BLEND}"
         raise UserError(Problem("pretraining data are Megatron's indexed data sets already", str(source), fix))
-    if layout not in layouts:
-        what = f"{metadata['method']} data can't become '{layout}'"
-        problems.append(Problem(what, str(source), nearest(layout, layouts) or f"valid: {', '.join(layouts)}"))
-    if metadata["format"] != "native":
-        fix = "convert from the native format, or prepare anew: what is tokenised is kept"
-        problems.append(Problem(f"the format {metadata['format']} is for other tools to read", str(source), fix))
-    if metadata["method"] == "kto" and layout == "nemo_rl":
+    problems = []
+    layouts = PACKED if method == "sft" else ROWS
+    if layout not in PACKED + ROWS:
+        what = f"there is no layout '{layout}'"
+        problems.append(Problem(what, fix=nearest(layout, layouts) or f"valid: {', '.join(layouts)}"))
+    elif given == "megatron_indexed":
+        what = "these data are token ids without loss masks: they can't become anything else"
+        problems.append(Problem(what, str(source), "convert what they were made from"))
+    elif layout in ROWS and method == "sft":
+        what = f"'{layout}' holds conversations, and these data are packed token ids: the messages are not in them"
+        problems.append(Problem(what, str(source), f"valid: {', '.join(PACKED)}"))
+    elif layout in PACKED and method != "sft":
+        what = f"{method} rows are not packed, and '{layout}' holds packed token ids"
+        if layout == "native" and given in ROWS:
+            what = f"'{given}' holds no token ids, which the native layout has"
+        problems.append(Problem(what, str(source), "prepare them: data prep reads TRL's rows; valid: trl, nemo_rl"))
+    if method == "kto" and layout == "nemo_rl":
         problems.append(Problem("NeMo-RL reads no KTO rows", fix="--to trl"))
     if pack_size is not None and layout not in PACKED:
         problems.append(Problem("--pack-size is for packed sequences", "command line"))
@@ -119,9 +133,12 @@ def _check(source: Path, target: Path, metadata: dict[str, Any], layout: str, pa
         raise UserError(*problems)
 
 
-def _convert_packs(source: Path, target: Path, metadata: dict[str, Any], layout: str, pack_size: int | None) -> None:
+def _convert_packs(
+    source: Path, target: Path, metadata: dict[str, Any], layout: str, pack_size: int | None, scratch: Path
+) -> None:
     for split in SPLITS:
-        packs = PackedReader(PackedSplit(source / split), pack_size)
+        given = read_split(source, split, metadata["format"], metadata["splits"][split], scratch)
+        packs = PackedReader(given, pack_size)
         order = np.arange(len(packs.tokens))
         if pack_size is not None:  # as data prep does it
             order = np.random.Generator(np.random.PCG64(0)).permutation(len(order))

@@ -13,7 +13,9 @@ import numpy as np
 
 from nemotron_recipes.data.indexed import read_document
 from nemotron_recipes.data.packed import PARQUET, PackedSplit
+from nemotron_recipes.data.packs_in import packs_of_npy
 from nemotron_recipes.data.settings import SPLITS
+from nemotron_recipes.data.writers import MEGATRON_NAMES
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.fsio import file_digest
 
@@ -75,6 +77,9 @@ def show_row(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str,
     """Row `number`, from 0, of a split. UserError: there is none."""
     if split not in SPLITS:
         raise UserError(Problem(f"there is no split '{split}'", fix=nearest(split, SPLITS)))
+    if "converted_from" in metadata and metadata["format"] not in PACKS:
+        fix = "show the data that these were converted from"
+        raise UserError(Problem(f"rows in the layout {metadata['format']} can't be shown", fix=fix))
     if metadata["method"] == "sft":
         return _sequence(folder, metadata, tokenizer, split, number)
     if metadata["method"] == "pretrain":
@@ -85,13 +90,7 @@ def show_row(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str,
 def _sequence(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str, number: int) -> Shown:
     rows = metadata["splits"][split]["sequences"]
     _check(number, rows, split)
-    if metadata["format"] not in ("native", "parquet"):
-        why = " (pickles, which are not opened here)" if metadata["format"] == "megatron_npy" else ""
-        fix = "prepare the same with data.format=native: what was encoded is used again"
-        raise UserError(Problem(f"rows in the format {metadata['format']} can't be shown{why}", fix=fix))
-    at, pack, ids, mask = (
-        _native(folder / split, number) if metadata["format"] == "native" else _parquet(folder / split, number)
-    )
+    at, pack, ids, mask = PACKS[metadata["format"]](folder, split, number)
     learned: np.ndarray = np.append(np.uint8(0), mask[:-1])  # the mask says what comes next
     facts = {"pack": f"{pack}, from token {at}", "tokens": str(len(ids)), "learned": str(int(learned.sum()))}
     return Shown(split, number, rows, (Part("sequence", _pieces(tokenizer, ids, learned)),), facts)
@@ -105,16 +104,25 @@ def _document(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str
     return Shown(split, number, rows, (Part("document", pieces),), {"set": prefix, "tokens": str(len(ids))})
 
 
-def _native(folder: Path, number: int) -> tuple[int, int, np.ndarray, np.ndarray]:
-    data = PackedSplit(folder)
+def _native(folder: Path, split: str, number: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+    data = PackedSplit(folder / split)
     pack = int(np.searchsorted(data.seq_offsets, number, side="right")) - 1
     return _cut(data[pack], number - int(data.seq_offsets[pack]), pack)
 
 
-def _parquet(folder: Path, number: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+def _npy(folder: Path, split: str, number: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Such a file has to be read from its start."""
+    for pack, (ids, mask, starts) in enumerate(packs_of_npy(folder / f"{MEGATRON_NAMES[split]}.npy")):
+        if number < len(starts):
+            return _cut({"input_ids": ids, "loss_mask": mask, "seq_start_id": starts}, number, pack)
+        number -= len(starts)
+    raise UserError(Problem(f"{folder} holds fewer sequences than its metadata say"))
+
+
+def _parquet(folder: Path, split: str, number: int) -> tuple[int, int, np.ndarray, np.ndarray]:
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(folder / PARQUET)
+    file = parquet.ParquetFile(folder / split / PARQUET)
     pack = 0
     for group in range(file.num_row_groups):
         counts = np.array([len(one) for one in file.read_row_group(group, ["seq_start_id"])["seq_start_id"]])
@@ -127,6 +135,9 @@ def _parquet(folder: Path, number: int) -> tuple[int, int, np.ndarray, np.ndarra
         number -= int(ends[-1])
         pack += len(counts)
     raise UserError(Problem(f"{folder} holds fewer sequences than its metadata say"))
+
+
+PACKS = {"native": _native, "parquet": _parquet, "megatron_npy": _npy}
 
 
 def _cut(pack: dict[str, np.ndarray], place: int, number: int) -> tuple[int, int, np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -141,6 +142,33 @@ def write_native(folder: Path, packs: Packs, order: np.ndarray) -> Written:
         for column in columns.values():
             column.close()
     return written
+
+
+def write_columns(folder: Path, packs: Iterable[Sequence[np.ndarray]], tokens: int, sequences: int) -> None:
+    """One split in the native format, of packs (input_ids, loss_mask, seq_start_id) as they come. ValueError: they
+    don't hold so many tokens and sequences, or their columns don't belong together."""
+    folder.mkdir(parents=True)
+    sizes = {"input_ids": tokens, "loss_mask": tokens, "seq_start_id": sequences}
+    columns = [_Column(folder / f"{name}.npy", COLUMNS[name], size) for name, size in sizes.items()]
+    pack_offsets, seq_offsets = array("q", [0]), array("q", [0])
+    try:
+        for pack in packs:
+            ids, mask, starts = pack
+            if len(mask) != len(ids) or not len(starts) or starts[0] != 0:
+                raise ValueError("the columns of a pack don't belong together")
+            places = (pack_offsets[-1], pack_offsets[-1], seq_offsets[-1])
+            for column, place, values in zip(columns, places, pack, strict=True):
+                column.put(np.array([place]), np.array([len(values)]), values)
+            pack_offsets.append(pack_offsets[-1] + len(ids))
+            seq_offsets.append(seq_offsets[-1] + len(starts))
+    finally:
+        for column in columns:
+            column.close()
+    if (pack_offsets[-1], seq_offsets[-1]) != (tokens, sequences):
+        found = f"{pack_offsets[-1]} tokens in {seq_offsets[-1]} sequences"
+        raise ValueError(f"{found}, and metadata.json says {tokens} in {sequences}")
+    np.save(folder / "pack_offsets.npy", np.array(pack_offsets, dtype=np.int64))
+    np.save(folder / "seq_offsets.npy", np.array(seq_offsets, dtype=np.int64))
 
 
 class _Column:

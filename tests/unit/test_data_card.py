@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from nemotron_recipes.cli.data import as_text
 from nemotron_recipes.data.card import markdown
 from nemotron_recipes.data.card_plot import draw
+from nemotron_recipes.data.convert import convert
 from nemotron_recipes.data.show import load_tokenizer, read_metadata, show_row
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.report.data import row_page
@@ -99,7 +100,7 @@ def shown(output: Path, number: int, split: str = "train") -> Any:
     return show_row(output, metadata, load_tokenizer(tiny_folder(), metadata), split, number)
 
 
-@pytest.mark.parametrize("form", ["native", "parquet"])
+@pytest.mark.parametrize("form", ["native", "parquet", "megatron_npy"])
 def test_every_row_is_shown_with_what_it_learns(tmp_path: Path, form: str) -> None:
     rows = [chat(f"q{n}", f"a{n} ", n=n) for n in range(40)]
     run_prepare(tmp_path / "out", [write_rows(tmp_path / "rows.jsonl", rows)], format=form)
@@ -153,9 +154,9 @@ def test_wrong_requests(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     with pytest.raises(UserError, match="not the tokenizer that made these data"):
         load_tokenizer(tmp_path, metadata)
-    run_prepare(tmp_path / "npy", [tmp_path / "rows.jsonl"], format="megatron_npy")
-    with pytest.raises(UserError, match="pickles"):
-        shown(tmp_path / "npy", 0)
+    convert(tmp_path / "out", tmp_path / "indexed", "megatron_indexed")
+    with pytest.raises(UserError, match="layout megatron_indexed can't be shown"):
+        shown(tmp_path / "indexed", 0)
 
 
 def test_an_overlapping_character_is_not_a_crash(tmp_path: Path) -> None:

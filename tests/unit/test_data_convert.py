@@ -11,6 +11,7 @@ import pytest
 
 from nemotron_recipes.data.convert import convert
 from nemotron_recipes.data.packed import PackedSplit
+from nemotron_recipes.data.packs_in import packs_of_npy
 from nemotron_recipes.errors import UserError
 from tests.helpers.cli import nemotron
 from tests.helpers.data_prep import bytes_of, chat, rows_of, run_prepare, write_rows
@@ -38,6 +39,50 @@ def test_converted_is_as_prepared_so(tmp_path: Path, layout: str) -> None:
     assert ours.pop("metadata.json") != direct.pop("metadata.json")
     assert "data-card.md" in ours
     assert ours == direct
+
+
+def converted(source: Path, target: Path, layout: str, pack_size: int | None = None) -> dict[str, bytes]:
+    """The bytes of a conversion, without the record of what was made of what."""
+    convert(source, target, layout, pack_size)
+    found = bytes_of(target)
+    found.pop("metadata.json")
+    return found
+
+
+def test_packs_come_back_from_every_layout(tmp_path: Path) -> None:
+    """From native to each and back, from one to the other, and to another pack size: the same bytes."""
+    direct = {layout: prepared(tmp_path, format=layout) for layout in ("native", "parquet", "megatron_npy")}
+    expected = {layout: {n: c for n, c in bytes_of(f).items() if n != "metadata.json"} for layout, f in direct.items()}
+    for layout, other in (("parquet", "megatron_npy"), ("megatron_npy", "parquet")):
+        assert converted(direct[layout], tmp_path / f"{layout}-back", "native") == expected["native"]
+        assert converted(direct[layout], tmp_path / f"{layout}-over", other) == expected[other]
+        larger = converted(direct[layout], tmp_path / f"{layout}-larger", "native", 512)
+        assert larger == converted(direct["native"], tmp_path / f"native-larger-{layout}", "native", 512)
+    assert not list(tmp_path.glob(".*"))
+
+
+class Evil:
+    """A pickle of it creates a file when it is loaded as pickles are."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+def test_an_npy_is_read_as_data_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What numpy's own pickler writes is understood; what a file wants to call is not called; a cut one is an error."""
+    monkeypatch.chdir(tmp_path)
+    source = prepared(tmp_path, format="megatron_npy")
+    packs = np.load(source / "training.npy", allow_pickle=True)
+    np.save(tmp_path / "as-numpy.npy", packs, allow_pickle=True)
+    for pack, (ids, mask, starts) in zip(packs, packs_of_npy(tmp_path / "as-numpy.npy"), strict=True):
+        assert {"input_ids": ids.tolist(), "loss_mask": mask.tolist(), "seq_start_id": starts.tolist()} == pack
+    good = (source / "training.npy").read_bytes()
+    np.save(tmp_path / "evil.npy", np.array([{"input_ids": Evil()}], dtype=object), allow_pickle=True)
+    for bad in (good[: len(good) // 2], (tmp_path / "evil.npy").read_bytes(), b"no array", good[:-9] + b"garbage.."):
+        (source / "training.npy").write_bytes(bad)
+        with pytest.raises(UserError, match="is not as data prep wrote it"):
+            convert(source, tmp_path / "out", "native")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
 def test_another_pack_size(tmp_path: Path) -> None:
@@ -117,8 +162,25 @@ def test_rows_for_other_trainers(tmp_path: Path, method: str) -> None:
         with pytest.raises(UserError, match="NeMo-RL reads no KTO rows"):
             convert(tmp_path / "rows", tmp_path / "nemo", "nemo_rl")
         return
-    convert(tmp_path / "rows", tmp_path / "nemo", "nemo_rl")
+    ours = converted(tmp_path / "rows", tmp_path / "nemo", "nemo_rl")
     assert [json.loads(line) for line in (tmp_path / "nemo" / "train.jsonl").open()] == [nemo_rl]
+    assert converted(tmp_path / "trl", tmp_path / "nemo-of-trl", "nemo_rl") == ours
+    back = converted(tmp_path / "nemo", tmp_path / "trl-of-nemo", "trl")["train.jsonl"]
+    trl.pop("level", None)  # has no place in NeMo-RL's layout
+    assert json.loads(back) == trl
+
+
+@pytest.mark.parametrize("method", ["dpo", "rl"])
+def test_tools_have_no_place_in_nemo_rl(tmp_path: Path, method: str) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    run_prepare(tmp_path / "rows", [write_rows(tmp_path / "rows.jsonl", [{**METHODS[method][0], "tools": [tool]}])],
+                method, pack_size=2048)  # fmt: skip
+    with pytest.raises(UserError, match="no place for tools"):
+        convert(tmp_path / "rows", tmp_path / "nemo", "nemo_rl")
+    convert(tmp_path / "rows", tmp_path / "trl", "trl")
+    assert json.loads((tmp_path / "trl" / "train.jsonl").read_text())["tools"] == [tool]
+    with pytest.raises(UserError, match="holds no token ids"):
+        convert(tmp_path / "trl", tmp_path / "native", "native")
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -126,10 +188,12 @@ def test_the_command(tmp_path: Path) -> None:
     target = tmp_path / "out put"
     assert "parquet" in nemotron(tmp_path, "data", "convert", str(source), str(target), "--to", "parquet")
     nemotron(tmp_path, "data", "convert", str(source), str(target), "--to", "parquet", code=2)
+    convert(source, tmp_path / "indexed", "megatron_indexed")
     for words, message in (
         ((source, target, "parquet"), "is there already"),
         ((source, tmp_path / "new", "parkuet"), "did you mean 'parquet'"),
-        ((target, tmp_path / "new", "native"), "is for other tools to read"),
+        ((source, tmp_path / "new", "trl"), "the messages are not in them"),
+        ((tmp_path / "indexed", tmp_path / "new", "native"), "without loss masks"),
         ((tmp_path, tmp_path / "new", "native"), "nothing that data prep made"),
     ):
         with pytest.raises(UserError, match=message):
