@@ -92,6 +92,21 @@ CAUSES = (
         "start it again, with train.resume=true to go on from the last checkpoint; max_requeues does so by itself",
     ),
     Cause(
+        *("memory-watchdog", "the machine's memory was nearly used up, and the run was stopped before it would hang"),
+        r"stopped before the machine ran out of memory",
+        "lower the micro batch size or the pack size, or train adapters; train.resume=true goes on from a checkpoint",
+    ),
+    Cause(
+        *("host-gone", "a host of the run could not be reached any more"),
+        r"can't be reached any more \(",
+        "see whether it is up; train.resume=true goes on from the last checkpoint",
+    ),
+    Cause(
+        *("link-down", "the network between the hosts was gone"),
+        r"the network between the hosts was gone",
+        "look at cable and ports (nemotron doctor PROFILE measures it); train.resume=true goes on from a checkpoint",
+    ),
+    Cause(
         *("time-limit", "the time limit was reached"),
         r"DUE TO TIME LIMIT|the time limit (of \S+ was|is) reached|ended as TIMEOUT",
         "raise `time`, or let the job go on by itself with max_requeues; train.resume=true goes on where it ended",

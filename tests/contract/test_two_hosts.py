@@ -63,13 +63,13 @@ def test_what_would_not_work_is_refused_before_anything_starts(pair: two_hosts.P
     text = (pair.folder / "ssh_config").read_text()
     stranger.write_text(text.replace(f"{pair.folder}/known_hosts", f"{tmp_path}/known_hosts"))
     cases: list[tuple[dict[str, Any], list[str]]] = [
-        ({"hosts_interface": "fast0"}, []),
         (
-            {"hosts_interface": "slow0"},
+            {"hosts_interface": "slow0"},  # and else nothing
             ["localhost slow0 10.88.2.1 - second slow0 10.88.2.2: 0.", "hosts_min_gbps is 0.2"],
         ),
         (
             {
+                "hosts": ["localhost", "second", "third.invalid"],
                 "hosts_interface": "wlan0",
                 "container_image": "nemotron-test:here",
                 "hosts_folder": "/proc/x",
@@ -83,6 +83,7 @@ def test_what_would_not_work_is_refused_before_anything_starts(pair: two_hosts.P
                     f"second: {tmp_path}/gone of mounts is not there",
                 ),
                 *("second: ", "/proc", "hosts_folder"),
+                *("third.invalid can't be reached", "name is not known"),
             ],
         ),
         (
@@ -93,14 +94,13 @@ def test_what_would_not_work_is_refused_before_anything_starts(pair: two_hosts.P
             {"hosts": ["second", "localhost"]},
             ["the first of hosts is second", "localhost will do"],
         ),
-        ({"hosts": ["localhost", "third.invalid"]}, ["third.invalid can't be reached", "name is not known"]),
         ({"ssh_config": str(stranger)}, ["second can't be reached: its host key is not known", "log in once by hand"]),
     ]
     copies = {"hosts_folder": str(tmp_path / "copies")}
     fields = [json.dumps(pair.profile(**{**copies, **case})) for case, _ in cases]
     found = pair.python(tmp_path, "-m", "tests.helpers.hosts_run", "preflight", *fields).stdout.splitlines()
+    assert len(json.loads(found[0])) == 1
     for (case, wanted), problems in zip(cases, found, strict=True):
-        assert bool(json.loads(problems)) == bool(wanted), (case, problems)
         assert all(words in problems for words in wanted), (case, problems)
     assert [pair.containers(host) for host in (0, 1)] == [[], []]
     assert not (tmp_path / "copies").exists()

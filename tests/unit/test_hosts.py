@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors.docker.executor import DockerExecutor
 from nemotron_recipes.executors.docker.profile import DockerProfile
-from nemotron_recipes.executors.hosts import links, needed_files, network
+from nemotron_recipes.executors.docker.render import profile_of
+from nemotron_recipes.executors.hosts import links, needed_files, network, preflight
 from nemotron_recipes.executors.hosts.network import End, Host, Link, NoLink
 from nemotron_recipes.executors.remote.transport import HERE
 from nemotron_recipes.spec import Artifact, StagePlan
@@ -219,3 +221,38 @@ def test_a_copy_is_stale_when_its_content_or_for_large_files_its_time_differs(tm
     assert needed_files.stale(str(far), by_time) == []
     assert needed_files.stale(str(far), {str(near / "gone"): [0, 0, ""]}) == [str(near / "gone")]
     assert HERE.call(needed_files.missing, [str(near), str(near / "gone")]) == [str(near / "gone")]
+
+
+def test_what_differs_between_hosts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = [Host("localhost", 0, HERE), Host("spark2", 1, HERE)]
+    told, away = network.ask_all(hosts, "hosts")
+    assert (away, [*network.unlike(hosts, told, "hosts")]) == ([], [])
+    assert abs(told[1]["ahead"]) < 60
+    told[1] = {**told[1], "uid": 4_000, "driver": "580.95.05", "ahead": -600.0}
+    user, driver, clock = network.unlike(hosts, told, "hosts")
+    assert user.refuses and "your user is 4000:" in user.what
+    assert not driver.refuses and "driver of spark2 is 580.95.05, here it is missing" in driver.what
+    assert not clock.refuses and "clock of spark2 is 600 s behind" in clock.what
+    with pytest.raises(UserError, match="the first of hosts is spark1.invalid"):
+        network.ask_all([Host("spark1.invalid", 0, HERE)], "hosts")
+
+
+def test_a_hub_model_that_the_other_host_lacks_is_told_or_refused(tmp_path: Path) -> None:
+    model = Artifact("hub", "model", "org/name", revision="c0ffee")
+
+    def said(**fields: Any) -> list[Problem]:
+        stage = dataclasses.replace(stage_of({"hf_cache": str(tmp_path), **fields}), inputs={"model.path": model})
+        return [*preflight._models(Host("spark2", 1, HERE), stage, profile_of(stage))]
+
+    (told,) = said()
+    assert not told.refuses and "its ranks will fetch it" in told.what
+    (refused,) = said(env={"HF_HUB_OFFLINE": "1"})
+    assert refused.refuses and "HF_HUB_OFFLINE is set" in refused.what
+    folder = tmp_path / "hub" / "models--org--name"
+    (folder / "blobs").mkdir(parents=True)
+    with open(folder / "blobs" / "weights", "wb") as file:
+        file.truncate(1 << 43)  # 8 TiB, sparse
+    told, room = said()
+    assert "8192.0 GiB" in told.what and room.refuses and "would be fetched" in room.what
+    (folder / "snapshots" / "c0ffee").mkdir(parents=True)
+    assert said() == []

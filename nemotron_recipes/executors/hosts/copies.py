@@ -60,8 +60,7 @@ def send(host: Host, paths: Iterable[Path], unwanted: Callable[[], bool] = lambd
 
     unwanted   asked again and again, for this may take long: once it is true, Abandoned
     """
-    files = {str(path): _known(path) for path in _files(paths)}
-    stale = host.where.call(needed_files.stale, host.root, files)
+    files, stale = _stale(host, paths)
     if not stale:
         return 0
     assert isinstance(host.where, Remote)
@@ -77,9 +76,9 @@ def send(host: Host, paths: Iterable[Path], unwanted: Callable[[], bool] = lambd
     return sum(Path(name).stat().st_size for name in stale)
 
 
-def size_of(paths: Iterable[Path]) -> int:
-    """Bytes that `send` would have to bring, at most."""
-    return sum(path.stat().st_size for path in _files(paths))
+def missing_bytes(host: Host, paths: Iterable[Path]) -> int:
+    """What `send` would bring now. Unreachable."""
+    return sum(Path(name).stat().st_size for name in _stale(host, paths)[1])
 
 
 class Back(threading.Thread):
@@ -119,6 +118,12 @@ def clear(host: Host, run: RunDir) -> None:
 def _comes_back(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return len(parts) > 2 and parts[1] in BACK
+
+
+def _stale(host: Host, paths: Iterable[Path]) -> tuple[dict[str, list[object]], list[str]]:
+    """(what is known of every file; the names of those that are not there as they are here)."""
+    files = {str(path): _known(path) for path in _files(paths)}
+    return files, host.where.call(needed_files.stale, host.root, files)
 
 
 def _files(paths: Iterable[Path]) -> Iterable[Path]:
@@ -168,7 +173,7 @@ def _stream(host: Host, names: Sequence[str], unwanted: Callable[[], bool]) -> N
             tar.stdin.close()
         except BrokenPipeError:
             pass  # it says why
-        said = tar.stderr.read().decode("utf-8", "replace").strip()
+        said = tar.stderr.read().decode("utf-8", "replace").strip().partition("\n")[0]  # of a full disk a line a file
         code = tar.wait()
     if code == 255:
         raise Unreachable(f"the connection to {host.name} was lost while files were copied")

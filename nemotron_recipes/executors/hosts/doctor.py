@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemotron_recipes.errors import NemotronError
+from nemotron_recipes.errors import NemotronError, UserError
 from nemotron_recipes.executors.docker import doctor
 from nemotron_recipes.executors.docker.profile import DockerProfile
 from nemotron_recipes.executors.hosts import network
@@ -17,10 +17,14 @@ from nemotron_recipes.spec import Finding
 def findings(profile: DockerProfile, hf_cache: Path) -> Iterator[Finding]:
     """Sends data between the hosts for some seconds."""
     machines = network.of_profile(profile)
-    unlike = [*network.unlike(machines, "hosts")]
-    yield from (Finding("hosts", "problem", f"{problem.what}: {problem.fix}") for problem in unlike)
-    if unlike:
-        machines = machines[:1]
+    try:
+        told, problems = network.ask_all(machines, "hosts")
+    except UserError as error:  # what follows would be said of another machine
+        told, problems, machines = {0: {}}, [*error.problems], machines[:1]
+    problems += network.unlike(machines, told, "hosts")
+    for problem in problems:
+        yield Finding("hosts", "problem" if problem.refuses else "warning", f"{problem.what}: {problem.fix}")
+    machines = [host for host in machines if host.node in told]
     for host in machines:
         try:
             for found in doctor.findings(profile, hf_cache, host.where):

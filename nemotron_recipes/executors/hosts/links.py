@@ -8,6 +8,7 @@ import fcntl
 import ipaddress
 import os
 import platform
+import re
 import secrets
 import socket
 import struct
@@ -26,6 +27,7 @@ TOKEN_BYTES = 16
 
 _NET, _RDMA = Path("/sys/class/net"), Path("/sys/class/infiniband")
 _SIOCGIFCONF, _SIOCGIFNETMASK, _IFREQ = 0x8912, 0x891B, 40  # <linux/sockios.h>; sizeof(struct ifreq), 64 bits
+_DRIVER = "/proc/driver/nvidia/version"
 _NO_LINKS = ("lo", "docker", "virbr", "tailscale", "wg")
 
 
@@ -85,7 +87,7 @@ def fault(name: str, address: str) -> str:
     if not (_NET / name).exists():
         return f"interface {name} is gone"
     if not _is_up(_NET / name) or read(_NET / name / "carrier") == "0":
-        return f"{name} is down (operstate {read(_NET / name / 'operstate')}: a cable, a port, or somebody)"
+        return f"{name} is down"
     if address not in own_addresses():
         return f"{name} has lost its address {address}"
     return ""
@@ -116,8 +118,10 @@ def resolved(name: str) -> list[str]:
 
 
 def me() -> dict[str, Any]:
-    """What must be alike on hosts that work together."""
-    return {"machine": platform.machine(), "uid": os.getuid(), "gid": os.getgid()}
+    """What must be alike on hosts that work together; driver: its version, "" without one; time: seconds since 1970."""
+    driver = re.search(r"\b\d+\.\d+(\.\d+)?\b", read(_DRIVER))
+    own = {"machine": platform.machine(), "uid": os.getuid(), "gid": os.getgid()}
+    return {**own, "driver": driver[0] if driver else "", "time": time.time()}
 
 
 def ports() -> list[list[Any]]:

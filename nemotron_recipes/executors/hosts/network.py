@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from nemotron_recipes.errors import NemotronError, Problem
+from nemotron_recipes.errors import NemotronError, Problem, UserError
 from nemotron_recipes.executors.docker.profile import HCA_ENV, LINK_ENV, MEETING_ENV, DockerProfile
 from nemotron_recipes.executors.hosts import links
 from nemotron_recipes.executors.remote.ssh import Remote, connection
@@ -20,6 +21,7 @@ from nemotron_recipes.executors.remote.transport import Here, Transport, Unreach
 from nemotron_recipes.spec import Tree
 
 MEASURE_SECONDS = 1.0
+SKEW_SECONDS = 5.0  # an answer over ssh takes less; a stall is judged by minutes
 
 
 class NoLink(NemotronError):
@@ -119,22 +121,47 @@ def is_here(name: str) -> bool:
     return bool(set(links.resolved(bare)) & set(links.own_addresses()))
 
 
-def unlike(hosts: Sequence[Host], where: str) -> Iterator[Problem]:
-    """The first is another machine, one can't be reached, or its user is another one."""
+def ask_all(hosts: Sequence[Host], where: str) -> tuple[dict[int, Tree], list[Problem]]:
+    """node -> what it says of itself (`links.me`, and `ahead`: by how many seconds its clock is); who can't be asked.
+
+    UserError: the first host is no name of this machine, so that nothing could be said of the run.
+    """
     first, *others = hosts
     if not is_here(first.name):
         what = f"the first of hosts is {first.name}, and this machine is {socket.gethostname()}"
-        yield Problem(what, where, f"start the run on {first.name}, or name this machine first (localhost will do)")
-    own = links.me()
+        fix = f"start the run on {first.name}, or name this machine first (localhost will do)"
+        raise UserError(Problem(what, where, fix))
+    told, problems = {0: {**links.me(), "ahead": 0.0}}, []
     for host in others:
         try:
-            told = host.where.call(links.me)
+            host.where.call(links.me)  # opens the connection, which takes its time
+            before = time.time()
+            said = host.where.call(links.me)
         except Unreachable as error:
-            yield Problem(str(error), where, error.fix)
+            problems.append(Problem(str(error), where, error.fix))
             continue
-        if (told["uid"], told["gid"]) != (own["uid"], own["gid"]):
-            what = f"your user is {told['uid']}:{told['gid']} on {host.name} and {own['uid']}:{own['gid']} here"
+        told[host.node] = {**said, "ahead": said["time"] - (before + time.time()) / 2}
+    return told, problems
+
+
+def unlike(hosts: Sequence[Host], told: Mapping[int, Tree], where: str) -> Iterator[Problem]:
+    """What is not the same on those that answered: user; driver and clock, which are told and refuse nothing."""
+    own = told[0]
+    for host in hosts[1:]:
+        said = told.get(host.node, own)
+        if (said["uid"], said["gid"]) != (own["uid"], own["gid"]):
+            what = f"your user is {said['uid']}:{said['gid']} on {host.name} and {own['uid']}:{own['gid']} here"
             yield Problem(what, where, "use the same one on all hosts (useradd --uid): files belong to it")
+        if said["driver"] != own["driver"]:
+            there, here = (each["driver"] or "missing" for each in (said, own))
+            what = f"the GPU driver of {host.name} is {there}, here it is {here}"
+            yield Problem(what, where, "update both: NCCL and CUDA may disagree about what they can do", refuses=False)
+        if abs(said["ahead"]) > SKEW_SECONDS:
+            what = (
+                f"the clock of {host.name} is {abs(said['ahead']):.0f} s {'ahead' if said['ahead'] > 0 else 'behind'}"
+            )
+            fix = "set both by NTP (timedatectl set-ntp true): logs and heartbeats of its ranks carry its time"
+            yield Problem(what, where, fix, refuses=False)
 
 
 def find_link(first: Host, other: Host, wanted: str | None = None, seconds: float = MEASURE_SECONDS) -> Link:

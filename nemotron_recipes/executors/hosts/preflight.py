@@ -11,6 +11,7 @@ from nemotron_recipes.errors import NemotronError, Problem, UserError
 from nemotron_recipes.executors import checks, memory
 from nemotron_recipes.executors.docker.places import daemon_at
 from nemotron_recipes.executors.docker.profile import DockerProfile
+from nemotron_recipes.executors.docker.render import hf_cache
 from nemotron_recipes.executors.folders import nearest_existing
 from nemotron_recipes.executors.hosts import copies, needed_files, network
 from nemotron_recipes.executors.hosts.network import Host, NoLink
@@ -27,45 +28,59 @@ _SLACK = 1 << 30  # bytes that copies must leave on a disk
 def problems(
     plan: Plan, stage: StagePlan, profile: DockerProfile, of_one: Callable[[Transport], Iterator[Problem]]
 ) -> Iterator[Problem]:
-    """All that stands in the way. UserError: a host, or its docker, can't be asked at all.
+    """All that stands in the way, of all hosts. UserError: this machine is not the first of them.
 
     of_one   what each host's own docker could not do
     """
-    machines = network.of_profile(profile)
-    unlike = [*network.unlike(machines, checks.where(stage, "hosts"))]
-    if unlike:
-        raise UserError(*unlike)
+    machines, where = network.of_profile(profile), checks.where(stage, "hosts")
+    told, away = network.ask_all(machines, where)
+    yield from away
+    yield from network.unlike(machines, told, where)
+    machines = [host for host in machines if host.node in told]
+    with_docker = []
     for host in machines:
-        yield from _named(host, of_one(host.where))
+        try:
+            yield from _named(host, of_one(host.where))
+            with_docker.append(host)
+        except UserError as error:
+            yield from (replace(problem, what=f"{host.name}: {problem.what}") for problem in error.problems)
+    yield from _guarded(where, _other_images(with_docker, profile, stage))
+    for host in machines[1:]:
+        yield from _guarded(where, _named(host, _other_host(host, plan, stage, profile)))
+    yield from _guarded(where, _links(machines, stage, profile))
+
+
+def _guarded(where: str, found: Iterator[Problem]) -> Iterator[Problem]:
+    """Who can't be asked any more is a problem like the others."""
     try:
-        yield from _other_images(machines, profile, stage)
-        for host in machines[1:]:
-            yield from _named(host, _other_host(host, plan, stage, profile))
+        yield from found
+    except (NemotronError, OSError) as error:
+        yield Problem(str(error), where)
+
+
+def _named(host: Host, found: Iterator[Problem]) -> Iterator[Problem]:
+    """Each with the host's name."""
+    for problem in found:
+        yield replace(problem, what=f"{host.name}: {problem.what}")
+
+
+def _links(machines: Sequence[Host], stage: StagePlan, profile: DockerProfile) -> Iterator[Problem]:
+    """What the network between them is, and carries."""
+    try:
         found = network.find_links(machines, profile.hosts_interface)
     except NoLink as error:
         yield Problem(str(error), checks.where(stage, "hosts_interface"), error.fix)
         return
-    except (NemotronError, OSError) as error:
-        raise UserError(Problem(str(error), checks.where(stage, "hosts"))) from None
     slow = network.too_slow(machines, found, profile.hosts_min_gbps)
     if slow:
         fix = "look at cable, port and firmware (NVIDIA's Connect Two Sparks); or lower hosts_min_gbps knowingly"
         yield Problem(slow, checks.where(stage, "hosts_min_gbps"), fix)
 
 
-def _named(host: Host, found: Iterator[Problem]) -> Iterator[Problem]:
-    """Each with the host's name. UserError: the same, of one that ends all."""
-    try:
-        for problem in found:
-            yield replace(problem, what=f"{host.name}: {problem.what}")
-    except UserError as error:
-        raise UserError(*(Problem(f"{host.name}: {p.what}", p.where, p.fix) for p in error.problems)) from None
-
-
 def _other_images(machines: Sequence[Host], profile: DockerProfile, stage: StagePlan) -> Iterator[Problem]:
     """One tag may mean two images. Docker's image stores count ids differently: a digest in common is enough."""
     told = [daemon_at(host, profile.docker_host).image(profile.container_image) for host in machines]
-    first = told[0]
+    first = told[0] if told else None
     for host, image in zip(machines[1:], told[1:], strict=True):
         if first is None or image is None or first["Id"] == image["Id"]:
             continue
@@ -93,6 +108,7 @@ def _other_host(host: Host, plan: Plan, stage: StagePlan, profile: DockerProfile
     for path in host.where.call(needed_files.missing, own):
         yield Problem(f"{path} of mounts is not there", checks.where(stage, "mounts"), "mounts are for all hosts")
     yield from _folders(host, plan, stage)
+    yield from _models(host, stage, profile)
 
 
 def _folders(host: Host, plan: Plan, stage: StagePlan) -> Iterator[Problem]:
@@ -103,11 +119,36 @@ def _folders(host: Host, plan: Plan, stage: StagePlan) -> Iterator[Problem]:
     if said:
         yield Problem(said, checks.where(stage, "hosts_folder"), "set hosts_folder to one that you may write to there")
         return
-    size = copies.size_of(_inputs(stage))
+    size = copies.missing_bytes(host, _inputs(stage))
     place, free = host.where.call(there.room, host.root)
     if size + _SLACK > free:
         what = f"{free / GIB:.1f} GiB are free below {place}, and inputs of {size / GIB:.1f} GiB would be copied there"
         yield Problem(what, checks.where(stage, "hosts_folder"), "make room, or set hosts_folder")
+
+
+def _models(host: Host, stage: StagePlan, profile: DockerProfile) -> Iterator[Problem]:
+    """Hub models that its own cache lacks, each as large as in the cache here: is there room, and a way to get them?"""
+    cache, where = hf_cache(profile), checks.where(stage, "hf_cache")
+    fetched = 0
+    for artifact in stage.inputs.values():
+        if artifact.source != "hub" or not artifact.revision:
+            continue
+        folder = Path(cache, "hub", f"models--{artifact.name.replace('/', '--')}")
+        if not host.where.call(needed_files.missing, [str(folder / "snapshots" / artifact.revision)]):
+            continue
+        size = sum(path.stat().st_size for path in folder.glob("blobs/*"))
+        fetched += size
+        bring = f"rsync -a --mkpath {folder}/ {host.name}:{folder}/"
+        if profile.env.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+            yield Problem(f"{artifact.label} is not in its {cache}, and HF_HUB_OFFLINE is set", where, bring)
+        else:
+            weighs = f" ({size / GIB:.1f} GiB)" if size else ""
+            what = f"{artifact.label}{weighs} is not in its {cache}: its ranks will fetch it, while the others wait"
+            yield Problem(what, where, f"bring it there before: {bring}", refuses=False)
+    place, free = host.where.call(there.room, cache)
+    if fetched and fetched + _SLACK > free:
+        what = f"{free / GIB:.1f} GiB are free below {place}, and models of {fetched / GIB:.1f} GiB would be fetched"
+        yield Problem(what, where, "make room, or set hf_cache")
 
 
 def _not_shared(host: Host, plan: Plan, stage: StagePlan) -> Iterator[Problem]:
