@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,9 @@ class Fastokens:
     name = "fastokens"
 
     def __init__(self, tree: dict[str, Any], path: Path):
+        # What runs side by side here are processes. With threads of its own it keeps a cache for each, and one that
+        # they share, which grow with the data for long.
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         try:
             import fastokens
         except ImportError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -111,3 +114,26 @@ def test_engines_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch, abou
     monkeypatch.setattr(Fastokens, "encode", wrong)
     with pytest.raises(UserError, match="gives other ids for this tokenizer than the reference"):
         Encoder(merging_folder(), TEMPLATE, "fastokens")
+
+
+ONE_THREAD = """
+import os, sys
+from pathlib import Path
+import orjson
+from nemotron_recipes.data.engine import Fastokens
+path = Path(sys.argv[1])
+engine = Fastokens(orjson.loads(path.read_bytes()), path)
+engine.encode([f"some words, {n} of many" for n in range(2000)])
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_the_fast_engine_keeps_to_one_thread() -> None:
+    """Others would keep caches of their own, and memory would grow with the data."""
+    words = [sys.executable, "-c", ONE_THREAD, str(merging_folder() / "tokenizer.json")]
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "FASTOKENS_BPE_THREADS"}
+    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout == "1\n", done.stderr
