@@ -11,7 +11,7 @@ behind. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,24 @@ def close(run: RunDir) -> None:
         write_sealed(run.path / CLOSED, {"files": files}, kind="closed")
 
 
-def check(path: Path) -> None:
-    """Before a file of a run is believed. Damaged: it is not what it was when its run, or its stage, ended."""
-    if path.name == StageDir(path.parent).metrics.name:
+def check(path: Path, known: Mapping[Path, list[Any]] | None = None) -> None:
+    """Before a file of a run is believed. Damaged: it is not what it was when its run, or its stage, ended.
+
+    known  what `marks` said of the run, where many of its files are looked at
+    """
+    if known is not None:
+        found = known.get(path)
+    elif path.name == StageDir(path.parent).metrics.name:
         found = _of_record(StageDir(path.parent))
     else:
         found = _of_run(path)
     if found is not None:
         check_mark(path, found)
+
+
+def marks(run: Path) -> dict[Path, list[Any]]:
+    """What stood in the files of a run when it ended; nothing where it has not, or this is a copy of its folder."""
+    return {} if (run / COPIED).exists() else {run / name: marked for name, marked in _closed(run).items()}
 
 
 def metrics(stage: StageDir) -> list[dict[str, Any]]:
@@ -72,13 +82,12 @@ def metrics(stage: StageDir) -> list[dict[str, Any]]:
 
 def changed(run: RunDir) -> Iterator[Damaged]:
     """Everything that is not as it was."""
-    files = (read_json(run.path / CLOSED) or {"files": {}})["files"]
-    marks = {run.path / name: marked for name, marked in files.items()}
+    known = {run.path / name: marked for name, marked in _closed(run.path).items()}
     for record in sorted(run.path.glob("*/record.json")):
         stage = StageDir(record.parent)
         with suppress(Damaged):  # the record itself, whose own reader says so
-            marks |= {stage.metrics: found} if (found := _of_record(stage)) else {}
-    for path, marked in marks.items():
+            known |= {stage.metrics: found} if (found := _of_record(stage)) else {}
+    for path, marked in known.items():
         try:
             check_mark(path, marked)
         except Damaged as error:
@@ -96,11 +105,14 @@ def _files(run: RunDir) -> Iterator[Path]:
 
 def _of_run(path: Path) -> list[Any] | None:
     for folder in path.parents[:DEEP]:
-        closed = read_json(folder / CLOSED)
-        if closed is not None:
-            found: list[Any] | None = closed["files"].get(path.relative_to(folder).as_posix())
-            return None if (folder / COPIED).exists() else found
+        if known := _closed(folder):
+            return None if (folder / COPIED).exists() else known.get(path.relative_to(folder).as_posix())
     return None
+
+
+def _closed(run: Path) -> dict[str, list[Any]]:
+    files: dict[str, list[Any]] = (read_json(run / CLOSED) or {"files": {}})["files"]
+    return files
 
 
 def _of_record(stage: StageDir) -> list[Any] | None:

@@ -177,10 +177,11 @@ def show_logs(run: RunDir, stage: str, rank: int | None) -> None:
     if not known or (rank is not None and rank not in known):
         what = f"{stage} has no log" + ("" if rank is None else f" of rank {rank}")
         raise UserError(what + (f"; there are ranks {known}" if known else " yet"))
+    ended = closing.marks(run.path)
     for each in known if rank is None else [rank]:
         tag = f"[rank {each}] " if rank is None else ""
         try:
-            closing.check(folder.log(attempt, each))
+            closing.check(folder.log(attempt, each), ended)
         except Damaged as error:
             click.echo(f"warning: {printable(str(error))}", err=True)
         for line in Tail(folder.log(attempt, each)).lines(whole=False):

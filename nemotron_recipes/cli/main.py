@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import Any
@@ -62,6 +63,7 @@ LOOKS = {("lineage",), ("report",), ("gc",), ("env",), ("data", "show"), ("plan"
     *(("artifacts", word) for word in ("list", "show", "alias")),
     *(("runs", word) for word in ("list", "show", "logs", "explain", "diff", "compare", "tensorboard")),
 }
+WITH_VALUE = "bcnopr"  # short options that take the rest of their word as a value
 
 
 class ReaderGone(Exception):
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             if argv is None and only_looks(arguments):
                 reach.guard()
                 gc.disable()  # it is over soon; going through 10,000 manifests again and again takes time
-            elif argv is None and tuple(arguments[:2]) != ("runs", "shell"):  # which becomes another program
+            elif argv is None:
                 reach.guard(acts=True)
         code = root.main(arguments, prog_name="nemotron", standalone_mode=False)
         _mirror_in_background(arguments)
@@ -162,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _mirror_in_background(arguments: list[str]) -> None:
     """After a command: replay what W&B doesn't know yet, in a process that nobody waits for."""
-    if {"--help", "--version", "--dry-run", "-d", "sync"} & set(arguments):
+    if {"--help", "--version", "sync"} & set(arguments) or _has(arguments, "--dry-run", "d"):
         return
     from nemotron_recipes.config.profiles import read_environment
     from nemotron_recipes.mirror import sync
@@ -173,12 +175,19 @@ def _mirror_in_background(arguments: list[str]) -> None:
 
 def only_looks(arguments: list[str]) -> bool:
     """Whether a command may be ended in the middle and nothing is lost: it submits, follows and stops nothing."""
-    words = [word for word in arguments if not word.startswith("-")]
-    if {"--dry-run", "-d"} & {*arguments}:
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments  # the rest is another program's
+    words = [word for word in own if not word.startswith("-")]
+    if _has(own, "--dry-run", "d"):
         return True
-    if {"--follow", "-f"} & {*arguments}:
+    if _has(own, "--follow", "f"):
         return False
     return tuple(words[:1]) in LOOKS or tuple(words[:2]) in LOOKS
+
+
+def _has(arguments: list[str], long: str, short: str) -> bool:
+    """Whether a switch is among them, also in one word with others: `-md`, `-dr PROFILE`. In `-cd` it is a name."""
+    bundles = (word[1:] for word in arguments if word.startswith("-") and not word.startswith("--"))
+    return long in arguments or any(short in re.split(f"[{WITH_VALUE}]", bundle)[0] for bundle in bundles)
 
 
 def take_config_dirs(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -38,6 +38,7 @@ def check(seconds: float = LONGEST) -> None:
 
 def guard(seconds: float = LONGEST, acts: bool = False) -> None:
     """Return in a second process, which does the work, and watch over it in this one, which then ends as that one does.
+    Should that one become another program (a shell beside a stage), nothing is watched any more: it is the user's.
 
     When a folder falls silent it ends with exit code 2 and a message, whatever becomes of the second process. On Linux;
     elsewhere there is no second process.
@@ -53,9 +54,10 @@ def guard(seconds: float = LONGEST, acts: bool = False) -> None:
         folders = [folder for folder in folders if may_fall_silent(folder)]
     if not (folders and _can_wait_for_processes()):
         return
-    relays = _relays()
+    relays, works = _relays(), os.pipe()  # the other program will not have its end
     first, pid = os.getpid(), os.fork()
     if pid == 0:
+        os.close(works[0])
         if acts:
             _die_with(first)
         for relay in relays:
@@ -64,7 +66,8 @@ def guard(seconds: float = LONGEST, acts: bool = False) -> None:
             os.close(relay.writer)
             os.close(relay.reader)
         return
-    os._exit(_Guard(pid, relays, folders, seconds, GOES_ON if acts else "").watch())
+    os.close(works[1])
+    os._exit(_Guard(pid, relays, works[0], folders, seconds, GOES_ON if acts else "").watch())
 
 
 def _die_with(parent: int) -> None:
@@ -120,13 +123,14 @@ def _relays() -> list[_Relay]:
 class _Guard:
     """The first process."""
 
-    def __init__(self, pid: int, relays: list[_Relay], folders: list[Path], seconds: float, remark: str):
-        self.pid, self.folders, self.seconds, self.remark = pid, folders, seconds, remark
+    def __init__(self, pid: int, relays: list[_Relay], works: int, folders: list[Path], seconds: float, remark: str):
+        self.pid, self.works, self.folders, self.seconds, self.remark = pid, works, folders, seconds, remark
         self.looks: dict[int, tuple[Path, _Look, float]] = {}  # by the descriptor that becomes readable
         self.next_look = time.monotonic() + PAUSE
         self.selector = selectors.DefaultSelector()
         self.end = os.pidfd_open(pid)
         self.selector.register(self.end, selectors.EVENT_READ)
+        self.selector.register(works, selectors.EVENT_READ)
         for relay in relays:
             os.close(relay.writer)
             os.set_blocking(relay.reader, False)
@@ -152,19 +156,32 @@ class _Guard:
             for key, _ in self._news():
                 if key.fd == self.end:
                     return self._ended()
-                if key.data is None:
-                    _, look, _ = self.looks.pop(key.fd)
-                    self.selector.unregister(key.fd)
-                    look.answered(0.0)
-                    self.next_look = time.monotonic() + PAUSE
-                else:
+                if key.data is not None:
                     self._relay(key.data)
+                elif key.fd == self.works:
+                    self._leave()
+                elif key.fd in self.looks:
+                    self._answered(key.fd)
+
+    def _answered(self, reader: int) -> None:
+        _, look, _ = self.looks.pop(reader)
+        self.selector.unregister(reader)
+        look.answered(0.0)
+        self.next_look = time.monotonic() + PAUSE
+
+    def _leave(self) -> None:
+        """The second process has ended, or is another program now."""
+        self.selector.unregister(self.works)
+        self.folders = []
+        for reader in [*self.looks]:
+            self._answered(reader)
 
     def _ask(self) -> list[Path]:
         """Look at the folders when it is time; those that did not answer."""
         now = time.monotonic()
         silent = [folder for folder, _, until in self.looks.values() if now >= until]
         if not self.looks and now >= self.next_look:
+            self.next_look = now + PAUSE
             for folder in self.folders:
                 look = _Look(folder)
                 self.looks[look.reader] = folder, look, now + self.seconds

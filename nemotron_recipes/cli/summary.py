@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron_recipes.artifacts.records import RunView, StageView
+from nemotron_recipes.artifacts.records import RunView
+from nemotron_recipes.artifacts.stages import StageView
 from nemotron_recipes.cli.text import duration
 from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import printable

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes import closing
-from nemotron_recipes.artifacts.records import RunView, StageView
+from nemotron_recipes.artifacts.records import RunView
+from nemotron_recipes.artifacts.stages import StageView
 from nemotron_recipes.rundir import RunDir, StageDir, read_json
 from nemotron_recipes.spec import Artifact, Tree
 

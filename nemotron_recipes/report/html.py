@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.artifacts.lineage import Node, render_json
-from nemotron_recipes.artifacts.records import RunView, StageView, tail
+from nemotron_recipes.artifacts.records import RunView
+from nemotron_recipes.artifacts.stages import StageView, tail
 from nemotron_recipes.errors import printable
 from nemotron_recipes.report import compare
 from nemotron_recipes.report.graph import Box, anchor, draw_graph, lineage_graph

@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +31,17 @@ CACHING = "cache=yes,dcache_timeout=3,entry_timeout=3,attr_timeout=3,negative_ti
 SERVER = next((server for server in SERVERS if Path(server).exists()), None)
 ABLE = os.geteuid() == 0 and shutil.which("sshfs") and SERVER and Path("/dev/fuse").exists()
 TURNS = 3
+EVERY = (  # one of each command; the rest of the line need not mean anything, for nobody comes to read it
+    *("artifacts list", "artifacts show rows --verify", "artifacts alias rows best", "artifacts sync", "lineage rows"),
+    *("lineage rows --html page.html", "report rows", "gc", "gc --dry-run", "env list", "env show local"),
+    *("runs list", "runs show x --verify", "runs logs x", "runs logs x -f", "runs watch", "runs explain x"),
+    *("runs diff x y", "runs compare x y", "runs tensorboard x", "runs shell x", "runs cancel x", "rerun x"),
+    *("data show rows", "data convert rows out --to nemo_rl", "data from-logs rows.jsonl --to sft --out out"),
+    *("plan layouts nano3 sft run.nodes=2", "apply plan.json", "models fetch org/name", "images list", "images check"),
+    *("images import x", "doctor local", "nano3 data prep sft -c tiny", "nano3 sft -c tiny -d", "nano3 sft -c tiny"),
+    *("nano3 sft -c tiny --batch local", "nano3 sft -c tiny optimizer.lr=1e-3,1e-4 -m", "nano3 pipe -c tiny"),
+    *("convert export -c default", "nano3 sft -c tiny train.resume=true"),
+)
 
 
 class Line(threading.Thread):
@@ -165,9 +177,10 @@ def blocked(folder: Path) -> None:
         assert "rows:v1" in run("artifacts", "list").stdout
         os.kill(server.pid, signal.SIGSTOP)
         try:
-            for words in (("artifacts", "list"), ("lineage", "rows"), ("gc", "--dry-run"), ("runs", "list")):
-                done = run(*words)
-                assert done.returncode == 2 and "did not answer for 8 s" in done.stderr, (words, done)
+            with ThreadPoolExecutor(len(EVERY)) as together:  # each waits for 8 s
+                for line, done in zip(EVERY, together.map(lambda line: run(*line.split()), EVERY), strict=True):
+                    assert done.returncode == 2 and "did not answer for 8 s" in done.stderr, (line, done)
+            assert run("runs", "shell", "--help").returncode == 0
         finally:
             os.kill(server.pid, signal.SIGCONT)
         assert "rows:v1" in run("artifacts", "list").stdout

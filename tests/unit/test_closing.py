@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_recipes import closing
-from nemotron_recipes.artifacts.records import tail
+from nemotron_recipes.artifacts.stages import tail
 from nemotron_recipes.rundir import COPIED, Damaged, RunDir, append_event, write_record, write_sealed
 
 ROWS = '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n'
@@ -55,6 +55,7 @@ def test_every_byte_counts_and_more_may_come(tmp_path: Path) -> None:
         ("closing.mark", lambda path, _: [path.stat().st_size, ""]),
         ("closing.close", lambda _: None),
         ("closing._of_run", lambda _: None),
+        ("closing._closed", lambda _: {}),
         ("closing._of_record", lambda _: None),
         ("rundir.digest_of_start", lambda *_: "sha256:always the same"),
         ("rundir.mark", lambda path: [0, ""]),

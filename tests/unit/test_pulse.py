@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from nemotron_recipes.artifacts.records import _alive_or_stalled, load_run
+from nemotron_recipes.artifacts.records import load_run
+from nemotron_recipes.artifacts.stages import _alive_or_stalled
 from nemotron_recipes.executors import watchdog
 from nemotron_recipes.executors.local.executor import LocalExecutor
 from nemotron_recipes.pulse import UNKNOWN_SAVE, Beat, Phase, allowance, log_stopped, pulse, read_beats

@@ -44,7 +44,7 @@ from nemotron_recipes.executors import folders
 answers, words = os.listdir, sys.argv[1:]
 hangs = "hangs" in words
 def listdir(folder):
-    if hangs and os.getpid() != worker:
+    if (hangs or os.path.exists("hangs")) and os.getpid() != worker:
         time.sleep(600)
     return answers(folder)
 os.listdir = listdir
@@ -52,12 +52,15 @@ worker = 0
 reach.PAUSE = 0.01
 folders.may_fall_silent = lambda folder: "local" not in words
 first = os.getpid()
-reach.guard(seconds=0.2 if hangs else 60, acts="acts" in words)
+reach.guard(seconds=0.2 if hangs or "becomes" in words else 60, acts="acts" in words)
 worker = os.getpid()
 assert (worker == first) == ("local" in words)
 if "killed" in words:
     os.kill(first, 9)
     time.sleep(600)
+if "becomes" in words:
+    other = "import sys, time; open('hangs', 'w').close(); time.sleep(1); print('another program'); sys.exit(5)"
+    os.execvp(sys.executable, [sys.executable, "-c", other])
 print("it works", flush=True)
 print("beside it", file=sys.stderr, flush=True)
 if hangs:
@@ -94,6 +97,9 @@ def test_whoever_acts_is_guarded_where_a_folder_is_elsewhere_and_dies_with_its_g
     for words in (["acts"], ["acts", "local"]):
         done = guarded(tmp_path, *words)
         assert (done.returncode, done.stdout, done.stderr) == (7, "it works\n" + "x" * 200_000, "beside it\n")
+    done = guarded(tmp_path, "acts", "becomes")  # a shell beside a stage: it outlives the folder's silence
+    assert (done.returncode, done.stdout, done.stderr) == (5, "another program\n", "")
+    (tmp_path / "hangs").unlink()
     done = guarded(tmp_path, "acts", "killed")  # ends: nobody holds the pipes
     assert (done.returncode, done.stdout) == (-9, "")
 
@@ -116,5 +122,9 @@ def test_who_is_told_to_end_by_several_ends_in_peace() -> None:
 def test_what_only_looks_is_guarded(tmp_path: Path) -> None:
     for line in ("lineage x", "artifacts list --json", "runs show x", "nano3 sft -c tiny --dry-run", "gc"):
         assert only_looks(line.split()), line
+    for line in ("nano3 sft -mdc tiny lr=1,2", "nano3 sft -dr spark", "-d nano3 sft", "runs list -n5", "rerun -d x"):
+        assert only_looks(line.split()), line
+    for line in ("nano3 sft -cd", "nano3 sft -rd", "runs shell x -- ls -d", "runs shell x -- runs list"):
+        assert not only_looks(line.split()), line
     for line in ("nano3 sft -c tiny", "runs logs x -f", "runs cancel x", "artifacts sync", "runs watch", "apply f"):
         assert not only_looks(line.split()), line
