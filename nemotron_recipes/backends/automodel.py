@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemotron_recipes.backends import native
 from nemotron_recipes.backends.layout import Layout, batch_problems, layout_problems
-from nemotron_recipes.backends.schemas import NativeSchema
+from nemotron_recipes.backends.schemas import NativeSchema, targets
 from nemotron_recipes.backends.workerfile import MODULE, file_path, worker_args, worker_file, yaml_text
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.rundir import StageDir
@@ -70,12 +70,18 @@ _OWNED = {
     "step_scheduler.start_epoch": "use train.resume or checkpoint.load",
     "step_scheduler.save_checkpoint_every_epoch": "use checkpoint.save_interval",
     "model.pretrained_model_name_or_path": "use model.path",
-    "rng.seed": "use train.seed",
+    "distributed.strategy": "layouts are those of FSDP2",
     "wandb": "[wandb] in env.toml says where to",
 }
 # Its entry point, which has moved (worker/automodel/stage.py), the recipe behind it, and what our packs are read with.
 _RECIPE = "nemo_automodel.recipes.llm.train_ft"
 IMPORTS = ("torch", "yaml", "numpy", f"nemo_automodel.cli.app|{_RECIPE}", _RECIPE)
+_IMPLIED = {  # what a section is where it names no _target_: recipes/_dist_utils.py
+    "model.backend": "nemo_automodel.components.models.common.BackendConfig",
+    "distributed.mp_policy": "torch.distributed.fsdp.MixedPrecisionPolicy",
+    "distributed.moe.mp_policy": "torch.distributed.fsdp.MixedPrecisionPolicy",
+    "distributed.offload_policy": "torch.distributed.fsdp.CPUOffloadPolicy",
+}
 _EPOCHS = 1_000_000  # train.train_iters ends the training, not the number of passes over the data
 
 
@@ -104,12 +110,11 @@ class AutoModelBackend:
         return [
             *layout_problems(layout),
             *batch_problems(layout, config),
-            *_shape_problems(layout),
+            *_shape_problems(layout, config),
             *_data_problems(config),
             *native.not_measured(config, self.name),
             *native.owned_problems(config, _OWNED, {}),
-            *_open_section_problems(config),
-            *schema_of(config)[0].problems(config["backend"]["native"]),
+            *_native_problems(config),
         ]
 
     def describe(self, stage: StageSpec) -> Launch:
@@ -133,7 +138,7 @@ class AutoModelBackend:
             files={FILE: text, NATIVE_FILE: yaml_text(tree)},
             launcher="torchrun",
             env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"},
-            notes=tuple(note for note in (schema_of(config)[1],) if note),
+            notes=notes(config),
             writes_together=True,
             imports=(*IMPORTS, *dict.fromkeys(_targets(tree))),
             versions=native.checked_against(schema_of(config)[0]),
@@ -145,9 +150,29 @@ def schema_of(config: Tree) -> tuple[NativeSchema, str]:
     return native.schema_for(config, SCHEMAS)
 
 
+def notes(config: Tree) -> tuple[str, ...]:
+    """What people should know that is no problem."""
+    schema, version = schema_of(config)
+    passed_on = targets.unchecked(schema, config["backend"]["native"], _tree(config))
+    return tuple(note for note in (version, *passed_on) if note)
+
+
 def native_tree(stage: StageSpec) -> Tree:
     """What automodel.yaml holds."""
-    config = stage.config
+    fixed = {
+        "checkpoint": {
+            "enabled": True,
+            "checkpoint_dir": str(StageDir(Path(stage.run["dir"])).checkpoints),
+            "model_save_format": "safetensors",
+            "save_consolidated": "final",
+        },
+        "step_scheduler": {"num_epochs": _EPOCHS, "save_checkpoint_every_epoch": False},
+    }
+    return _merged(_tree(stage.config), fixed)
+
+
+def _tree(config: Tree) -> Tree:
+    """What follows from the config alone."""
     given = config["backend"]["native"]
     own_data = "dataset" in given
     tree: Tree = {
@@ -170,17 +195,7 @@ def native_tree(stage: StageSpec) -> Tree:
     if config["peft"]:
         tree["peft"] = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig"}
     tree = _merged(tree, native.nested(native_values(config)))
-    tree = _merged(tree, given)
-    fixed = {
-        "checkpoint": {
-            "enabled": True,
-            "checkpoint_dir": str(StageDir(Path(stage.run["dir"])).checkpoints),
-            "model_save_format": "safetensors",
-            "save_consolidated": "final",
-        },
-        "step_scheduler": {"num_epochs": _EPOCHS, "save_checkpoint_every_epoch": False},
-    }
-    return _merged(tree, fixed)
+    return _merged(tree, given)
 
 
 def data_keys(config: Tree) -> list[str]:
@@ -225,7 +240,11 @@ def _merged(below: Tree, above: Tree) -> Tree:
     return merged
 
 
-def _shape_problems(layout: Layout) -> Iterator[Problem]:
+def _shape_problems(layout: Layout, config: Tree) -> Iterator[Problem]:
+    if layout.pipeline > 1 and "pipeline" not in config["backend"]["native"].get("distributed", {}):
+        what = "AutoModel asks how batches go through a pipeline"
+        fix = "'+backend.native.distributed.pipeline={pp_schedule: 1f1b, pp_microbatch_size: 1}'"
+        yield Problem(what, "parallel.pipeline_model_parallel_size", fix)
     if layout.expert_tensor != 1:
         what = "AutoModel shares out whole experts only"
         yield Problem(what, fix="parallel.expert_tensor_parallel_size=1")
@@ -246,7 +265,10 @@ def _data_problems(config: Tree) -> Iterator[Problem]:
         yield Problem(what, "peft.target_parameters", "peft.target_parameters=[]")
 
 
-def _open_section_problems(config: Tree) -> Iterator[Problem]:
-    for key in config["backend"]["native"].get("optimizer", {}):
+def _native_problems(config: Tree) -> Iterator[Problem]:
+    given, schema = config["backend"]["native"], schema_of(config)[0]
+    for key in given.get("optimizer", {}):
         if key in _OPTIMIZER:
             yield Problem(f"backend.native.optimizer.{key} can't be set", fix="use the section optimizer")
+    yield from schema.problems(given)
+    yield from targets.problems(schema, given, _tree(config), implied=_IMPLIED)

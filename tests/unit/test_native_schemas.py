@@ -45,6 +45,8 @@ def test_what_was_read_from_the_packages():
             "+backend.native.step_scheduler.ckpt_every_step=4",
             "'backend.native.step_scheduler.ckpt_every_steps'?",
         ),
+        (ULTRA, "+backend.native.distributed.pipeline.pp_schedul=1f1b", "native.distributed.pipeline.pp_schedule'?"),
+        (ULTRA, "+backend.native.distributed.moe.reshard_after_forwrd=true", "distributed.moe.reshard_after_forward'?"),
         (ULTRA, "+backend.native.optimizer.lr=1e-5", "set optimizer.lr instead"),
         (RL, "+backend.native.grpo.max_num_step=4", "did you mean 'backend.native.grpo.max_num_steps'?"),
         (RL, "+backend.native.policy.megatron_cfg.optimizer.lr=1", "set optimizer.lr instead"),
@@ -63,12 +65,6 @@ def test_a_typo_or_a_second_name_fails_in_the_plan(path, override, message):
     checked, problems = validate(compose(CATALOG, path, (override,)), path)
     assert checked == {}
     assert len(problems) == 1 and message in str(problems[0]), problems
-
-
-def test_any_keyword_may_be_given_to_a_section_with_a_target():
-    override = "+backend.native.model.something_of_this_model=1"
-    checked, problems = validate(compose(CATALOG, ULTRA, (override,)), ULTRA)
-    assert problems == [] and checked["backend"]["native"]["model"]["something_of_this_model"] == 1
 
 
 def problems_of(path, *overrides, nproc=16):
@@ -103,6 +99,11 @@ def problems_of(path, *overrides, nproc=16):
             ("+parallel.expert_tensor_parallel_size=2", "parallel.expert_model_parallel_size=16"),
             "AutoModel shares out whole experts only",
         ),
+        (
+            ULTRA,
+            ("+parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=16"),
+            "asks how batches go through a pipeline",
+        ),
         (ULTRA, ("backend.native.dataset.path_or_dataset=x",), "does not say where data.path goes"),
         (ULTRA, ("+checkpoint.pretrained_checkpoint=x",), "starts from a Hugging Face folder"),
         (RL, ("grpo.rewards=[exact_match]",), "NeMo-RL has no environment 'exact_match'"),
@@ -124,6 +125,47 @@ def problems_of(path, *overrides, nproc=16):
 def test_refused(path, overrides, message):
     found = problems_of(path, *overrides, nproc=32 if path == ULTRA else 16)
     assert len(found) == 1 and message in found[0], found
+
+
+TARGETS = "backend.native.dataset._target_=nemo_automodel.components.datasets.llm.hellaswag"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+backend.native.model.backend.atn=te", "BackendConfig has no 'atn'"),
+        ("backend.native.model.backend.attn=tee", "should be 'te', 'sdpa', 'flex', 'eager', 'tilelang', not 'tee'"),
+        ("+backend.native.model.attn_implementaton=eager", "did you mean 'attn_implementation'?"),
+        ("+backend.native.model.trust_remote_cod=true", "did you mean 'trust_remote_code'?"),
+        ("+backend.native.model.use_liger_kernel=7", "should be bool, not 7"),
+        ("+backend.native.distributed.mp_policy.param_dtyp=bfloat16", "did you mean 'param_dtype'?"),
+        ("+backend.native.dataset.num_sample_limit=5", "did you mean 'num_samples_limit'?"),
+        (f"{TARGETS}.HelaSwag", "hellaswag.HellaSwag'?"),
+        (f"{TARGETS.replace('components', 'component')}.HellaSwag", "hellaswag.HellaSwag'?"),
+        ("backend.native.dataloader.collate_fn=nemo_automodel.components.datasets.utils.default_colater", "collater'?"),
+        ("+backend.native.dataloader.num_worker=4", "did you mean 'num_workers'?"),
+        ("+backend.native.loss_fn.reductio=sum", "did you mean 'reduction'?"),
+        ("+backend.native.optimizer.amsgrd=true", "did you mean 'amsgrad'?"),
+        ("+backend.native.distributed.strategy=ddp", "layouts are those of FSDP2"),
+        ("backend.native.distributed.moe.wrap_outer_model=often", "should be bool, not 'often'"),
+    ],
+)
+def test_keyword_arguments_of_a_target(override, message):
+    found = problems_of(ULTRA, override, nproc=32)
+    assert len(found) == 1 and message in found[0], found
+
+
+def test_what_a_target_takes_under_any_name_is_passed_on_and_said():
+    from nemotron_recipes.backends import automodel
+
+    taken = ("dataloader.group_by_length=true", "optimizer.fused=true", "dataset.num_samples_limit=5")
+    overrides = [f"+backend.native.{one}" for one in (*taken, "model.rope_theta=1", "model.force_hf=true")]
+    checked, _ = validate(compose(CATALOG, ULTRA, overrides), ULTRA)
+    assert automodel.AutoModelBackend().check(checked, 32) == []
+    _, said = automodel.notes(checked)
+    assert said.startswith("backend.native.model.{rope_theta} goes to nemo_automodel.NeMoAutoModelForCausalLM.")
+    own = ("backend.native.dataset._target_=mine.Rows", "+backend.native.dataset.any=1")
+    assert problems_of(ULTRA, *own, nproc=32) == []
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def main() -> None:
                 "package": "megatron-bridge",
                 "version": metadata.version("megatron-bridge"),
                 "top": plain,
-                "with": {name: metadata.version(name) for name in ("megatron-core", "torch", "transformers")},
+                "with": {n: metadata.version(n).partition("+")[0] for n in ("megatron-core", "torch", "transformers")},
                 "stubs": stub_names,
                 "sections": {name: sorted(names) for name, names in sections.items()},
                 "classes": dict(sorted(collector.classes.items())),

@@ -47,8 +47,8 @@ class NativeSchema:
         """Values of the wrong type and words that are no choice, for keys that are fields; others are not looked at."""
         for key, value in _leaves(native, self.fields):
             entries = self.fields.get(key)
-            if entries and not any(_fits(value, entry) for entry in entries):
-                yield Problem(f"'{prefix}{key}' should be {_told(entries)}, not {value!r} ({self.name})")
+            if entries and not any(fits(value, entry) for entry in entries):
+                yield Problem(f"'{prefix}{key}' should be {told(entries)}, not {value!r} ({self.name})")
 
     def _add(self, prefix: str, name: str, found: dict[str, list[Tree]], depth: int) -> None:
         entry = self.content["classes"][name]
@@ -77,7 +77,8 @@ def _leaves(tree: Tree, fields: dict[str, Any], prefix: str = "") -> Iterator[tu
             yield name, value
 
 
-def _fits(value: Any, entry: Tree) -> bool:
+def fits(value: Any, entry: Tree) -> bool:
+    """Whether a value is of a type, or one of the choices, that a field takes."""
     if "choices" in entry and (value in entry["choices"] or (value is None and "None" in entry["type"])):
         return True
     if entry["type"] == "any":
@@ -90,7 +91,8 @@ def _fits(value: Any, entry: Tree) -> bool:
     return actual in names or (actual == "int" and "float" in names)
 
 
-def _told(entries: list[Tree]) -> str:
+def told(entries: list[Tree]) -> str:
+    """The types and choices of a field, for people."""
     said = []
     for entry in entries:
         said.append(", ".join(repr(c) for c in entry["choices"]) if "choices" in entry else entry["type"])
