@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nemotron_recipes.cli.text import short, table
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.errors import Problem, UserError, printable
-from nemotron_recipes.executors.images.enroot import architecture
+from nemotron_recipes.executors.images.enroot import Reference, architecture
+from nemotron_recipes.spec import Tree
+
+if TYPE_CHECKING:
+    from nemotron_recipes.executors.images.registry import Found
+    from nemotron_recipes.executors.remote.transport import Transport
 
 
 @click.group()
@@ -102,25 +108,65 @@ def import_image(
     """Bring an image here once, pinned to the digest that its tag has now: as a .sqsh file, or into docker."""
     from nemotron_recipes.executors.images import catalog as catalogue
     from nemotron_recipes.executors.images import registry
-    from nemotron_recipes.executors.images.enroot import Reference
 
     _refuse_mixed(by_docker, target, profile, partition, arch)
     image = catalogue.reference(written)
-    before = _srun(profile, partition) if profile else []
-    machine = arch or (_of_nodes(profile) if profile else _this_machine())
-    found = registry.look_up(image)
-    listed = catalogue.find(written, catalogue.known_images()) or catalogue.Image(written, (), ())
-    problems = [*catalogue.differences(listed, found, machine)]
-    if problems:
-        raise UserError(*problems)
-    pinned = Reference(image.registry, image.repository, image.tag, found.digest, image.user)
     if by_docker:
+        found = registry.look_up(image)
+        _refuse_another(written, found, _this_machine())
+        pinned = Reference(image.registry, image.repository, image.tag, found.digest, image.user)
         catalogue.pull(pinned.for_docker)
         click.echo(f"container_image = {json.dumps(pinned.for_docker)}")
         return
     assert target is not None
-    file = catalogue.import_squashfs(image, found.digest, machine, target.absolute(), before)
+    file = _import_squashfs(written, target, profile, partition, arch)
     click.echo(f"container_image = {json.dumps(str(file))}")
+
+
+def _import_squashfs(written: str, target: Path, profile: str | None, partition: str | None, arch: str | None) -> Path:
+    """Here; or where the profile's cluster is, on one of its nodes."""
+    from nemotron_recipes.executors.images import catalog as catalogue
+    from nemotron_recipes.executors.remote import sites, transport
+    from nemotron_recipes.lifecycle.reach import speaking_to
+
+    image = catalogue.reference(written)
+    complete = _slurm_profile(profile) if profile else {}
+    with speaking_to(sites.of_profile(complete)) as where:
+        if where.name and not target.is_absolute():
+            what = f"--to {target} is a path on {where.name}, and must be a full one"
+            raise UserError(Problem(what, "command line", "name a folder there that all nodes see"))
+        found = _seen_from(where, written)
+        machine = arch or (_of_nodes(complete) if profile else _this_machine())
+        _refuse_another(written, found, machine)
+        before = _srun(complete, partition) if profile else []
+        try:
+            return catalogue.import_squashfs(image, found.digest, machine, target.absolute(), before)
+        except transport.Unreachable as error:
+            fix = "what was begun there goes on: the same command again waits for it, or finds the file"
+            raise UserError(Problem(str(error), fix=fix)) from None
+
+
+def _seen_from(where: Transport, written: str) -> Found:
+    """What the registry tells the machine that imports; a login node may have no way to it, and this machine one."""
+    from nemotron_recipes.executors.images import importing, registry
+
+    try:
+        digest, architectures = where.call(importing.look_up, written)
+    except UserError:
+        if not where.name:
+            raise
+        digest, architectures = importing.look_up(written)
+    return registry.Found(digest, tuple(architectures))
+
+
+def _refuse_another(written: str, found: Found, machine: str) -> None:
+    """UserError: it is not the image that is listed, or none for that machine."""
+    from nemotron_recipes.executors.images import catalog as catalogue
+
+    listed = catalogue.find(written, catalogue.known_images()) or catalogue.Image(written, (), ())
+    problems = [*catalogue.differences(listed, found, machine)]
+    if problems:
+        raise UserError(*problems)
 
 
 def _refuse_mixed(
@@ -140,22 +186,26 @@ def _refuse_mixed(
         raise UserError(*problems)
 
 
-def _srun(name: str, partition: str | None) -> list[str]:
-    """One task on one node of the cluster that the profile is for."""
-    profile = read_environment().profile(name)
+def _slurm_profile(name: str) -> Tree:
+    """UserError: there is none of that name, or it is for no Slurm cluster."""
+    from nemotron_recipes.lifecycle.preparing import checked_profile
+
+    profile = checked_profile(read_environment(), name)
     if profile["executor"] != "slurm":
         what = f"profile {name} is of executor {profile['executor']}"
         raise UserError(Problem(what, "command line", "leave --run out: the image is imported here"))
-    if profile.get("tunnel"):
-        what = f"profile {name} is of a cluster behind ssh, and its enroot writes there"
-        raise UserError(Problem(what, "command line", "run the same command on the cluster's login node"))
+    return profile
+
+
+def _srun(profile: Tree, partition: str | None) -> list[str]:
+    """One task on one node of the cluster that the profile is for."""
     given = {key: profile[key] for key in ("account", "partition", "qos", "time") if profile.get(key)}
     given |= {"partition": partition} if partition else {}
     flags = [f"--{key}={value}" for key, value in given.items()]
     return ["srun", "--nodes=1", "--ntasks=1", "--job-name=nemotron-images", *flags]
 
 
-def _of_nodes(name: str) -> str:
+def _of_nodes(profile: Tree) -> str:
     """The architecture of the nodes that will run what the profile submits."""
     from nemotron_recipes.executors.slurm import control
     from nemotron_recipes.executors.slurm import site as slurm_site
@@ -166,10 +216,10 @@ def _of_nodes(name: str) -> str:
         raise UserError(
             Problem(f"the nodes' architecture is not known: {error}", fix="--arch amd64, or arm64")
         ) from None
-    found = sorted(site.architectures(read_environment().profile(name).get("partition")))
+    found = sorted(site.architectures(profile.get("partition")))
     if len(found) != 1:
         what = f"the profile's partition has nodes of {', '.join(found) or 'no known architecture'}"
-        raise UserError(Problem(what, f"profile [{name}]", "say for which: --arch amd64, or arm64"))
+        raise UserError(Problem(what, "command line", "say for which: --arch amd64, or arm64"))
     return found[0]
 
 

@@ -6,26 +6,22 @@ moved never hides behind an old file.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemotron_recipes import image_list
 from nemotron_recipes.errors import JobFailed, Problem, UserError, nearest
+from nemotron_recipes.executors.images import importing
 from nemotron_recipes.executors.images.enroot import Reference, Unusable, parse_reference
 from nemotron_recipes.executors.images.registry import Found
-from nemotron_recipes.executors.images.squashfs import is_whole
-from nemotron_recipes.fsio import fsync_folder
+from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.spec import Tree
 
-_KERNELS_WORDS = {"amd64": "x86_64", "arm64": "aarch64"}  # enroot's --arch takes these
 _FIELDS = ("reference", "backends", "stages", "digest", "architectures", "versions", "nearest", "recipe", "sources")
 
 
@@ -131,67 +127,16 @@ def _stem(image: Reference) -> str:
 
 
 def import_squashfs(image: Reference, digest: str, architecture: str, target: Path, before: Sequence[str] = ()) -> Path:
-    """The image as a squashfs file in the folder `target`, made by `enroot import` unless it is there.
+    """The image as a squashfs file in the folder `target`, on the machine that is spoken to (importing.py).
 
-    before   words in front of the command: `srun ...`, to have it done on a node
-    Of several imports at once one works, the others wait for it; where the file system has no locks each works for
-    itself. What is not whole never has the file's name. UserError: `target` can't be written, or there is no enroot;
-    JobFailed: enroot's own words.
+    UserError: `target` can't be written, or there is no enroot; JobFailed: enroot's own words.
     """
     final = target / squashfs_name(image, digest, architecture)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with _alone(final) as alone:
-            if is_whole(final):
-                return final
-            if alone:  # of imports that were killed
-                for left in target.glob(f"{_literal(final.stem)}.*.partial"):
-                    left.unlink(missing_ok=True)
-            # Its own name: where a lock lies, two imports do the same work twice, but never write into one file.
-            partial = final.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-            try:
-                pinned = Reference(image.registry, image.repository, "", digest, image.user)
-                _enroot_import(pinned, architecture, partial, before)
-                with open(partial, "rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(partial, final)
-                fsync_folder(target)
-            finally:
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(Problem(f"{error.filename or target} can't be written: {error.strerror}", "--to")) from None
+    pinned = Reference(image.registry, image.repository, "", digest, image.user)
+    failed = transport.call(importing.bring, pinned.for_pyxis, architecture, str(final), list(before))
+    if failed:
+        raise JobFailed(failed)
     return final
-
-
-def _enroot_import(pinned: Reference, architecture: str, partial: Path, before: Sequence[str]) -> None:
-    arch = _KERNELS_WORDS.get(architecture, architecture)
-    argv = [*before, "enroot", "import", "--arch", arch, "--output", str(partial), f"docker://{pinned.for_pyxis}"]
-    try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-    except FileNotFoundError:
-        what = f"there is no {argv[0]} here"
-        fix = "run it where enroot is, on a node with --run PROFILE, or use docker: nemotron images import --docker"
-        raise UserError(Problem(what, fix=fix)) from None
-    if done.returncode:
-        raise JobFailed(f"{' '.join(argv)} ended with {done.returncode}:\n{done.stderr.strip()[-2000:]}")
-    if not is_whole(partial):
-        raise JobFailed(f"{argv[0]} ended well, but what it wrote is no whole squashfs file")
-
-
-@contextmanager
-def _alone(final: Path) -> Iterator[bool]:
-    """Hold the lock on that name, waiting for it; False where the file system has none."""
-    with open(final.with_suffix(".lock"), "ab") as lock:
-        try:
-            fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
-def _literal(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def pull(pinned: str) -> None:

@@ -36,6 +36,7 @@ CALLED = (
     "nemotron_recipes.executors.remote.there_changes",
     "nemotron_recipes.executors.hosts.needed_files",
     "nemotron_recipes.executors.hosts.links",
+    "nemotron_recipes.executors.images.importing",
     "nemotron_recipes.executors.memory",
     "nemotron_recipes.planning.there",
 )
