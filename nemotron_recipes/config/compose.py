@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -222,9 +224,7 @@ def _file_layers(
         file = catalog.file(path)
         if file is None:
             continue
-        tree = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # as Hydra reads it: 1e-5 is a number
-        assert isinstance(tree, dict)
-        tree.pop("defaults", None)
+        tree = {key: value for key, value in _read(file).items() if key != "defaults"}
         for part in reversed([p for p in package.split(".") if p]):
             tree = {part: tree}
         group = path.split("/")[0]
@@ -233,7 +233,15 @@ def _file_layers(
         else:
             by = f" ({chosen[group]})" if group in chosen else ""
             origin = Origin("group", path + by)
-        yield Layer(origin, tree)  # type: ignore[arg-type]
+        yield Layer(origin, tree)
+
+
+@cache
+def _read(file: Path) -> Tree:
+    """As Hydra reads it: 1e-5 is a number. Once each, though a pipe's stages share many; not to be changed."""
+    tree = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    assert isinstance(tree, dict)
+    return tree  # type: ignore[return-value]
 
 
 def _removed_groups(overrides: list[Override], catalog: Catalog) -> Iterator[Layer]:

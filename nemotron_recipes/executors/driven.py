@@ -51,7 +51,7 @@ class DrivenExecutor:
 
     detaches = False
     at_once: int | None = 1  # they would share this machine's memory
-    ask_seconds = 0.2
+    ask_seconds = 0.1
 
     def __init__(self, together: bool = False):
         self._together = together  # many runs are asked about: this machine's processes are looked through once

@@ -100,10 +100,6 @@ class Runner(Protocol):
 
     native: Tree  # its part of the handle
 
-    def load(self) -> None:
-        """What takes a while and is needed only if a stage runs."""
-        ...
-
     def close(self) -> None:
         """The run is over."""
         ...
@@ -129,15 +125,11 @@ class Driver:
 
     def drive(self, stages: list[RenderedStage]) -> int:
         """Run what has not succeeded yet; the exit code."""
-        loaded = False
         for stage in stages:
             folder = StageDir(Path(stage.cwd))
             if is_done(read_json(folder.record), self._stage_plan(stage.name)["fingerprint"]):
                 append_event(self.run.events, "stage-skipped", stage=stage.name, reason="already succeeded")
                 continue
-            if not loaded:
-                self.runner.load()
-                loaded = True
             if self.stopping:
                 return self._cancelled(None, None)
             attempt = folder.last_attempt() + 1
@@ -324,4 +316,8 @@ if __name__ == "__main__":
     # As the module of that name: a runner imports it too, and must raise the same StageFailed.
     from nemotron_recipes.executors import driver
 
-    sys.exit(driver.main())
+    exit_code = driver.main()
+    # Taking the interpreter down with NeMo-Run in it takes up to half a second, for which a follower would wait.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

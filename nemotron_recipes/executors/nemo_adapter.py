@@ -1,9 +1,10 @@
-"""With nemo_slurm.py the only module that imports NeMo-Run: one stage of a local run as a NeMo-Run experiment.
+"""With slurm/nemo_run.py and slurm/nemo_experiment.py the only importer of NeMo-Run: a local stage as its experiment.
 
 NeMo-Run 0.11.1 hands a local job to TorchX, whose scheduler changes what it is given (torchx/schedulers/
 local_scheduler.py): it substitutes `${app_id}`, `$$` and the like in arguments, puts the working folder in front of
 PATH, adds TORCHELASTIC_ERROR_FILE, PET_LOG_DIR and other variables, copies the output by polling threads, and reports
-no more than SUCCEEDED or FAILED. The scheduler below leaves out all of that, and hands over the process itself.
+no more than SUCCEEDED or FAILED. So the scheduler below is given the stage's process, which runs already: exactly as
+it was planned, and while NeMo-Run is being imported, which takes a second.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -27,16 +28,6 @@ HOME_ENV = "NEMORUN_HOME"
 LEFT_OUT = "leptonai"
 _ALONE = threading.RLock()  # modules are hidden for all threads
 _SCHEDULER = "local_persistent"  # the name under which NeMo-Run registers its local scheduler
-
-
-def load(home: Path) -> None:
-    """Import NeMo-Run (a second or more) with `home` for its own files, unless the user has set NEMORUN_HOME.
-
-    The home counts at import time only: a path below it is a module constant of NeMo-Run.
-    """
-    os.environ.setdefault(HOME_ENV, str(home))
-    with imported():
-        pass
 
 
 @contextmanager
@@ -72,20 +63,19 @@ def _without_costly_imports() -> Iterator[None]:
 
 
 @contextmanager
-def launched(
-    stage: RenderedStage, environ: Mapping[str, str], log: Path, job: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `stage` as the experiment `<stage>_<job>` and yield its process; closes the experiment afterwards.
+def adopted(stage: RenderedStage, process: subprocess.Popen[bytes], home: Path, job: str) -> Iterator[None]:
+    """Have NeMo-Run know `process`, which runs `stage`, as the experiment `<stage>_<job>`; closes it afterwards.
 
-    stage    argv, cwd and env, delivered byte for byte
-    environ  what the process inherits below stage.env
-    log      gets stdout and stderr, in the order in which they are written; its folder exists
+    process  leads a session of its own
+    home     for NeMo-Run's own files, unless the user has set NEMORUN_HOME; of a process's first call, since NeMo-Run
+             makes a path below it a constant when it is imported
     job      unique among all runs in NeMo-Run's home
 
-    The body must not end before the process has: NeMo-Run would wait for it. The process leads a session of its own.
+    The body must not end before the process has: NeMo-Run would wait for it.
     """
-    import nemo_run
-
+    os.environ.setdefault(HOME_ENV, str(home))
+    with imported():
+        import nemo_run
     experiment = nemo_run.Experiment(
         stage.name,
         id=f"{stage.name}_{job}",
@@ -96,8 +86,7 @@ def launched(
         skip_status_at_exit=True,
         serialize_metadata_for_scripts=False,
     )
-    schedulers: list[Any] = []
-    experiment._runner._scheduler_factories = {_SCHEDULER: _factory(stage, environ, log, schedulers)}
+    experiment._runner._scheduler_factories = {_SCHEDULER: _factory(process)}
     script = nemo_run.Script(
         entrypoint=stage.argv[0],
         path=_escaped(stage.argv[1]),
@@ -107,8 +96,7 @@ def launched(
         experiment.add(script, executor=nemo_run.LocalExecutor(), name=stage.name)
         experiment.run()
         save(experiment)
-        (process,) = schedulers[0].processes
-        yield process
+        yield
 
 
 def save(experiment: Any) -> None:
@@ -145,39 +133,19 @@ def _stand_in(name: str) -> type:
     return type(name, (), {"__init__": refuse})
 
 
-def _factory(stage: RenderedStage, environ: Mapping[str, str], log: Path, made: list[Any]) -> Any:
-    """What TorchX calls for a scheduler; those made are appended to `made`."""
+def _factory(process: subprocess.Popen[bytes]) -> Callable[..., Any]:
+    """What TorchX calls for a scheduler."""
     from nemo_run.run.torchx_backend.schedulers.local import PersistentLocalScheduler
-    from torchx.schedulers.local_scheduler import CWDImageProvider
+    from torchx.schedulers.local_scheduler import CWDImageProvider, _LocalReplica
 
-    class StageFolder(CWDImageProvider):
-        """Processes start in the stage's folder, not in the driver's."""
-
-        def get_cwd(self, image: str) -> str:
-            return stage.cwd
-
-    class ExactScheduler(PersistentLocalScheduler):
-        """Starts what it was given, with nothing added, and keeps the processes."""
-
-        def __init__(self, session_name: str, **options: Any) -> None:
-            super().__init__(session_name, StageFolder, experiment=options.get("experiment"))
-            self.processes: list[subprocess.Popen[bytes]] = []
-
-        def _get_replica_env(self, replica_params: Any) -> dict[str, str]:
-            return {**environ, **stage.env}
-
-        def _get_replica_output_handles(self, replica_params: Any) -> tuple[Any, Any, None]:
-            handle = open(log, "ab", buffering=0)  # noqa: SIM115 - TorchX closes it with the job
-            return handle, handle, None
+    class AdoptingScheduler(PersistentLocalScheduler):
+        """Starts nothing."""
 
         def _popen(self, role_name: str, replica_id: int, replica_params: Any) -> Any:
-            replica = super()._popen(role_name, replica_id, replica_params)
-            self.processes.append(replica.proc)
-            return replica
+            return _LocalReplica(role_name, replica_id, process, None, None, None, "<N/A>")
 
-    def make(session_name: str, **options: Any) -> ExactScheduler:
-        made.append(ExactScheduler(session_name, **options))
-        return made[-1]
+    def make(session_name: str, **options: Any) -> AdoptingScheduler:
+        return AdoptingScheduler(session_name, CWDImageProvider, experiment=options.get("experiment"))
 
     return make
 

@@ -13,8 +13,10 @@ from nemotron_recipes.lifecycle.reach import refresh
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import JobHandle, Outlook
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1  # between two looks at the run folder
+ASK_SECONDS = 0.2  # between two questions, at first
 COPY_SECONDS = 1.0
+ALIVE = ("queued", "running")
 
 
 def watch(handle: JobHandle, poll: Callable[[Outlook | None], None]) -> None:
@@ -28,13 +30,13 @@ def watch(handle: JobHandle, poll: Callable[[Outlook | None], None]) -> None:
     asking.start()
     copying.start()
     try:
-        while (outlook := asking.told()) is None or outlook.alive in ("queued", "running"):
+        while (outlook := asking.told()) is None or outlook.alive in ALIVE:
             poll(outlook)
             size = events.stat().st_size if events.exists() else 0
             if size != news:
                 news = size
                 asking.wake.set()
-            time.sleep(POLL_SECONDS)
+            asking.ended.wait(POLL_SECONDS)
     finally:
         asking.over = True
         asking.wake.set()
@@ -49,7 +51,7 @@ class _Asking(threading.Thread):
     def __init__(self, handle: JobHandle):
         super().__init__(daemon=True)
         self.handle, self.executor = handle, get_executor(handle.executor)
-        self.wake, self.over = threading.Event(), False
+        self.wake, self.ended, self.over = threading.Event(), threading.Event(), False
         self._outlook: Outlook | None = None
         self._error: BaseException | None = None
 
@@ -65,12 +67,15 @@ class _Asking(threading.Thread):
             self.wake.clear()
             try:
                 with transport.through(sites.of_handle(self.handle)):
-                    self._outlook = self.executor.look(self.handle)
+                    self._outlook = outlook = self.executor.look(self.handle)
             except BaseException as error:  # noqa: BLE001  raised again where the answer is waited for
                 self._error = error
-                return
+                break
+            if outlook.alive not in ALIVE:
+                break
             waited = time.monotonic() - began
-            self.wake.wait(min(self.executor.ask_seconds, max(POLL_SECONDS, waited / 10)))
+            self.wake.wait(min(self.executor.ask_seconds, max(ASK_SECONDS, waited / 10)))
+        self.ended.set()
 
 
 class _Copying(threading.Thread):

@@ -30,9 +30,6 @@ class DockerRunner:
             given = {"docker_host": self.options["docker_host"]}
             self.native["hosts"] = [{**tree, **given} for tree in network.to_tree(network.of_options(self.options))]
 
-    def load(self) -> None:
-        pass
-
     def close(self) -> None:
         files.secrets(self.run).unlink(missing_ok=True)
 

@@ -1,11 +1,11 @@
-"""Stages as processes of this machine, started by NeMo-Run: the `Runner` of executor `local`."""
+"""Stages as processes of this machine, which NeMo-Run adopts: the `Runner` of executor `local`."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -24,9 +24,6 @@ class LocalRunner:
         self.run, self.inherited = run, inherited
         self.native: Tree = {}
 
-    def load(self) -> None:
-        nemo_adapter.load(self.run.path / "nemo_run")
-
     def close(self) -> None:
         pass
 
@@ -34,9 +31,19 @@ class LocalRunner:
     def launched(
         self, stage: RenderedStage, attempt: int, job: str, log: Path, unwanted: Callable[[], bool]
     ) -> Iterator[Process]:
-        environ = {**self.inherited, ATTEMPT_ENV: str(attempt)}
-        with nemo_adapter.launched(stage, environ, log, job) as process:
-            yield Process(process, stage.env[RUN_ID_ENV])
+        environ = {**self.inherited, ATTEMPT_ENV: str(attempt), **stage.env}
+        with open(log, "ab", buffering=0) as output:
+            process = subprocess.Popen(
+                stage.argv, env=environ, cwd=stage.cwd, stdout=output, stderr=output, start_new_session=True
+            )
+        started = Process(process, stage.env[RUN_ID_ENV])
+        with ExitStack() as known:
+            try:
+                known.enter_context(nemo_adapter.adopted(stage, process, self.run.path / "nemo_run", job))
+            except BaseException:  # nobody else would stop it
+                started.stop(0.0)
+                raise
+            yield started
 
 
 class Process:
