@@ -58,6 +58,10 @@ class Started(Protocol):
 
     told: Tree  # what finds it: {"pid": ...}, {"container": ...}
 
+    def make_known(self) -> None:
+        """What takes a while, and can be done while it runs. Whatever this raises ends the stage."""
+        ...
+
     def wait(self, seconds: float) -> bool:
         """Whether it has ended, looked at for at most that long."""
         ...
@@ -170,6 +174,7 @@ class Driver:
         with self.runner.launched(stage, attempt, job, log, lambda: self.stopping) as started:
             try:
                 append_event(self.run.events, "stage-started", stage=stage.name, attempt=attempt, **started.told)
+                started.make_known()
                 short = self._wait(started, self._options(stage.name))
             finally:  # also when this very code fails: nobody would be left who could stop it
                 started.stop(self._options(stage.name).get("grace_seconds", DEFAULT_GRACE_SECONDS))

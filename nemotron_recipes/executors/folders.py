@@ -128,8 +128,9 @@ def _of_quota(topic: str, told: tuple[int, ...] | None) -> Finding:
 def refusal(folder: Path) -> str:
     """Why nothing can be written there; "" when something can."""
     place = nearest_existing(folder)
-    if not os.access(place, os.W_OK | os.X_OK):
-        return f"{folder} can't be written: {place}: {os.strerror(errno.EACCES)}"
+    wrong = errno.ENOTDIR if not place.is_dir() else errno.EACCES if not os.access(place, os.W_OK | os.X_OK) else 0
+    if wrong:
+        return f"{folder} can't be written: {place}: {os.strerror(wrong)}"
     free = shutil.disk_usage(place).free
     return "" if free else f"{folder} can't be written: no room is left below {place}"
 

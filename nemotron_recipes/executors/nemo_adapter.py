@@ -22,12 +22,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nemotron_recipes.errors import Problem
+from nemotron_recipes.executors import folders
 from nemotron_recipes.spec import RenderedStage
 
 HOME_ENV = "NEMORUN_HOME"
 LEFT_OUT = "leptonai"
 _ALONE = threading.RLock()  # modules are hidden for all threads
 _SCHEDULER = "local_persistent"  # the name under which NeMo-Run registers its local scheduler
+
+
+def home_problems() -> list[Problem]:
+    """NEMORUN_HOME is set to what NeMo-Run can't write to."""
+    named = os.environ.get(HOME_ENV)
+    said = folders.refusal(Path(named)) if named else ""
+    return [Problem(said, HOME_ENV, "name another folder, or unset it: then a run's own is used")] if said else []
 
 
 @contextmanager
@@ -73,7 +82,7 @@ def adopted(stage: RenderedStage, process: subprocess.Popen[bytes], home: Path, 
 
     The body must not end before the process has: NeMo-Run would wait for it.
     """
-    os.environ.setdefault(HOME_ENV, str(home))
+    os.environ[HOME_ENV] = os.environ.get(HOME_ENV) or str(home)
     with imported():
         import nemo_run
     experiment = nemo_run.Experiment(

@@ -203,6 +203,22 @@ def test_nemo_run_writes_to_the_run_folder_unless_told_otherwise(
     assert not (tmp_path / "run2" / "nemo_run").exists()
 
 
+def test_a_home_for_nemo_run_that_can_not_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMORUN_HOME", f"{os.devnull}/home")
+    (problem,) = EXECUTOR.preflight(plan_of(tmp_path / "run", stage_of()))
+    assert "/dev/null: Not a directory" in problem.what
+    assert problem.where == "NEMORUN_HOME"
+
+
+def test_a_stage_that_nemo_run_can_not_know_of_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMORUN_HOME", f"{os.devnull}/home")
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of(sleep=120)))
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    assert (events(handle)[-1]["state"], events(handle)[-1]["stage"]) == ("failed", None)
+    assert "Not a directory" in events(handle)[-1]["cause"]
+    assert process_tree.members(handle.run) == []
+
+
 def test_a_handle_of_another_machine_is_not_acted_on(tmp_path: Path) -> None:
     native = {"host": "another-machine", "pid": os.getpid(), "created": time.time()}
     handle = JobHandle("local", "a-run-elsewhere", str(tmp_path), native)

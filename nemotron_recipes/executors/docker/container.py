@@ -68,6 +68,9 @@ class StageContainer:
         self.away = ""  # why its host can't be reached now
         self._lock = threading.Lock()  # one looks at it while another one stops it
 
+    def make_known(self) -> None:
+        pass
+
     def wait(self, seconds: float) -> bool:
         with self._lock:
             return self._code is not None or self._look(seconds)

@@ -123,6 +123,9 @@ class Together:
             for part in parts[1:]:
                 threading.Thread(target=self._watch_memory, args=(part.host,), daemon=True).start()
 
+    def make_known(self) -> None:
+        pass
+
     def wait(self, seconds: float) -> bool:
         first, *others = self.parts
         if first.container.wait(seconds):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.executors import checks, torchrun
+from nemotron_recipes.executors import checks, nemo_adapter, torchrun
 from nemotron_recipes.executors.driven import DrivenExecutor, DrivenProfile, driver_command
 from nemotron_recipes.rundir import RUN_ID_ENV, StageDir
 from nemotron_recipes.spec import Plan, Rendered, RenderedStage, StagePlan
@@ -28,6 +29,9 @@ class LocalExecutor(DrivenExecutor):
     def check(self, stage: StagePlan) -> list[Problem]:
         """Secrets that are not set or would be written, reserved names, and text that no process can receive."""
         return [*checks.secret_problems(stage), *checks.env_problems(stage), *checks.text_problems(stage, _argv(stage))]
+
+    def _unfit(self, plan: Plan) -> Iterator[Problem]:
+        yield from nemo_adapter.home_problems()
 
     def render(self, plan: Plan) -> Rendered:
         """The stages that run, and the driver's command line."""

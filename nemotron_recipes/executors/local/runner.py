@@ -36,22 +36,20 @@ class LocalRunner:
             process = subprocess.Popen(
                 stage.argv, env=environ, cwd=stage.cwd, stdout=output, stderr=output, start_new_session=True
             )
-        started = Process(process, stage.env[RUN_ID_ENV])
-        with ExitStack() as known:
-            try:
-                known.enter_context(nemo_adapter.adopted(stage, process, self.run.path / "nemo_run", job))
-            except BaseException:  # nobody else would stop it
-                started.stop(0.0)
-                raise
-            yield started
+        with ExitStack() as closed_afterwards:
+            adopted = nemo_adapter.adopted(stage, process, self.run.path / "nemo_run", job)
+            yield Process(process, stage.env[RUN_ID_ENV], lambda: closed_afterwards.enter_context(adopted))
 
 
 class Process:
     """See `driver.Started`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], run_id: str):
-        self.process, self.run_id = process, run_id
+    def __init__(self, process: subprocess.Popen[bytes], run_id: str, adopt: Callable[[], None]):
+        self.process, self.run_id, self._adopt = process, run_id, adopt
         self.told: Tree = {"pid": process.pid}
+
+    def make_known(self) -> None:
+        self._adopt()
 
     def wait(self, seconds: float) -> bool:
         try:

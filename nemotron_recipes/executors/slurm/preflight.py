@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from nemotron_recipes.errors import Problem
-from nemotron_recipes.executors import checks
+from nemotron_recipes.executors import checks, nemo_adapter
 from nemotron_recipes.executors.remote import there, transport
 from nemotron_recipes.executors.slurm import control, limits, trial
 from nemotron_recipes.executors.slurm.container import missing_here
@@ -40,7 +40,8 @@ def plan_problems(plan: Plan, beside: Sequence[Plan] = ()) -> list[Problem]:
         fix = "--skip-preflight submits without these checks; please report what Slurm printed"
         return [Problem(f"Slurm printed what is not known here: {error}", fix=fix)]
     run = [stage for stage in plan.stages if stage.reused is None]
-    order = [*_order_problems(plan, run[0])] if run and plan.after else []
+    order = [] if transport.current().name else nemo_adapter.home_problems()
+    order += [*_order_problems(plan, run[0])] if run and plan.after else []
     found = (stage_problems(stage, profile_of(stage), site, plan.request.mode, plan.run_dir) for stage in run)
     problems = [*order, *(problem for problems in found for problem in problems), *_image_problems(run, site, plan)]
     others = [stage for other in beside for stage in other.stages if stage.reused is None]
