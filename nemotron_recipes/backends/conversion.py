@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+from nemotron_recipes.backends import layout as shared
+from nemotron_recipes.backends.layout import Layout
 from nemotron_recipes.backends.workerfile import MODULE, worker_args, worker_file
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.spec import Launch, StageSpec, Tree
@@ -19,7 +22,7 @@ UNREAD = {
 }
 
 
-def problems(backend: str, config: Tree, nproc: int, needed: Sequence[str]) -> Iterator[Problem]:
+def problems(backend: str, config: Tree, needed: Sequence[str]) -> Iterator[Problem]:
     """needed: the keys of `checkpoint` that this conversion reads. Everything below `native` is true or false."""
     method = config["method"]
     for name, value in config["checkpoint"].items():
@@ -28,8 +31,6 @@ def problems(backend: str, config: Tree, nproc: int, needed: Sequence[str]) -> I
             yield Problem(what, fix=f"checkpoint.{name}=artifact:NAME or a folder")
         elif name not in needed and value is not None:
             yield Problem(f"'checkpoint.{name}' means nothing for convert {method}", fix=f"checkpoint.{name}=null")
-    if nproc != 1:
-        yield Problem(f"a conversion is one process, not {nproc}", fix="run.nproc_per_node=1")
     if config["model"]["arch"]:
         yield Problem(f"{backend} makes no tiny model", "model.arch", "~model.arch")
     for key, value in config["backend"]["native"].items():
@@ -37,14 +38,35 @@ def problems(backend: str, config: Tree, nproc: int, needed: Sequence[str]) -> I
             yield Problem(f"'backend.native.{key}' should be bool, not {value!r}")
 
 
+def layout_problems(config: Tree, nproc: int) -> Iterator[Problem]:
+    """Whether `nproc` processes can share out the model as `parallel` says; without it there is one process."""
+    if config["parallel"] is None:
+        return
+    layout = Layout.of(config, nproc)
+    if layout.context > 1 or layout.sequence_parallel:
+        what = "a conversion has no sequences to share out"
+        yield Problem(what, "parallel", "leave out context_parallel_size and sequence_parallel")
+        layout = replace(layout, context=1, sequence_parallel=False)
+    if nproc > 1 and layout.smallest == 1:
+        what = f"each of {nproc} processes would hold the whole model"
+        sizes = ("tensor", "pipeline", "expert")
+        fix = " or ".join(f"parallel.{size}_model_parallel_size={nproc}" for size in sizes)
+        yield Problem(what, "parallel", fix)
+    yield from shared.layout_problems(layout)
+
+
 def launch(backend: str, stage: StageSpec, imports: Sequence[str], **own: Any) -> Launch:
-    """One process whose worker file says `own`, and the type that the model gets; imports: as `Launch` has them."""
+    """A worker whose file says `own`, and the type that the model gets; under torchrun where there are several.
+
+    imports: as `Launch` has them
+    """
     text = worker_file(backend, stage, method=stage.config["method"], dtype=stage.config["model"]["dtype"], **own)
     return Launch(
         module=MODULE,
         args=worker_args(stage, FILE),
         files={FILE: text},
-        launcher="plain",
+        launcher="torchrun" if stage.nproc > 1 else "plain",
+        writes_together=stage.nproc > 1,
         env={"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"},
         imports=("torch", "yaml", *imports),
     )

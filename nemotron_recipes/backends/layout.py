@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.spec import Tree
 
+VIRTUAL = "virtual_pipeline_model_parallel_size"  # Megatron-Bridge's, in its section `model`
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups over `world` processes, one GPU each."""
+    """Sizes of the parallel groups over `world` processes, one GPU each. virtual: stages that a rank of the pipeline has."""
 
     world: int
     tensor: int = 1
@@ -23,13 +25,17 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     sequence_parallel: bool = False
+    virtual: int = 1
 
     @classmethod
     def of(cls, config: Tree, world: int) -> Layout:
         """From a validated config; without its section `parallel` the batches alone are shared out."""
-        told = config["parallel"]
+        told, virtual = config["parallel"], 1
+        if config["backend"]["name"] == "megatron_bridge":
+            given = config["backend"]["native"].get("model", {}).get(VIRTUAL)
+            virtual = given if type(given) is int else 1  # the schema refuses what is no number
         if told is None:
-            return cls(world)
+            return cls(world, virtual=virtual)
         return cls(
             world,
             tensor=told["tensor_model_parallel_size"],
@@ -38,7 +44,20 @@ class Layout:
             expert=told["expert_model_parallel_size"],
             expert_tensor=told["expert_tensor_parallel_size"],
             sequence_parallel=told["sequence_parallel"],
+            virtual=virtual,
         )
+
+    @property
+    def settings(self) -> Tree:
+        """The section `parallel` that means it."""
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "context_parallel_size": self.context,
+            "expert_model_parallel_size": self.expert,
+            "expert_tensor_parallel_size": self.expert_tensor,
+            "sequence_parallel": self.sequence_parallel,
+        }
 
     @property
     def replica(self) -> int:
@@ -79,6 +98,9 @@ def layout_problems(layout: Layout) -> Iterator[Problem]:
     if layout.sequence_parallel and layout.tensor == 1:
         what = "sequence parallelism shares out what tensor parallelism leaves whole, but that is 1"
         yield Problem(what, "parallel", "parallel.sequence_parallel=false, or a larger tensor_model_parallel_size")
+    if layout.virtual < 1 or (layout.virtual > 1 and layout.pipeline == 1):
+        what = f"a rank can't have {layout.virtual} of {layout.pipeline} pipeline stage(s)"
+        yield Problem(what, f"backend.native.model.{VIRTUAL}", "leave it out, or a larger pipeline_model_parallel_size")
 
 
 def batch_problems(layout: Layout, config: Tree, packs: bool = False) -> Iterator[Problem]:

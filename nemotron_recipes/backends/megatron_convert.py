@@ -4,7 +4,8 @@ import   model.path -> a checkpoint to train from; `checkpoint.pretrained_checkp
 export   a checkpoint that training has written -> a Hugging Face folder
 merge    a checkpoint of LoRA adapters, and the one they were trained on -> a Hugging Face folder with both in one
 
-One process on the CPU: the whole model must fit into the memory of one node.
+One process on the CPU, and the whole model must fit into the memory of one node; or, with `parallel`, several that
+share it out, each on a GPU.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ class MegatronConvertBackend:
         return "checkpoint" if config["method"] == "import" else "model"
 
     def check(self, config: Tree, nproc: int) -> list[Problem]:
-        return list(conversion.problems(self.name, config, nproc, _NEEDED[config["method"]]))
+        needed = conversion.problems(self.name, config, _NEEDED[config["method"]])
+        return [*needed, *conversion.layout_problems(config, nproc)]
 
     def describe(self, stage: StageSpec) -> Launch:
         needs = (*_IMPORTS, *(_MERGE if stage.config["method"] == "merge" else ()))
-        return conversion.launch(self.name, stage, needs, **{**_NATIVE, **stage.config["backend"]["native"]})
+        native = {**_NATIVE, **stage.config["backend"]["native"]}
+        return conversion.launch(self.name, stage, needs, parallel=stage.config["parallel"], **native)

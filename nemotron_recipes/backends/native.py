@@ -9,14 +9,14 @@ from typing import Any
 
 from nemotron_recipes import image_list
 from nemotron_recipes.backends import schemas
+from nemotron_recipes.backends.layout import Layout
 from nemotron_recipes.backends.schemas import NativeSchema
 from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.spec import Tree
 
-_SIZES = ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
 # Envelope keys that these backends have nothing for; each adds its own.
 UNREAD = {"evaluation.max_new_tokens": "leave it out: no answers are generated before and after training"}
-_ALONE = {**dict.fromkeys((f"{n}_parallel_size" for n in _SIZES), 1), "sequence_parallel": False}
+_ALONE = Layout(1).settings
 
 
 @cache

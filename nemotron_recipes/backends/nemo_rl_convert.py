@@ -35,7 +35,11 @@ class NemoRlConvertBackend:
         return "model"
 
     def check(self, config: Tree, nproc: int) -> list[Problem]:
-        return list(conversion.problems(self.name, config, nproc, ("path",)))
+        found = list(conversion.problems(self.name, config, ("path",)))
+        if config["parallel"] is not None:
+            what = "NeMo-RL's converters are one process on the CPU"
+            found.append(Problem(what, "parallel", "parallel=null"))
+        return found
 
     def describe(self, stage: StageSpec) -> Launch:
         native = {**_NATIVE, **stage.config["backend"]["native"]}

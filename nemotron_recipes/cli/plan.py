@@ -81,11 +81,9 @@ def _request(words: tuple[str, ...], config: str, profile: str | None) -> Reques
 def _row(one: Any, capacity: float | None) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from nemotron_recipes.sizing.search import settings
-
     parts = {name: round(value) for name, value in asdict(one.memory).items()}
     return {
-        "parallel": settings(one.layout),
+        "parallel": one.layout.settings,
         "data_parallel_size": one.layout.data,
         "needed": round(one.memory.needed),
         "margin": parts.pop("margin"),

@@ -255,12 +255,16 @@ class Conversion(Section):
 
 
 class ConvertConfig(Section):
-    """A stage that brings weights from one format into another. `model.path`: the Hugging Face model they belong to."""
+    """A stage that brings weights from one format into another. `model.path`: the Hugging Face model they belong to.
+
+    `parallel`: how the model is shared out over the processes of `run`; null: one process holds all of it.
+    """
 
     kind: Literal["convert"]
     method: Literal["import", "merge", "export"]
     model: Model
     checkpoint: Conversion = Conversion()
+    parallel: Parallel | None = None
     backend: Backend
     outputs: Outputs
     code: CodePolicy = CodePolicy()

@@ -85,6 +85,16 @@ def estimate(question: Question, fingerprint: str, placement: Placement, runs: P
     return told, problems
 
 
+def conversion_problems(config: Tree, inputs: Mapping[str, Artifact], processes: int) -> Iterator[Problem]:
+    """Rules of the model that the layout of a conversion breaks."""
+    model = inputs.get("model.path")
+    if config["kind"] != "convert" or config["parallel"] is None or model is None:
+        return
+    shape = tables.shape_of(model, config["model"]["arch"])
+    if shape is not None and shape.verified:
+        yield from model_problems(shape, Layout.of(config, processes), config["backend"]["name"])
+
+
 def smoke_problems(config: Tree, placement: Placement, smoke: int, runs: Path) -> Iterator[Problem]:
     """What is missing where the recipe wants to be seen to fit first. `smoke`: the steps that are asked for now."""
     steps = config["plan"]["requires_smoke"]

@@ -27,7 +27,8 @@ from nemotron_recipes.executors import get_executor
 from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.planning import there
 from nemotron_recipes.planning.code import describe_code, python_path
-from nemotron_recipes.planning.estimate import Question, estimate, smoke_problems
+from nemotron_recipes.planning.estimate import Question, conversion_problems, estimate, smoke_problems
+from nemotron_recipes.planning.placement import not_heard, placement_of
 from nemotron_recipes.planning.resolve import Resolver
 from nemotron_recipes.planning.smoke import length, shortened
 from nemotron_recipes.planning.validate import defaults_of, validate
@@ -37,7 +38,6 @@ from nemotron_recipes.spec import (
     Code,
     Origin,
     Output,
-    Placement,
     Plan,
     Producer,
     Request,
@@ -190,9 +190,11 @@ class _StagePlanner:
         if self.request.smoke:
             config, smoke = shortened(config, self.request.smoke)
         backend = get_backend(config["backend"]["name"] if "backend" in config else "data_prep")
-        placement = _placement(config, self.request.profile)
+        placement = placement_of(config, self.request.profile)
         nproc = placement.nodes * placement.nproc_per_node
         problems += backend.check(config, nproc)
+        if step.words == self.request.words:  # what a pipe is told goes to all of its stages
+            problems += not_heard(config, composed)
         if config["code"]["require_clean"] and self.code.uncommitted:
             what = f"uncommitted changes: {', '.join(self.code.uncommitted[:SHOWN])}"
             problems.append(Problem(what, "code.require_clean=true", "commit them, or set code.require_clean=false"))
@@ -205,6 +207,7 @@ class _StagePlanner:
             sizes, found = estimate(asked, print_, placement, self.runs)
             problems += found
             problems += smoke_problems(config, placement, self.request.smoke, self.runs)
+        problems += conversion_problems(config, inputs, nproc)
         if problems:
             raise UserError(*problems)
 
@@ -301,15 +304,6 @@ def _changed(config: Tree, composed: Composed, base: Tree) -> dict[str, Origin]:
                 continue  # a default inside a section that the base leaves out
             changed[key] = origin or Origin("default", "schema")
     return changed
-
-
-def _placement(config: Tree, profile: str | None) -> Placement:
-    options = dict(config["run"])
-    executor, nodes = options.pop("executor"), options.pop("nodes")
-    nproc, names = options.pop("nproc_per_node"), tuple(options.pop("secrets", ()))
-    if config["kind"] != "train":  # one process, whatever the training stages of the same profile use
-        nodes = nproc = 1
-    return Placement(executor, profile, nodes, nproc, options, names)
 
 
 def _resume_from(config: Tree, inputs: dict[str, Artifact], print_: str, runs: Path) -> str | None:

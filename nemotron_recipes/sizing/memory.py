@@ -120,7 +120,7 @@ def _stage(shape: Shape, layout: Layout, batch: Batch, print_: Footprint, lora: 
 
 def _layers_of(shape: Shape, pipeline: int, number: int) -> str:
     """The layers of one stage; blocks of multi-token prediction are the last one's."""
-    each = -(-len(shape.pattern) // pipeline)
+    each = -(-shape.layers // pipeline) * shape.block
     pattern = shape.pattern[number * each : (number + 1) * each]
     return pattern + (shape.mtp_pattern if number == pipeline - 1 else "")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemotron_recipes.backends.layout import Layout
+from nemotron_recipes.backends.layout import VIRTUAL, Layout
 from nemotron_recipes.errors import Problem
 from nemotron_recipes.sizing.shape import Shape
 
@@ -21,10 +21,11 @@ def model_problems(shape: Shape, layout: Layout, backend: str) -> Iterator[Probl
         what = "AutoModel has no tensor parallelism for models with experts"
         yield Problem(what, "parallel", "parallel.tensor_model_parallel_size=1")
     yield from _tensor_problems(shape, layout.tensor)
-    layers = len(shape.pattern)
+    layers = shape.layers
     if layers % layout.pipeline:
         what = f"{layers} layers of {shape.name} can't be shared out over {layout.pipeline} pipeline stages evenly"
         yield _problem(what, "pipeline_model_parallel_size", [n for n in _divisors(layers) if n <= layout.world])
+    yield from _virtual_problems(shape, layout)
     if not shape.experts:
         if layout.expert * layout.expert_tensor > 1:
             what = f"{shape.name} has no experts to share out"
@@ -53,6 +54,21 @@ def _tensor_problems(shape: Shape, tensor: int) -> Iterator[Problem]:
         )
 
 
+def _virtual_problems(shape: Shape, layout: Layout) -> Iterator[Problem]:
+    """Several stages a rank of the pipeline: ssm/mamba_block.py has none, transformer_config.py wants them even."""
+    each, left = divmod(shape.layers, layout.pipeline)
+    if layout.virtual <= 1 or left:
+        return
+    where = f"backend.native.model.{VIRTUAL}"
+    if shape.mamba_heads:
+        yield Problem(
+            f"Megatron-Core has no virtual pipeline stages for Mamba layers, as {shape.name} has", where, "leave it out"
+        )
+    elif each % layout.virtual:
+        what = f"{each} layers of a rank can't be shared out over {layout.virtual} virtual stages evenly"
+        yield Problem(what, where, f"{where}={_any_of(_divisors(each))}")
+
+
 def _broken(shape: Shape, tensor: int) -> Iterator[str]:
     """What can't be split. Fewer key-value heads than ranks are kept on several of them."""
     if shape.heads and shape.heads % tensor:
@@ -70,8 +86,11 @@ def _broken(shape: Shape, tensor: int) -> Iterator[str]:
 
 
 def _problem(what: str, key: str, fits: list[int]) -> Problem:
-    told = ", ".join(map(str, fits[:-1])) + f" or {fits[-1]}" if len(fits) > 1 else str(fits[0])
-    return Problem(what, "parallel", f"parallel.{key}={told}")
+    return Problem(what, "parallel", f"parallel.{key}={_any_of(fits)}")
+
+
+def _any_of(fits: list[int]) -> str:
+    return ", ".join(map(str, fits[:-1])) + f" or {fits[-1]}" if len(fits) > 1 else str(fits[0])
 
 
 def _divisors(number: int) -> list[int]:

@@ -32,19 +32,7 @@ class Candidate:
         """What to add to a command for it."""
         if not self.chosen:
             return ()
-        return tuple(f"parallel.{key}={str(value).lower()}" for key, value in settings(self.layout).items())
-
-
-def settings(layout: Layout) -> Tree:
-    """The section `parallel` that means a layout."""
-    return {
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "context_parallel_size": layout.context,
-        "expert_model_parallel_size": layout.expert,
-        "expert_tensor_parallel_size": layout.expert_tensor,
-        "sequence_parallel": layout.sequence_parallel,
-    }
+        return tuple(f"parallel.{key}={str(value).lower()}" for key, value in self.layout.settings.items())
 
 
 def search(
@@ -59,11 +47,12 @@ def search(
     world = nodes * per_node
     beside = _problems(_batch_for(config, world), backend, Layout(world))
     found = []
-    for layout in _layouts(config, size, world, per_node):
+    choice = _has_layouts(config, backend)
+    for layout in _layouts(config, size, world, per_node) if choice else (Layout(world),):
         if set(_problems(config, backend, layout)) <= set(beside):
             takes = size.memory(layout)
             verdict = takes.verdict(capacity) if capacity else None
-            found.append(Candidate(layout, takes, verdict, chosen=config["parallel"] is not None))
+            found.append(Candidate(layout, takes, verdict, chosen=choice))
     if not found:
         beside = _problems(config, backend, Layout(world))
     return sorted(found, key=lambda one: _rank(one, per_node)), beside
@@ -85,23 +74,20 @@ def smallest(
         found, _ = search(config, backend, size, nodes, per_node, capacity)
         if found and found[0].verdict in ("fits", "tight"):
             return nodes, per_node, found[0]
-        if config["parallel"] is None and not size.footprint.shards_weights:
+        if not _has_layouts(config, backend) and not size.footprint.shards_weights:
             break  # every process holds all of it, however many there are
     return None
 
 
 def _layouts(config: Tree, size: Sized, world: int, per_node: int) -> Iterator[Layout]:
     shape = size.shape
-    if config["parallel"] is None:
-        yield Layout(world)
-        return
     megatron = config["backend"]["name"] == "megatron_bridge"
     powers = [1 << power for power in range(world.bit_length())]
     experts = (
         [n for n in range(1, shape.experts + 1) if shape.experts % n == 0 and n <= world] if shape.experts else [1]
     )
     for tensor in (n for n in tensor_sizes(shape) if n <= per_node):
-        for pipeline in (n for n in range(1, len(shape.pattern) + 1) if len(shape.pattern) % n == 0 and n <= world):
+        for pipeline in (n for n in range(1, shape.layers + 1) if shape.layers % n == 0 and n <= world):
             for context in powers:
                 if world % (tensor * pipeline * context):
                     continue
@@ -115,10 +101,13 @@ def _layouts(config: Tree, size: Sized, world: int, per_node: int) -> Iterator[L
 
 
 def _problems(config: Tree, backend: Backend, layout: Layout) -> list[Problem]:
-    changed = config
-    if config["parallel"] is not None:
-        changed = {**config, "parallel": settings(layout)}
+    changed = {**config, "parallel": layout.settings} if _has_layouts(config, backend) else config
     return backend.check(changed, layout.world)
+
+
+def _has_layouts(config: Tree, backend: Backend) -> bool:
+    """Whether this backend takes any layout but that all processes do the same."""
+    return any(key.startswith("parallel.") for key in backend.table(config["method"]))
 
 
 def _batch_for(config: Tree, world: int) -> Tree:

@@ -50,6 +50,7 @@ class Shape:
     expert_ffn: int = 0
     shared_ffn: int = 0  # width of the expert that every token passes
     latent: int = 0  # width that routed experts work in, where it is not `hidden`
+    block: int = 1  # letters of what a pipeline takes for one layer: 2 of a usual transformer
     mtp_pattern: str = ""  # layers of one block of multi-token prediction, which several depths may share
     unverified: frozenset[str] = frozenset()
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -58,6 +59,11 @@ class Shape:
     def verified(self) -> bool:
         """Whether every figure has been checked: only then may a plan be refused for it."""
         return not self.unverified
+
+    @property
+    def layers(self) -> int:
+        """Layers that pipeline stages share out."""
+        return len(self.pattern) // self.block
 
     def count(self, letter: str) -> int:
         """Layers of a kind."""
@@ -86,6 +92,7 @@ def _dense(config: Mapping[str, Any], name: str) -> Shape:
     return Shape(
         name=name,
         pattern="*-" * config["num_hidden_layers"],
+        block=2,
         hidden=config["hidden_size"],
         vocab=config["vocab_size"],
         heads=heads,

@@ -31,8 +31,21 @@ class _Layer(torch.nn.Module):
 
 
 class Linear(_Layer):
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, params_dtype: Any = None, **unused: Any):
+    """With tensor parallelism a rank holds its part of the outputs, or of the inputs."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        params_dtype: Any = None,
+        parallel_mode: str | None = None,
+        tp_size: int = 1,
+        **unused: Any,
+    ):
         super().__init__()
+        out_features //= tp_size if parallel_mode == "column" else 1
+        in_features //= tp_size if parallel_mode == "row" else 1
         self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
         self.te_return_bias, self.bias = False, None
         self.add({"weight": (out_features, in_features)}, params_dtype)
@@ -118,6 +131,13 @@ def install() -> None:
     torch.cuda.current_device = lambda: "cpu"
     torch.cuda.Stream = contextlib.nullcontext  # type: ignore[assignment,misc]
     torch.cuda.get_rng_state = torch.get_rng_state  # save_megatron_model asks for it and then leaves it out
+    scatter = torch.distributed.scatter
+
+    def whole(tensor: Any, parts: Any = None, **named: Any) -> Any:
+        """Views of one tensor become whole on their way to a GPU; Gloo takes them for whole as they are."""
+        return scatter(tensor, parts and [part.contiguous() for part in parts], **named)
+
+    torch.distributed.scatter = whole
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *given, **named: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *given, **named: torch.set_rng_state(state)

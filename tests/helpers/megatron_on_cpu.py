@@ -75,7 +75,7 @@ def main() -> int:
         from nemotron_recipes.worker.megatron_convert import stage
         from nemotron_recipes.worker.runtime import main as worker
 
-        stage.require_gpu = lambda model: None  # the fakes are built without one
+        stage.require_gpu = lambda model, context: None  # the fakes are built without one
         return worker(rest)
     paths = [Path(argument) for argument in rest]
     if command == "model":

@@ -59,7 +59,7 @@ def test_a_run_of_somebody_who_is_no_administrator() -> None:
             return done.stdout + done.stderr * bool(code)
 
         prep = ("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40")
-        assert "succeeded" in as_user(*prep, "--run", "lab", "run.nproc_per_node=2")
+        assert "succeeded" in as_user(*prep, "--run", "lab")
         held = "run.additional_parameters={hold: true}"
         told = json.loads(as_user(*prep, "--force", "--batch", "lab", held, "--json"))
         secrets = Path(told["run_dir"], "secrets.json")

@@ -46,6 +46,8 @@ def test_every_broken_rule_is_told_at_once():
         (Layout(8), {"whole": 4}, "train.global_batch_size=8"),
         (Layout(8, sequence_parallel=True), {}, "tensor parallelism leaves whole"),
         (Layout(8, context=2), {"pack_size": 4098}, "a multiple of 4"),
+        (Layout(8, virtual=2), {}, "a rank can't have 2 of 1 pipeline stage(s)"),
+        (Layout(8, pipeline=2, virtual=-2), {}, "a rank can't have -2 of 2 pipeline stage(s)"),
     ],
 )
 def test_one_broken_rule(layout, train, message):
@@ -54,6 +56,4 @@ def test_one_broken_rule(layout, train, message):
 
 
 def test_packs_takes_one_pack_at_a_time():
-    assert [p.fix for p in batch_problems(Layout(1), config(micro=2), packs=True)] == [
-        "train.micro_batch_size=1"
-    ]
+    assert [p.fix for p in batch_problems(Layout(1), config(micro=2), packs=True)] == ["train.micro_batch_size=1"]

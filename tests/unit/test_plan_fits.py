@@ -78,6 +78,9 @@ def test_what_cannot_fit_is_refused_with_the_smallest_that_would(place: Path) ->
     assert risky.estimate["memory"]["verdict"] == "impossible"
     (said,) = refused(place, "nano3", ("sft",), "default", *NANO, gpu=None, gpu_memory_gib=40.0)
     assert "the smallest that would: run.nodes=2 " in said, "where no layout of one node would do"
+    whole = "parallel=null"  # is no way out: the layout of Megatron-Bridge's recipe would be another one
+    (said,) = refused(place, "nano3", ("sft",), "default", *NANO, whole)
+    assert "takes at least 224.1 GiB" in said and "parallel.expert_model_parallel_size=8" in said
     (said,) = refused(place, "nano3", ("sft",), "trl", NANO[0])
     assert "no layout that was tried would do: train adapters (peft)" in said
     one = ("parallel.expert_model_parallel_size=1",)

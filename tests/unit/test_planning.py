@@ -95,7 +95,6 @@ def test_what_moves_a_fingerprint_and_what_does_not(tmp_path: Path, monkeypatch:
     base = own_data(tmp_path).stages[0].fingerprint
     same = [
         ("outputs.data=other",),
-        ("run.nproc_per_node=2",),
         ("run.env={A: b}",),
         ("data.sources=[{path: ./chats.jsonl}]",),
     ]
@@ -170,6 +169,13 @@ def test_a_pipe_has_no_placement_that_would_be_ignored(tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     file.write_text("# @package _global_\nkind: pipe\nrun: {nproc_per_node: 2}\nstages: [{stage: sft, config: tiny}]\n")
     assert "unknown key 'run'" in problems_of(tmp_path, "pipe", config="mine")
+
+
+def test_processes_that_a_stage_would_not_use_are_refused_where_they_are_typed(tmp_path: Path) -> None:
+    said = problems_of(tmp_path, "data", "prep", "sft", overrides=("run.nproc_per_node=2",))
+    assert "this stage is one process: run.nproc_per_node=2 would change nothing" in said and "data.workers" in said
+    said = problems_of(tmp_path, "pipe", overrides=("run.nproc_per_node=2",))
+    assert "one process" not in said and "micro batches" in said, "a pipe is told once, for all its stages"
 
 
 def test_overrides_of_a_pipe_reach_their_stage(tmp_path: Path) -> None:

@@ -158,6 +158,19 @@ def test_every_broken_rule_of_a_model_is_told_at_once() -> None:
     assert [p.what for p in model_problems(dense, Layout(8, expert=8), "automodel")] == [
         "r1-qwen3-8b has no experts to share out"
     ]
+    assert [p.what for p in model_problems(dense, Layout(8, pipeline=8), "megatron_bridge")] == [
+        "36 layers of r1-qwen3-8b can't be shared out over 8 pipeline stages evenly"
+    ], "a layer of a usual transformer is attention and MLP together"
+    virtual = [
+        [(p.what, p.fix) for p in model_problems(model, Layout(4, pipeline=4, virtual=number), "megatron_bridge")]
+        for model, number in ((dense, 3), (dense, 2), (shape, 13))
+    ]
+    key = "backend.native.model.virtual_pipeline_model_parallel_size"
+    assert virtual == [
+        [],
+        [("9 layers of a rank can't be shared out over 2 virtual stages evenly", f"{key}=1, 3 or 9")],
+        [("Megatron-Core has no virtual pipeline stages for Mamba layers, as nano3 has", "leave it out")],
+    ]
     assert tensor_sizes(dense) == [1, 2, 4, 8, 16, 32]
     assert tensor_sizes(replace(dense, heads=12, kv_heads=3, ffn=96)) == [1, 3, 6, 12], "2 ranks would share 1.5 heads"
 
