@@ -16,7 +16,7 @@ VIRTUAL = "virtual_pipeline_model_parallel_size"  # Megatron-Bridge's, in its se
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups over `world` processes, one GPU each. virtual: stages that a rank of the pipeline has."""
+    """Sizes of the parallel groups over `world` processes, one GPU each. virtual: stages a rank of the pipeline has."""
 
     world: int
     tensor: int = 1

@@ -139,27 +139,26 @@ def convert(
     return store.content(store.resolve(f"{method}ed:v1"))
 
 
-LAYOUTS: list[dict[str, int] | None] = [
-    None,
-    {"tensor_model_parallel_size": 2},
-    {"pipeline_model_parallel_size": 2},
-]
+TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=["one-process", "tensor", "pipeline"])
-def test_weights_come_back(parallel: dict[str, int] | None, python: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "then"), [(None, None), (TENSOR, PIPELINE)], ids=["one-process", "two"])
+def test_weights_come_back(
+    first: dict[str, int] | None, then: dict[str, int] | None, python: Path, tmp_path: Path
+) -> None:
+    """One process, or two that share out the tensors, then the layers."""
     model = tmp_path / "model"
     run(python, "model", model)
-    imported = convert(python, tmp_path, "import", model, parallel=parallel)
+    imported = convert(python, tmp_path, "import", model, parallel=first)
     assert (imported / TRACKER).read_text().strip() == "0" and (imported / "iter_0000000").is_dir()
-    exported = convert(python, tmp_path, "export", model, parallel=parallel, path=imported)
+    exported = convert(python, tmp_path, "export", model, parallel=then, path=imported)
     assert set(json.loads(run(python, "compare", model, exported)).values()) == {0.0}
     assert (exported / "tokenizer.json").is_file()
 
     adapters = tmp_path / "adapters"
     run(python, "adapters", imported, model, adapters)
-    merged = convert(python, tmp_path, "merge", model, parallel=parallel, path=adapters / "iter_0000000", base=imported)
+    merged = convert(python, tmp_path, "merge", model, parallel=then, path=adapters / "iter_0000000", base=imported)
     changed = {n for n, d in json.loads(run(python, "compare", model, merged)).items() if d > 0}
     assert changed == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(2)}
     after = json.loads(run(python, "compare", model, merged, adapters / "adapters.pt"))
@@ -181,7 +180,8 @@ class NemotronHForCausalLM(PreTrainedModel):
 
 
 @pytest.mark.long
-def test_nemotrons_weights_come_back(python: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [None, {"expert_model_parallel_size": 2}], ids=["one-process", "experts"])
+def test_nemotrons_weights_come_back(parallel: dict[str, int] | None, python: Path, tmp_path: Path) -> None:
     """The tiny Nemotron, with Mamba, attention and experts, as Transformers writes it; its own code comes with it."""
     model = tmp_path / "model"
     write_model(model, ARCH, seed=3)
@@ -193,8 +193,8 @@ def test_nemotrons_weights_come_back(python: Path, tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(told))
     (model / "configuration_nemotron_h.py").write_text(CONFIGURATION)
     (model / "modeling_nemotron_h.py").write_text(MODELING)
-    imported = convert(python, tmp_path, "import", model, trust=True)
-    exported = convert(python, tmp_path, "export", model, trust=True, path=imported)
+    imported = convert(python, tmp_path, "import", model, trust=True, parallel=parallel)
+    exported = convert(python, tmp_path, "export", model, trust=True, parallel=parallel, path=imported)
     differences = json.loads(run(python, "compare", model, exported))
     assert set(differences.values()) == {0.0}
     kinds = (
