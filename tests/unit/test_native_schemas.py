@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 CATALOG = Catalog((package_root(),))
 NANO = "recipe/nano3/sft/default"
 RL = "recipe/nano3/rl/nemo-rl"
+GYM = "recipe/nano3/rl/nemo-gym"
 DPO = "recipe/nano3/dpo/nemo-rl"
 ULTRA = "recipe/ultra3/lora/h100"
 
@@ -48,6 +49,10 @@ def test_what_was_read_from_the_packages():
         (ULTRA, "+backend.native.distributed.pipeline.pp_schedul=1f1b", "native.distributed.pipeline.pp_schedule'?"),
         (ULTRA, "+backend.native.distributed.moe.reshard_after_forwrd=true", "distributed.moe.reshard_after_forward'?"),
         (ULTRA, "+backend.native.optimizer.lr=1e-5", "set optimizer.lr instead"),
+        (RL, "+backend.native.env.math.num_worker=3", "did you mean 'backend.native.env.math.num_workers'?"),
+        (RL, "+backend.native.env.maths.num_workers=3", "did you mean 'backend.native.env.math.num_workers'?"),
+        (DPO, "+backend.native.policy.optimizer.kwargs.amsgrd=true", "policy.optimizer.kwargs.amsgrad'?"),
+        (RL, "+backend.native.policy.generation.vllm_cfg.gpu_memory_utilisation=.5", "gpu_memory_utilization'?"),
         (RL, "+backend.native.grpo.max_num_step=4", "did you mean 'backend.native.grpo.max_num_steps'?"),
         (RL, "+backend.native.policy.megatron_cfg.optimizer.lr=1", "set optimizer.lr instead"),
         (RL, "+backend.native.loss_fn.ratio_clip_mx=0.3", "did you mean 'backend.native.loss_fn.ratio_clip_max'?"),
@@ -110,6 +115,10 @@ def problems_of(path, *overrides, nproc=16):
         (RL, ("grpo.rewards=[math,code]",), "one environment for the rows of a data set"),
         (RL, ("grpo.rewards=[nemo_gym]",), "examples/nemo_gym go together"),
         (RL, ("train.global_batch_size=520",), "counts completions"),
+        (RL, ("+backend.native.data.default.prompt_fil=x",), "did you mean 'backend.native.data.default.prompt_file'?"),
+        (RL, ("+backend.native.env.math.num_workers=many",), "should be int, not 'many'"),
+        (RL, ("+backend.native.grpo.val_batch_size=1.5",), "should be None | int, not 1.5"),
+        (GYM, ("+backend.native.env.nemo_gym.port_range_lo=5",), "native.env.nemo_gym.port_range_low'?"),
         (RL, ("backend.native.base=examples/configs/dpo.yaml",), "is not for grpo"),
         (RL, ("backend.native.base=examples/configs/grpo_math_1B_megatorn.yaml",), "did you mean"),
         (RL, ("+backend.native.checkpointing.metric_name=x",), "the newest checkpoints are kept"),
@@ -166,6 +175,20 @@ def test_what_a_target_takes_under_any_name_is_passed_on_and_said():
     assert said.startswith("backend.native.model.{rope_theta} goes to nemo_automodel.NeMoAutoModelForCausalLM.")
     own = ("backend.native.dataset._target_=mine.Rows", "+backend.native.dataset.any=1")
     assert problems_of(ULTRA, *own, nproc=32) == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "env.nemo_gym.my_server.resources_servers.x.entrypoint=a.py",
+        "policy.generation.vllm_kwargs.max_num_seqs=64",
+        "policy.megatron_cfg.env_vars.MY_OWN=x",
+        "data.default.prompt_file=x.txt",
+        "env.math.num_workers=3",
+    ],
+)
+def test_what_only_the_user_can_know_passes(key):
+    assert problems_of(GYM, f"+backend.native.{key}", nproc=256) == []
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ for version, core in (("0.4.0", "0.17.0"), ("0.5.0", "0.18.0"), ("0.6.2", "0.19.
 AUTOMODEL = {
     "automodel-0.5.0": ("0.5.0", "d02f49cb314554715aabb97e8dba6599c9f6e9e0"),
 }
-TORCH, TORCHDATA = "2.13.0", "0.11.0"  # whose callables AutoModel's sections name
+TORCH, TORCHDATA = "2.13.0", "0.11.0"  # whose callables their sections name
 AUTOMODEL_SOURCE = "https://github.com/NVIDIA-NeMo/Automodel"
 # The registry's package nemo-rl is empty: its source at a commit is read, with the examples that recipes begin from.
 NEMO_RL = {"nemo_rl-0.7.0": ("0.7.0", "81aa43dda4765b0429cf31dab44441e4e4383911")}
@@ -111,7 +112,8 @@ def main() -> int:
         elif name in AUTOMODEL:
             schema = collect_automodel(*AUTOMODEL[name], options.automodel)
         elif name in NEMO_RL:
-            schema = collect_source("collect_nemo_rl.py", *NEMO_RL[name], options.nemo_rl, ",".join(NEMO_RL_BASES))
+            more = (",".join(NEMO_RL_BASES), str(torch_folder()), f"torch={TORCH}")
+            schema = collect_source("collect_nemo_rl.py", *NEMO_RL[name], options.nemo_rl, *more)
         else:
             parser.error(f"unknown schema {name}")
         file, text = TARGET / f"{name}.json", dump(schema)
@@ -158,17 +160,20 @@ def python_for(bridge: Bridge) -> str:
 
 def collect_automodel(version: str, commit: str, repository: str) -> dict[str, Any]:
     """The schema of one commit of AutoModel, with what its sections name of PyTorch: read, never imported."""
-    import torch
-
-    installed = torch.__version__.partition("+")[0]
-    if installed != TORCH:
-        sys.exit(f"torch {TORCH} is to be read, and {installed} is installed: pip install -c constraints.txt torch")
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
         subprocess.run([*pip, f"torchdata=={TORCHDATA}"], check=True)
-        packages = f"{Path(torch.__file__).parent},{folder}/torchdata"
+        packages = f"{torch_folder()},{folder}/torchdata"
         told = (f"torch={TORCH}", f"torchdata={TORCHDATA}")
         return collect_source("collect_automodel.py", version, commit, repository, packages, *told)
+
+
+def torch_folder() -> Path:
+    """Where PyTorch's source lies here; the program ends where that is another version."""
+    installed = metadata.version("torch").partition("+")[0]
+    if installed != TORCH:
+        sys.exit(f"torch {TORCH} is to be read, and {installed} is installed: pip install -c constraints.txt torch")
+    return Path(str(metadata.distribution("torch").locate_file("torch")))
 
 
 def collect_source(script: str, version: str, commit: str, repository: str, *more: str) -> dict[str, Any]:

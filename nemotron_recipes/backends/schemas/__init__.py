@@ -5,8 +5,9 @@ Plain JSON and the standard library, so that a typo is found on a laptop that ha
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.spec import Tree
 
 HERE = Path(__file__).parent
+_NEAR = 0.85
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +46,24 @@ class NativeSchema:
         return found
 
     def problems(self, native: Tree, prefix: str = "backend.native.") -> Iterator[Problem]:
-        """Values of the wrong type and words that are no choice, for keys that are fields; others are not looked at."""
+        """Values of the wrong type, words that are no choice; where any name is taken, slips for a known one."""
         for key, value in _leaves(native, self.fields):
             entries = self.fields.get(key)
+            if entries is None and (close := self._meant(key)):
+                yield Problem(f"unknown key '{prefix}{key}' of {self.name}", fix=f"did you mean '{prefix}{close}'?")
             if entries and not any(fits(value, entry) for entry in entries):
                 yield Problem(f"'{prefix}{key}' should be {told(entries)}, not {value!r} ({self.name})")
+
+    def _meant(self, key: str) -> str:
+        """The known name that a name in an open section is a slip for; "" for one that may be what it says."""
+        parts = key.split(".")
+        for end in range(1, len(parts)):
+            section = ".".join(parts[:end])
+            for entry in self.fields.get(f"{section}.*", ()):
+                close = slip(parts[end], entry.get("examples", ()))
+                if close:
+                    return f"{section}.{close}"
+        return ""
 
     def _add(self, prefix: str, name: str, found: dict[str, list[Tree]], depth: int) -> None:
         entry = self.content["classes"][name]
@@ -60,6 +75,12 @@ class NativeSchema:
             for nested in told.get("class", ()):
                 if depth < 3:  # classes may hold themselves
                     self._add(key, nested, found, depth + 1)
+
+
+def slip(name: str, known: Iterable[str]) -> str:
+    """The known name that `name` is so like that it is taken for a slip; "" where it is one of them, or like none."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=_NEAR)
+    return close[0] if close and close[0] != name else ""
 
 
 @cache

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from nemotron_recipes.backends.schemas import NativeSchema, fits, told
+from nemotron_recipes.backends.schemas import NativeSchema, fits, slip, told
 from nemotron_recipes.errors import Problem, nearest
 from nemotron_recipes.spec import Tree
 
 TARGET = "_target_"
-_NEAR = 0.85  # so like a known name that it is taken for a slip, where any other name is passed on
 
 
 def problems(
@@ -54,11 +52,8 @@ def _argument(entry: Tree, key: str, value: Any, name: str, target: str) -> Iter
             yield Problem(f"'{name}' should be {told([fields[key]])}, not {value!r} ({short})")
     elif not entry.get("open"):
         yield Problem(f"{short} has no '{key}'", name, nearest(key, fields))
-    else:
-        known = [*fields, *entry.get("examples", ())]
-        close = difflib.get_close_matches(key, known, n=1, cutoff=_NEAR)
-        if close and close != [key]:
-            yield Problem(f"{short} has no '{key}'", name, f"did you mean '{close[0]}'?")
+    elif close := slip(key, [*fields, *entry.get("examples", ())]):
+        yield Problem(f"{short} has no '{key}'", name, f"did you mean '{close}'?")
 
 
 def _sections(given: Tree, whole: Tree, implied: Tree, path: str = "") -> Iterator[tuple[str, Tree, str]]:
