@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nemotron_recipes.fsio import fsync_all
 from nemotron_recipes.rundir import (
     COPIED,
     Damaged,
@@ -48,7 +49,10 @@ def close(run: RunDir) -> None:
     with suppress(OSError):
         left = MOST
         files: dict[str, list[Any]] = {}
-        for path in _files(run):
+        found = _files(run)
+        folders = {folder for path in found for folder in path.parents if run.path in folder.parents}
+        fsync_all([*found, *folders])  # or a power cut would leave digests of what is not there
+        for path in found:
             files[path.relative_to(run.path).as_posix()] = marked = mark(path, left)
             left -= marked[0] if marked[1] else 0
         write_sealed(run.path / CLOSED, {"files": files}, kind="closed")
@@ -94,13 +98,13 @@ def changed(run: RunDir) -> Iterator[Damaged]:
             yield error
 
 
-def _files(run: RunDir) -> Iterator[Path]:
+def _files(run: RunDir) -> list[Path]:
     """The short ones first."""
     places = [folder for name in FOLDERS for folder in run.path.glob(f"*/{name}")]
     there = (path for place in places for path in place.rglob("*") if path.suffix in KINDS)
     found = {path for path in there if path.is_file() and not path.is_symlink()}
     found |= {path for name in FILES if (path := run.path / name).is_file()}
-    return iter(sorted(found, key=lambda path: (path.stat().st_size, path)))
+    return sorted(found, key=lambda path: (path.stat().st_size, path))
 
 
 def _of_run(path: Path) -> list[Any] | None:

@@ -7,7 +7,7 @@ import glob
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 HASHERS = 4  # threads
@@ -41,24 +41,29 @@ def write_atomic(path: Path, text: str | bytes, mode: int = 0o644) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Make renames and new names in `folder` durable."""
-    _fsync(str(folder))
+    fsync_file(folder)
 
 
 def fsync_tree(root: Path) -> None:
     """fsync every file and folder below `root`, and `root`."""
-    paths = [os.path.join(folder, name) for folder, _, files in os.walk(root, topdown=False) for name in (*files, "")]
+    fsync_all([os.path.join(folder, name) for folder, _, files in os.walk(root, topdown=False) for name in (*files, "")])
+
+
+def fsync_all(paths: Sequence[str | Path]) -> None:
+    """The same of these files and folders."""
     if len(paths) < MANY_FILES:
         for path in paths:
-            _fsync(path)
+            fsync_file(path)
         return
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(AT_ONCE) as pool:  # the file system writes them together: ten times as fast
-        for _ in pool.map(_fsync, paths):
+        for _ in pool.map(fsync_file, paths):
             pass
 
 
-def _fsync(path: str) -> None:
+def fsync_file(path: str | Path) -> None:
+    """Make what stands in a file durable, whoever wrote it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

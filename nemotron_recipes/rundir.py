@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.errors import Problem, UserError
-from nemotron_recipes.fsio import digest_of_start, fsync_folder, write_atomic
+from nemotron_recipes.fsio import digest_of_start, fsync_file, fsync_folder, write_atomic
 from nemotron_recipes.seals import opened, opened_line, sealed, sealed_line
 
 TORN = "torn"
@@ -238,7 +238,10 @@ def write_record(stage: StageDir, record: dict[str, Any]) -> None:
     outputs (slot -> {name, version, digest, uri}), results (name -> number; null: not finite), error (text or None),
     rank (of the failure or None), host, world_size, python, versions (library -> version). `files` is added: what
     metrics.jsonl is now."""
-    files = {path.name: mark(path) for path in [stage.metrics] if path.exists()}
+    measured = [stage.metrics] if stage.metrics.exists() else []
+    for path in measured:
+        fsync_file(path)  # or a power cut would leave a digest of what is not there
+    files = {path.name: mark(path) for path in measured}
     write_sealed(stage.record, {**record, "files": files})
 
 

@@ -1,6 +1,6 @@
 """Power cuts, for real: an ext4 on a loop device is shut down in the middle of commits and mounted again.
 
-    unshare --mount --propagation private python -m tests.helpers.power_cuts FOLDER CUTS
+    unshare --mount --propagation private python -m tests.helpers.power_cuts FOLDER CUTS [MUTANT]
 
 In a mount namespace of its own: a copy of the mount in somebody else's would keep the dead file system alive. It proves
 our order of writes on ext4, not on a network file system.
@@ -11,20 +11,34 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
+from nemotron_recipes import checkpoints, closing
+from nemotron_recipes.artifacts.stages import read_events
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.fsio import files_below
 from nemotron_recipes.mirror.journal import Journal
-from nemotron_recipes.rundir import StageDir, read_json, write_record
+from nemotron_recipes.rundir import (
+    RunDir,
+    StageDir,
+    append_event,
+    latest_checkpoint,
+    read_json,
+    write_record,
+    write_sealed,
+)
+from nemotron_recipes.worker.trl.checkpoints import commit_checkpoint, staging_folder
 
 EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), linux/fs/ext4/ext4.h
 NO_LOG_FLUSH = 2
+CHECKPOINT = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors")
 
 
 class Disk:
@@ -54,7 +68,7 @@ class Disk:
 
 
 def write_for_ever(root: Path, turn: int, report: int) -> None:
-    """Versions, records and journal entries; each is reported once it is acknowledged."""
+    """Versions, records, journal entries, checkpoints and ends of runs; each is reported once it is acknowledged."""
     store, stage, journal = Store(root / "store"), StageDir(root / "stage"), Journal(root)
     for number in range(1000):
         staged = store.stage("rows")
@@ -65,6 +79,26 @@ def write_for_ever(root: Path, turn: int, report: int) -> None:
         os.write(report, f"r{turn * 1000 + number}\n".encode())
         journal.output("sft", "model", f"m{turn}", number)
         os.write(report, f"joutput m{turn}:v{number}\n".encode())
+        staging = staging_folder(root / "checkpoints") / f"checkpoint-{number + 1}"
+        staging.mkdir(parents=True)
+        for name in CHECKPOINT:
+            (staging / name).write_bytes(os.urandom(3000))
+        commit_checkpoint(root / "checkpoints", number + 1, keep=2)
+        os.write(report, f"k{number + 1}\n".encode())
+        end_run(RunDir(root / "runs" / f"{turn}-{number}"))
+        os.write(report, f"e{turn}-{number}\n".encode())
+
+
+def end_run(run: RunDir) -> None:
+    """A stage logs, measures and ends, and so does its run."""
+    stage = run.stage("sft")
+    write_sealed(run.plan, {"id": run.path.name})
+    append_event(run.events, "stage-started", stage="sft", attempt=1, pid=1)
+    stage.logs(1).mkdir(parents=True)
+    stage.log(1, 0).write_bytes(os.urandom(3000))
+    stage.metrics.write_bytes(b'{"step": 1, "loss": 2.5}\n' * 100)
+    write_record(stage, {"attempt": 1})
+    closing.end(run, "finished", state="succeeded")
 
 
 def cut_often(disk: Disk, cuts: int) -> None:
@@ -81,7 +115,7 @@ def cut_often(disk: Disk, cuts: int) -> None:
             finally:
                 os._exit(0)
         os.close(writer)
-        said = _lines(reader, seed.randrange(8))
+        said = _lines(reader, seed.randrange(12))
         time.sleep(seed.uniform(0.0, 0.03))  # somewhere in what follows
         lines = [*said, *_said_so_far(reader)]  # whoever outlives the power, as this process does, may be told anything
         disk.cut()
@@ -130,9 +164,40 @@ def _check(root: Path, lines: list[str], told: set[str]) -> None:
         record = read_json(StageDir(root / "stage").record)
         assert record is not None and record["attempt"] >= records[-1]
     assert told <= {entry["key"] for entry in Journal(root).entries()}
+    _check_checkpoints(root / "checkpoints", [int(line[1:]) for line in lines if line.startswith("k")])
+    _check_runs(root / "runs", [line[1:] for line in lines if line.startswith("e")])
     before = sorted(files_below(root))
     assert store.versions("rows") == versions and sorted(files_below(root)) == before, "a second look repairs nothing"
 
 
+def _check_checkpoints(root: Path, saved: list[int]) -> None:
+    newest = latest_checkpoint(root)
+    assert newest is not None or not saved
+    if newest is not None:
+        assert not saved or int(newest.name.rpartition("_")[2]) >= saved[-1]
+        found = checkpoints.check(newest)
+        assert found is not None and not found.unread
+    shutil.rmtree(root, ignore_errors=True)  # the next writer begins anew
+
+
+def _check_runs(root: Path, ended: list[str]) -> None:
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        run = RunDir(folder)
+        told = [event["event"] for event in read_events(run.events)]
+        assert [str(error) for error in closing.changed(run)] == [], "what stood there at the end stands there"
+        if folder.name in ended:
+            assert told[-1] == "finished" and (read_json(run.stage("sft").record) or {})["attempt"] == 1
+            assert read_json(folder / closing.CLOSED), "nobody noted what stood there"
+        shutil.rmtree(folder)
+
+
+def without(mutant: str) -> None:
+    """Take one precaution out of the code, which the cuts have to notice."""
+    module, _, name = mutant.rpartition(".")
+    setattr(import_module(f"nemotron_recipes.{module}"), name, lambda *_: None)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        without(sys.argv[3])
     cut_often(Disk(Path(sys.argv[1])), int(sys.argv[2]))

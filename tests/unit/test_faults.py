@@ -1,6 +1,7 @@
 """Every change that a commit makes fails in turn, in each way: what was acknowledged is whole, the rest whole or not.
 
-Store, run record, journal and quarantine; then mutants of the code, which these same checks must catch.
+Store, run record, journal, quarantine, the end of a run and checkpoints; then mutants of the code, which these same
+checks must catch.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_recipes import checkpoints, closing
 from nemotron_recipes.artifacts import gc, staging
 from nemotron_recipes.artifacts import store as store_module
+from nemotron_recipes.artifacts.stages import read_events
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors.remote import there
 from nemotron_recipes.fsio import files_below, tree_digest
 from nemotron_recipes.mirror.journal import Journal
-from nemotron_recipes.rundir import StageDir, read_json, write_record
+from nemotron_recipes.rundir import RunDir, StageDir, append_event, latest_checkpoint, read_json, write_record
 from nemotron_recipes.spec import Producer
+from nemotron_recipes.worker.trl.checkpoints import commit_checkpoint, quarantine, staging_folder
 from tests.helpers.faults import FAULTS, in_child
 from tests.unit.test_store_crashes import (
     test_everything_is_durable_before_it_is_acknowledged as everything_is_durable,
@@ -138,6 +142,71 @@ def test_quarantine_never_loses_a_version(tmp_path: Path, fault: str) -> None:
         store.verify(old)
 
     everywhere(work, check, fault, least=6)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_end_of_a_run_notes_what_is_there_or_nothing(tmp_path: Path, fault: str) -> None:
+    """A log that goes on between the attempts to note it: no digest may be of something else than what is there."""
+    run = RunDir(tmp_path)
+    log = run.stage("sft").log(1, 0)
+    log.parent.mkdir(parents=True)
+
+    def work(step: int) -> str:
+        closing.end(run, "finished", turn=step)
+        return str(step)
+
+    def check(step: int, said: str | None) -> None:
+        with open(log, "a") as more:
+            more.write(f"line {step}\n")
+        told = [event.get("turn") for event in read_events(run.events)]
+        assert said is None or told[-1] == step
+        assert list(closing.changed(run)) == [], f"step {step}"
+
+    everywhere(work, check, fault, least=4)
+    assert read_json(run.path / closing.CLOSED) is not None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_is_whole_with_its_digests_or_not_there(tmp_path: Path, fault: str) -> None:
+    """Our own, and one of a trainer that is given digests: what is known of it is never of another state of it."""
+    own, other = tmp_path / "own", tmp_path / "other" / "iter_0000001"
+    other.mkdir(parents=True)
+    for name in ("a", "b"):
+        (other / name).write_text("x" * 100)
+
+    def work(step: int) -> str:
+        checkpoints.seal_beside(other)
+        commit_checkpoint(own, step, keep=2)
+        return str(step)
+
+    def prepare(step: int) -> None:
+        folder = staging_folder(own) / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors"):
+            (folder / name).write_text(f"{step}" * 100)
+
+    def check(step: int, said: str | None) -> None:
+        newest = latest_checkpoint(own)
+        assert said is None or (newest is not None and newest.name == f"iter_{step:07d}")
+        found = None if newest is None else checkpoints.check(newest)
+        assert newest is None or (found is not None and not found.unread), f"step {step}"
+        assert list(checkpoints.changed(other.parent)) == [], f"step {step}"
+        quarantine(own)
+        prepare(step + 1)
+
+    prepare(1)
+    everywhere(work, check, fault, least=12)
+    assert checkpoints.is_read(other)
+
+
+def test_a_new_file_of_events_is_in_its_folder_before_anything_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ext4 keeps a new name with its file; others may not."""
+    forced, real = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (forced.add(os.fstat(fd).st_ino), real(fd)))
+    append_event(tmp_path / "events.jsonl", "started")
+    assert forced == {tmp_path.stat().st_ino, (tmp_path / "events.jsonl").stat().st_ino}
 
 
 def test_every_byte_counts(tmp_path: Path) -> None:

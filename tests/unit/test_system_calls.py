@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_recipes import checkpoints, closing
+from nemotron_recipes.artifacts.stages import read_events
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.mirror.journal import Journal
-from nemotron_recipes.rundir import StageDir, read_json
+from nemotron_recipes.rundir import RunDir, StageDir, latest_checkpoint, read_json
 
 ROOT = Path(__file__).parents[2]
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "chmod")
@@ -25,7 +27,10 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(shutil.which("strace") is Non
 )
 def test_every_call_of_a_commit(tmp_path: Path, call: str, fault: str) -> None:
     acknowledged: list[str] = []
-    for turn in range(1, 100):
+    theirs = tmp_path / "other" / "iter_0000001"
+    theirs.mkdir(parents=True)
+    (theirs / "common.pt").write_text("of a trainer")
+    for turn in range(1, 300):
         trace = tmp_path / "trace"
         inject = f"inject={call}:{FAULTS[fault]}:when={turn}"
         command = ["strace", "-o", str(trace), "-e", f"trace={call}", "-e", inject]
@@ -60,5 +65,12 @@ def check(folder: Path, said: list[str], acknowledged: list[str]) -> None:
             assert int(rest) in versions
         if what == "record":
             assert record == {"attempt": int(rest), "files": {}}
+        if what == "checkpoint":
+            assert latest_checkpoint(folder / "own") == folder / "own" / f"iter_{int(rest):07d}"
+        if what == "end":
+            assert read_events(RunDir(folder).events)[-1]["turn"] == int(rest)
+    newest = latest_checkpoint(folder / "own")
+    assert newest is None or checkpoints.check(newest) is not None
+    assert list(checkpoints.changed(folder / "other")) == list(closing.changed(RunDir(folder))) == []
     keys = [entry["key"] for entry in Journal(folder).entries()]
     assert set(acknowledged) <= set(keys)
