@@ -46,7 +46,9 @@ def fsync_folder(folder: Path) -> None:
 
 def fsync_tree(root: Path) -> None:
     """fsync every file and folder below `root`, and `root`."""
-    fsync_all([os.path.join(folder, name) for folder, _, files in os.walk(root, topdown=False) for name in (*files, "")])
+    fsync_all(
+        [os.path.join(folder, name) for folder, _, files in os.walk(root, topdown=False) for name in (*files, "")]
+    )
 
 
 def fsync_all(paths: Sequence[str | Path]) -> None:
