@@ -113,3 +113,17 @@ def test_cancelling_takes_the_array_along(cluster: slurm.Cluster, tmp_path: Path
     nemotron(many, "runs", "cancel", said["run"])
     for job in said["native"]["jobs"].values():
         assert cluster.job(job)["JobState"] == "CANCELLED"
+
+
+@pytest.mark.long
+def test_a_task_that_meets_its_time_limit_costs_its_own_shards_alone(cluster: slurm.Cluster, tmp_path: Path) -> None:
+    source, many = rows(tmp_path / "rows"), tmp_path / "many"
+    many.mkdir()
+    slow = '[ "$SLURM_ARRAY_TASK_ID" != 1 ] || { scontrol update JobId="$SLURM_JOB_ID" TimeLimit=1; sleep 600; }'
+    (many / "env.toml").write_text(f"{LAB}setup = ['''{slow}''']\n")
+    said, run = submit(many, source)
+    assert "succeeded" in nemotron(many, "runs", "logs", "-f", said["run"])
+    array = said["native"]["jobs"]["data-prep-sft.array"]
+    assert "DUE TO TIME LIMIT" in (run / "data-prep-sft" / "logs" / f"slurm-{array}_1.out").read_text()
+    assert last_line(run, r"(\d+) shards were there from an earlier run") == "5", "1 and 4 alone were missing"
+    assert prepared(many) == one_machine(tmp_path / "one", source)

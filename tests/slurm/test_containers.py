@@ -23,6 +23,7 @@ from nemotron_recipes.rundir import RunDir, read_json
 from nemotron_recipes.sources import digest_of
 from nemotron_recipes.spec import JobHandle, Placement, StagePlan
 from tests.helpers import images, slurm
+from tests.helpers.data_prep import bytes_of
 from tests.helpers.executor_harness import events, placement, wait_until_over
 from tests.helpers.plans import ROOT, plan_of, probe_stage, submit
 
@@ -282,6 +283,31 @@ def test_data_prep_in_a_container(cluster: slurm.Cluster, image: Path, tmp_path:
     assert f"HF_HOME      {tmp_path / 'hf'}" in plan
     nemotron(tmp_path, *words)
     assert "nano3-tiny-sft-data" in nemotron(tmp_path, "artifacts", "list").stdout
+
+
+@pytest.mark.e2e
+@pytest.mark.long
+def test_an_array_in_containers(cluster: slurm.Cluster, image: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each task has the container of the stage's job; the bytes are those of one machine."""
+    (tmp_path / "rows").mkdir()
+    for number in range(4):
+        (tmp_path / "rows" / f"{number}.jsonl").write_text(f'{{"prompt": "{number}+2?", "response": "4"}}\n' * 40)
+    monkeypatch.delenv("PYTHONPATH")
+    words = ("nano3", "data", "prep", "sft", "-c", "tiny", "data.sources=[{path: ../rows}]")
+    made = []
+    for name in ("many", "one"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_profile(folder, image)
+        nemotron(folder, *words, *(("--run", "lab", "run.data_array=2") if name == "many" else ()))
+        (metadata,) = (folder / "nemotron-output" / "store").rglob("metadata.json")
+        made.append(bytes_of(metadata.parent))
+    assert made[0] == made[1]
+    logs = [path.read_text() for path in (tmp_path / "many").rglob("nodes-*_[01].out")]
+    assert len(logs) == 2 and all("2 of 4 shards are done" in text for text in logs)
+    for script in ("array.sh", "sbatch.sh"):
+        (file,) = (tmp_path / "many" / "nemotron-output" / "runs").rglob(script)
+        assert f"--container-image {image}" in file.read_text()
 
 
 @pytest.mark.e2e

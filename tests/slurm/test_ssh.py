@@ -24,6 +24,7 @@ from nemotron_recipes.executors.slurm import control, handles
 from nemotron_recipes.rundir import RunDir, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm, sshd
+from tests.helpers.data_prep import bytes_of, chat, write_rows
 from tests.helpers.plans import ROOT
 
 PREP = ("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40")
@@ -149,6 +150,26 @@ def test_the_same_commands_from_a_laptop(laptop: Laptop) -> None:
         assert "cancelled" in follower.stdout.read()
     assert follower.returncode == 130
     assert laptop.runs()[0]["state"] == "cancelled"
+
+
+@pytest.mark.long
+def test_an_array_from_a_laptop(laptop: Laptop, tmp_path: Path) -> None:
+    """The shards are there, and so are the tasks; what they made is what one machine makes."""
+    (tmp_path / "rows").mkdir()
+    for number in range(4):
+        write_rows(tmp_path / "rows" / f"{number}.jsonl", [chat(f"What is {n}?", f"It is {n}.") for n in range(9)])
+    words = ("nano3", "data", "prep", "sft", "-c", "tiny", f"data.sources=[{{path: {tmp_path / 'rows'}}}]")
+    begun = json.loads(laptop.nemotron(*words, "run.data_array=2", "--batch", "far", "--json").stdout)
+    assert sorted(begun["native"]["jobs"]) == ["data-prep-sft", "data-prep-sft.array"]
+    assert "succeeded" in laptop.nemotron("runs", "logs", "-f", begun["run"]).stdout
+    assert laptop.runs()[0]["state"] == "succeeded"
+    assert "data-prep-sft" in laptop.nemotron("runs", "show", begun["run"]).stdout
+    logs = [path.read_text() for path in (laptop.far / "runs").rglob("nodes-*_[01].out")]
+    assert len(logs) == 2 and all("2 of 4 shards are done" in text for text in logs)
+    laptop.nemotron(*words)
+    places = (laptop.far, laptop.folder)
+    (far,), (here,) = ([*place.rglob("content/metadata.json")] for place in places)
+    assert bytes_of(far.parent) == bytes_of(here.parent)
 
 
 def test_one_connection_serves_all_commands(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:

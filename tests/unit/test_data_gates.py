@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import numpy as np
 import pytest
 
 import nemotron_recipes.data.gates
@@ -26,46 +24,14 @@ from nemotron_recipes.data.gate_settings import (
     Repetition,
     Structure,
 )
-from nemotron_recipes.data.gates import Candidate, Change, Drop, Note, duplicates
+from nemotron_recipes.data.gates import Candidate, Drop, duplicates
 from nemotron_recipes.data.gates.build import build_gates
-from nemotron_recipes.data.gates.pii import PiiGate, luhn
-from nemotron_recipes.data.rows import Row
 from nemotron_recipes.data.settings import read_settings
 from nemotron_recipes.errors import UserError
-from tests.helpers.data_prep import chat, read_row
-
-Turn = dict[str, Any]
+from tests.helpers.data_prep import chat
+from tests.helpers.gates import TALK, Turn, assistant, candidate, judge, reason, user
 
 ROOT = Path(__file__).parents[2]
-
-
-def user(text: str) -> Turn:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **fields: Any) -> Turn:
-    return {"role": "assistant", "content": text, **fields}
-
-
-TALK = [user("What is 2+2?"), assistant("Four.")]
-
-
-def candidate(row: dict[str, Any] | None = None, method: str = "sft", **fields: Any) -> Candidate:
-    whole = {**(row or {"messages": TALK}), **fields}
-    return Candidate(read_row(whole, method), whole, "train")
-
-
-def judge(settings: GateSettings, one: Candidate, lengths: tuple[int, ...] = (), files: tuple[Path, ...] = ()) -> Any:
-    """The verdict of the only gate, after a trip to another process."""
-    (gate,) = pickle.loads(pickle.dumps(build_gates(settings, files).rows))
-    gate.open()
-    verdict = gate.check(one)
-    return verdict or gate.check_tokens(one, [np.zeros(length, dtype=np.int32) for length in lengths])
-
-
-def reason(*arguments: Any, **keywords: Any) -> str | None:
-    verdict = judge(*arguments, **keywords)
-    return None if verdict is None else verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -179,76 +145,6 @@ def test_language() -> None:
     assert reason(settings, candidate(chat("Wie?", "Gut."))) is None  # too short to say
     unsure = GateSettings(language=Language(["en", "de"], min_probability=1.0))
     assert reason(unsure, candidate(chat(ENGLISH, GERMAN))) == "language_unclear"
-
-
-PII = [
-    ("email", "Write to jane.doe+news@mail.example.co.uk, please.", "Write to [EMAIL], please."),
-    ("email", "josé@köln.example", "[EMAIL]"),
-    (None, "user@localhost, @handle, a @ b.de, x@1.2, git@github:me", None),
-    ("card", "Card 4111 1111 1111 1111 until 12/30", "Card [CARD] until 12/30"),
-    ("card", "5500-0000-0000-0004", "[CARD]"),
-    (None, "4111 1111 1111 1112", None),  # Luhn's sum is wrong
-    (None, "0000000000000000 and 3.14159265358979323846", None),
-    ("ip", "from 8.8.8.8, port 53", "from [IP], port 53"),
-    ("ip", "from 2001:4860:4860::8888.", "from [IP]."),
-    (None, "127.0.0.1, 10.0.0.1, 192.168.1.1, ::1, fe80::1, 300.1.1.1, 1.2.3.4.5, std::vector, 12:30:45", None),
-    ("phone", "Call +49 30 901820 now", "Call [PHONE] now"),
-    (None, "in 2024 there were 1234567 of 9876543", None),
-    ("key", "AWS AKIAIOSFODNN7EXAMPLE.", "AWS [KEY]."),
-    ("key", "token=ghp_" + "a1B2" * 9, "token=[KEY]"),
-    ("key", "hf_" + "abcDEF12" * 4 + " is it", "[KEY] is it"),
-    ("key", "nvapi-" + "abcd-EF_12" * 5, "[KEY]"),
-    ("key", "sk-proj-" + "abcd1234" * 4, "[KEY]"),
-    ("key", "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----\nafter", "[KEY]\nafter"),
-    ("key", "-----BEGIN PRIVATE KEY-----\ncut off", "[KEY]"),
-    ("key", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N", "[KEY]"),
-    (None, "risk-averse task-oriented sk-learn, the key is under the mat", None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "text", "redacted"), PII, ids=[f"{n}-{kind}" for n, (kind, _, _) in enumerate(PII)])
-def test_pii(kind: str | None, text: str, redacted: str | None) -> None:
-    gate = PiiGate(Pii())
-    assert {found for found, _ in gate.find(text)} == ({kind} if kind else set())
-    assert gate.redact(text) == (redacted or text)
-
-
-def test_pii_actions() -> None:
-    row = {"messages": [user("mail a@b.example or c@d.example"), assistant("ok", reasoning_content="to a@b.example?")]}
-    one = candidate(row)
-    for action, kind in (("report", Note), ("redact", Change), ("drop", Drop)):
-        verdict = judge(GateSettings(pii=Pii(action)), one)
-        assert isinstance(verdict, kind)
-        assert verdict.reason == "pii_email"
-        assert verdict.example == "3 email; first in messages[0].content"
-        assert "b.example" not in repr(verdict) or action == "redact"
-    changed = judge(GateSettings(pii=Pii("redact")), one).row
-    assert [m["content"] for m in changed.messages] == ["mail [EMAIL] or [EMAIL]", "ok"]
-    assert changed.messages[1]["reasoning_content"] == "to [EMAIL]?"
-    assert one.row.messages[0]["content"].startswith("mail a@b")  # the row itself is left alone
-
-
-def test_pii_in_tool_calls_tools_and_extra_fields() -> None:
-    call = {"function": {"name": "send", "arguments": {"to": ["a@b.example"], "n": 1}}}
-    row = Row(messages=[user("x"), {"role": "assistant", "content": "", "tool_calls": [call], "weight": 1}],
-              tools=[{"name": "send", "description": "as a@b.example"}], extra={"by": "a@b.example", "n": None},
-              expected_answer="a@b.example")  # fmt: skip
-    changed = judge(GateSettings(pii=Pii("redact")), Candidate(row, {}, "train")).row
-    assert "b.example" not in repr(changed)
-    assert changed.messages[1]["tool_calls"][0]["function"]["arguments"] == {"to": ["[EMAIL]"], "n": 1}
-    assert changed.extra == {"by": "[EMAIL]", "n": None}
-
-
-def test_pii_kinds_and_region() -> None:
-    text = "8.8.8.8 or (030) 901820"
-    assert PiiGate(Pii(kinds=["email"])).redact(text) == text
-    assert PiiGate(Pii(kinds=["phone"])).redact(text) == text
-    assert PiiGate(Pii(kinds=["phone"], phone_region="DE")).redact(text) == "8.8.8.8 or [PHONE]"
-
-
-def test_luhn() -> None:
-    assert luhn("79927398713")
-    assert not any(luhn(f"7992739871{digit}") for digit in "012456789")
 
 
 def test_contamination(tmp_path: Path) -> None:

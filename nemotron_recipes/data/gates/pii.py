@@ -1,7 +1,8 @@
 """Personal data and credentials in the texts of a row: report, redact or drop.
 
-Patterns find candidates, and a check that the format itself offers thins them out: Luhn's sum for cards, `ipaddress`
-for addresses, libphonenumber's plans for phone numbers. What no format gives away (names, addresses) is not found.
+Patterns find candidates, and checks that the formats themselves offer thin them out: Luhn's sum and the issuers' ranges
+for cards, `ipaddress` for addresses, libphonenumber's plans for phone numbers. What no format gives away (names, postal
+addresses) is not found.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\
 _CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-]|\.\d)")
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:)[0-9A-Fa-f:.]{3,45}(?![\w:])")
+_IPV6_USERS = ipaddress.ip_network("2000::/3")  # all that is given out (RFC 4291)
+_VERSION = re.compile(r"(?:[A-Za-z]/|(?:\b(?:version|release|ver\.?|v\.?|section)|§)[ =:]{0,3})$", re.IGNORECASE)
+# Issuers' first digits with the lengths of their numbers: Visa; Mastercard; American Express; Diners Club; Discover,
+# UnionPay and JCB. Timestamps and serial numbers have Luhn's sum by accident, one in ten.
+_ISSUERS = re.compile(
+    r"4\d{12}(?:\d{3}){0,2}"
+    r"|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}"
+    r"|3[47]\d{13}"
+    r"|3(?:0[0-5]|[689]\d)\d{11}"
+    r"|(?:6011|64[4-9]\d|65\d\d|62\d\d|352[89]|35[3-8]\d)\d{12,15}"
+)
 _PHONE = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}")  # seven digits close together: worth a real look
 # Formats that issuers document, so that a match is a credential and no accident.
 _KEY = re.compile(
@@ -124,21 +136,29 @@ def _emails(text: str) -> Iterator[Span]:
 def _cards(text: str) -> Iterator[Span]:
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match.group())
-        if digits.isascii() and len(set(digits)) > 1 and digits[0] in "23456" and luhn(digits):
+        if digits.isascii() and len(set(digits)) > 1 and _ISSUERS.fullmatch(digits) and luhn(digits):
             yield match.span()
 
 
 def _addresses(text: str) -> Iterator[Span]:
-    """Addresses that are somebody's: private, loopback and documentation ranges are not."""
-    for pattern in (_IPV4, _IPV6):
-        for match in pattern.finditer(text):
-            word = match.group().rstrip(".")
-            try:
-                address = ipaddress.ip_address(word)
-            except ValueError:
-                continue
-            if address.is_global:
-                yield match.start(), match.start() + len(word)
+    """Addresses that are somebody's: private, loopback, multicast and documentation ranges are not, nor is what stands
+    as a version, or may be a slice of Python (two numbers with `::`)."""
+    for match in _IPV4.finditer(text):
+        if not _VERSION.search(text, max(0, match.start() - 12), match.start()):
+            yield from _somebodys(match)
+    for match in _IPV6.finditer(text):
+        if len([part for part in match.group().rstrip(".").split(":") if part]) > 2:
+            yield from _somebodys(match)
+
+
+def _somebodys(match: re.Match[str]) -> Iterator[Span]:
+    word = match.group().rstrip(".")
+    try:
+        address = ipaddress.ip_address(word)
+    except ValueError:
+        return
+    if address.is_global and not address.is_multicast and (address.version == 4 or address in _IPV6_USERS):
+        yield match.start(), match.start() + len(word)
 
 
 _FIND: dict[str, Callable[[str], Iterator[Span]]] = {
