@@ -125,13 +125,20 @@ def _report(report: dict[str, Any], out: Path) -> str:
     for name, one in found["judges"].items():
         scale = f"calibrated {one['slope']:.2f} x + {one['intercept']:.2f}"
         people = f", Spearman with people {one['people_spearman']}" if "people" in one else ""
+        if one["constant"]:
+            scale, people = "the same for every answer: left out of the scores", ""
         lines.append(f"judge {name}: {one['scored']} scored, mean {one['mean']}, {scale}{people}")
     for pair in found["pairs"]:
         who, apart = " and ".join(pair["judges"]), pair["mean_difference"]
-        lines.append(f"{who}: Spearman {pair['spearman']}, mean difference {apart}")
-    if found["pairs"]:
+        if apart is not None:
+            lines.append(f"{who}: Spearman {_known(pair['spearman'])}, mean difference {apart}")
+    if found["krippendorff_alpha"] is not None:
         lines.append(f"Krippendorff's alpha {found['krippendorff_alpha']}")
     return printable("\n".join(lines))
+
+
+def _known(figure: float | None) -> str:
+    return "unknown (too few answers, or all alike)" if figure is None else str(figure)
 
 
 @data.command()

@@ -25,7 +25,8 @@ def calibrate(raw: np.ndarray, truth: np.ndarray | None) -> list[Calibration]:
     where nobody scored; with LEAST answers that a judge scored as well, its line is fitted to them by least squares.
     Without, all judges get the mean and spread of all scores together: who is always two points lower is not worse.
     """
-    pooled = raw[~np.isnan(raw)]
+    telling = raw[:, ~constant(raw)]
+    pooled = telling[~np.isnan(telling)]
     found = []
     for scores in raw.T:
         there = ~np.isnan(scores)
@@ -42,10 +43,19 @@ def calibrate(raw: np.ndarray, truth: np.ndarray | None) -> list[Calibration]:
     return found
 
 
+def constant(raw: np.ndarray) -> np.ndarray:
+    """bool [judges]: who gave one and the same score to all of at least LEAST answers, while another judge did not. It
+    tells no answer from another, and would only draw the others' scores together."""
+    told = [scores[~np.isnan(scores)] for scores in raw.T]
+    same = np.array([len(scores) >= LEAST and np.ptp(scores) == 0 for scores in told], dtype=bool)
+    return same & any(len(scores) and np.ptp(scores) > 0 for scores in told)
+
+
 def apply(raw: np.ndarray, calibrations: Sequence[Calibration]) -> np.ndarray:
-    """float [answers, judges], calibrated."""
+    """float [answers, judges], calibrated; NaN also of a judge that is `constant`."""
     slopes = np.array([one.slope for one in calibrations])
-    return raw * slopes + np.array([one.intercept for one in calibrations])
+    level = raw * slopes + np.array([one.intercept for one in calibrations])
+    return np.where(constant(raw), np.nan, level)
 
 
 def figures(
@@ -58,14 +68,15 @@ def figures(
     for place, name in enumerate(names):
         there = ~np.isnan(raw[:, place])
         judges[name] = {"scored": int(there.sum()), "mean": _mean(raw[there, place]), **vars(calibrations[place])}
+        judges[name]["constant"] = bool(constant(raw)[place])
         if truth is not None:
-            both = there & ~np.isnan(truth)
+            both = there & ~np.isnan(truth) & ~np.isnan(level[:, place])
             judges[name]["people"] = int(both.sum())
             judges[name]["people_spearman"] = spearman(raw[both, place], truth[both])
             judges[name]["people_mean_difference"] = _mean(np.abs(level[both, place] - truth[both]))
     pairs = []
     for one, other in combinations(range(len(names)), 2):
-        both = ~np.isnan(raw[:, one]) & ~np.isnan(raw[:, other])
+        both = ~np.isnan(level[:, one]) & ~np.isnan(level[:, other])
         difference = _mean(np.abs(level[both, one] - level[both, other]))
         correlation = spearman(raw[both, one], raw[both, other])
         pairs.append({"judges": [names[one], names[other]], "spearman": correlation, "mean_difference": difference})

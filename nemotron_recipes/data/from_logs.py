@@ -92,10 +92,10 @@ def _judge(
 def _verdicts(raw: np.ndarray, level: np.ndarray, judges: Sequence[str]) -> Iterator[Judged | None]:
     agreed = agreement.agreement(level, HIGH - LOW)
     for own, calibrated, close in zip(raw, level, agreed.tolist(), strict=True):
-        there = ~np.isnan(own)
+        there = ~np.isnan(calibrated)
         if not there.any():
             yield None
             continue
-        scores = {name: float(value) for name, value, said in zip(judges, own, there, strict=True) if said}
+        scores = {name: float(value) for name, value in zip(judges, own, strict=True) if not np.isnan(value)}
         mean = round(float(calibrated[there].mean()), 4)
         yield Judged(mean, scores, None if np.isnan(close) else round(close, 4))

@@ -186,6 +186,20 @@ def test_an_ensemble_judges_and_is_calibrated(tmp_path: Path, monkeypatch: pytes
     assert "secret-value" not in written
 
 
+def test_a_judge_that_always_says_the_same_counts_for_nothing(tmp_path: Path) -> None:
+    models = {"fair": lambda prompt, n: f'{{"score": {quality(prompt)}}}', "tens": lambda prompt, n: '{"score": 10}'}
+    rows = [log(f"q{n}", f"worth {3 + n % 7}") for n in range(14)]
+    with judge_server(models) as (url, _):
+        for judges, constant, scores in ((("fair", "tens"), ["tens"], {8.0, 9.0}), (("tens",), [], {10.0})):
+            ensemble = read_ensemble(judges_file(tmp_path, url, *judges))
+            found, report = make(tmp_path, rows, "sft", good=8, score_field=None, ensemble=ensemble)
+            figures = report["agreement"]["judges"]
+            assert [name for name in judges if figures[name]["constant"]] == constant
+            assert {row["score"] for row in found} == scores
+            assert all(row["scores"]["tens"] == 10 for row in found)
+            assert not any("agreement" in row for row in found), "one judge that says something agrees with nobody"
+
+
 def test_a_run_that_was_stopped_asks_only_what_is_new(tmp_path: Path) -> None:
     rows = [log(f"q{n}", "x") for n in range(70)]  # more than a block
     healthy: list[bool] = []
