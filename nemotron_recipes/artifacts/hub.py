@@ -7,7 +7,9 @@ every file is there at its size.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,11 @@ from nemotron_recipes.errors import JobFailed, Problem, UserError
 TIMEOUT = 10  # seconds for one question
 PAUSES = (5.0, 30.0, 120.0, 300.0)  # seconds between tries, after what the hub itself asked to wait
 SPARE = 1 << 30  # bytes that stay free
+_PASSING = (408, 429, 500, 502, 503, 504)  # HTTP's words for: ask again
+# What no time to wait mends: a full disk, a folder that isn't one or is somebody else's.
+_LASTING = (*(errno.ENOSPC, errno.EDQUOT, errno.EROFS), *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST))
+_PLANNED = "give a local path, pin it (hf://ORG/NAME@COMMIT), or look at the plan with --dry-run --offline"
+_FETCHED = "look its name and revision up on the hub; one that is gated or private takes a token in HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -39,24 +46,40 @@ class Repository:
 
 def commit_of(name: str, revision: str | None, kind: str) -> str:
     """The commit that a branch, a tag or nothing (main) means now. UserError: the hub doesn't say."""
-    return look_up(name, revision, kind, sizes=False).commit
+    return _ask(name, revision, kind, False, _PLANNED, ()).commit
 
 
-def look_up(name: str, revision: str | None, kind: str, sizes: bool = True) -> Repository:
-    """What the hub says of a repository. UserError: it refuses, or can't be asked."""
+def look_up(name: str, revision: str | None, kind: str, say: Callable[[str], None]) -> Repository:
+    """What the hub says of a repository, with its files' sizes; waits where it asks to. UserError: it refuses."""
+    return _ask(name, revision, kind, True, _FETCHED, PAUSES, say)
+
+
+def _ask(
+    name: str,
+    revision: str | None,
+    kind: str,
+    sizes: bool,
+    fix: str,
+    pauses: tuple[float, ...],
+    say: Callable[[str], None] = lambda text: None,
+) -> Repository:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    fix = "give a local path, pin it (hf://ORG/NAME@COMMIT), or look at the plan with --dry-run --offline"
-    try:
-        api = HfApi()
-        ask = api.dataset_info if kind == "dataset" else api.model_info
-        found = ask(name, revision=revision, timeout=TIMEOUT, files_metadata=sizes)
-    except HfHubHTTPError as error:
-        raise UserError(Problem(f"the hub refuses {name}@{revision or 'main'}: {_reason(error)}", fix=fix)) from None
-    except (HTTPError, OSError, OfflineModeIsEnabled) as error:  # no route, no name, a time-out
-        what = f"the hub can't be asked for the commit of {name}: {_reason(error)}"
-        raise UserError(Problem(what, fix=fix)) from None
+    api = HfApi()
+    ask = api.dataset_info if kind == "dataset" else api.model_info
+    for pause in (*pauses, None):
+        try:
+            found = ask(name, revision=revision, timeout=TIMEOUT, files_metadata=sizes)
+            break
+        except HfHubHTTPError as error:
+            if pause is None or error.response.status_code not in _PASSING:
+                what = f"the hub refuses {name}@{revision or 'main'}: {_reason(error)}"
+                raise UserError(Problem(what, fix=fix)) from None
+            _wait(name, error, pause, say)
+        except (HTTPError, OSError, OfflineModeIsEnabled) as error:  # no route, no name, a time-out
+            what = f"the hub can't be asked for the commit of {name}: {_reason(error)}"
+            raise UserError(Problem(what, fix=fix)) from None
     if not found.sha:
         raise UserError(Problem(f"the hub names no commit for {name}", fix=fix))
     return Repository(name, kind, found.sha, {file.rfilename: file.size or 0 for file in found.siblings or ()})
@@ -83,17 +106,30 @@ def fetch(repository: Repository, home: Path, say: Callable[[str], None], pauses
             missing = _missing(repository, folder)
             if not missing:
                 return folder
-            reason = f"{len(missing)} file(s) are not whole: {', '.join(missing[:3])}"
+            failed: BaseException = OSError(f"{len(missing)} file(s) are not whole: {', '.join(missing[:3])}")
         except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             fix = "accept its licence on the hub, and set HF_TOKEN"
             raise UserError(Problem(f"the hub refuses {repository.name}: {_reason(error)}", fix=fix)) from None
         except (HTTPError, OSError) as error:
-            reason = _reason(error)
-        if pause is None:
-            break
-        say(f"{repository.name}: {reason}; trying again in {pause:g} s")
-        time.sleep(pause)
-    raise JobFailed(f"{repository.name}@{repository.commit}: {reason}\n    the same command goes on from here")
+            if getattr(error, "errno", None) in _LASTING:
+                what = f"{repository.name} can't be written: {_reason(error)}"
+                fix = "make room or name another folder (--to, or hf_cache in the profile); the same command goes on"
+                raise UserError(Problem(what, str(home), fix)) from None
+            failed = error
+        if pause is not None:
+            _wait(repository.name, failed, pause, say)
+    raise JobFailed(f"{repository.name}@{repository.commit}: {_reason(failed)}\n    the same command goes on from here")
+
+
+def _wait(name: str, error: BaseException, pause: float, say: Callable[[str], None]) -> None:
+    """As long as the hub's answer asks for (Retry-After, or its RateLimit's `t`), else for `pause` seconds."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    asked = re.fullmatch(r"\s*(\d+)\s*", headers.get("retry-after", "")) or re.search(
+        r";t=(\d+)", headers.get("ratelimit", "")
+    )
+    seconds = float(asked[1]) if asked else pause
+    say(f"{name}: {_reason(error)}; trying again in {seconds:g} s")
+    time.sleep(seconds)
 
 
 @contextmanager

@@ -38,13 +38,17 @@ def fetch(names: tuple[str, ...], data: bool, home: Path | None, profile: str | 
     target = _home(home, profile)
     made: list[dict[str, object]] = []
     problems: list[Problem] = []
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
     with hub.online():
         for name, revision in wanted:
             kind = "dataset" if data else "model"
             try:
-                found = hub.look_up(name, revision, kind)
-                click.echo(f"{name}@{found.commit}: {len(found.files)} files, {found.bytes / 1e9:.1f} GB", err=True)
-                folder = hub.fetch(found, target, lambda text: click.echo(text, err=True))
+                found = hub.look_up(name, revision, kind, say)
+                say(f"{name}@{found.commit}: {len(found.files)} files, {found.bytes / 1e9:.1f} GB")
+                folder = hub.fetch(found, target, say)
             except UserError as error:
                 problems += error.problems
                 continue

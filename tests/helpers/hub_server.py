@@ -1,7 +1,8 @@
 """A hub on this machine that speaks the few calls of huggingface_hub, and can fail on purpose.
 
-It stands in for the hub alone; the client is the real library. `fail`: file -> what happens to the next requests for
-it, first one first: "rate" (429 with Retry-After), "cut" (the connection ends in the middle), "error" (500).
+It stands in for the hub alone; the client is the real library. `fail`: file or ORG/NAME -> what happens to the next
+requests for it, first one first: "rate" (429 with Retry-After), "cut" (the connection ends in the middle), "error" (500).
+A repository whose name begins with `gated` tells what it has, and gives nothing.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class HubServer:
 
     def _info(self, request: BaseHTTPRequestHandler, name: str, revision: str | None) -> None:
         files = self.repositories.get(name)
+        if self.fail.get(name):
+            status, headers = {"rate": (429, {"RateLimit": '"api";r=0;t=0'}), "error": (500, {})}[self.fail[name].pop(0)]
+            _send(request, status, b"", headers)
+            return
         if files is None or revision not in (None, "main", COMMIT):
             code = "RepoNotFound" if files is None else "RevisionNotFound"
             _send(request, 404, b"{}", {"X-Error-Code": code})
@@ -84,6 +89,9 @@ class HubServer:
         content = self.repositories.get(name, {}).get(file)
         if content is None:
             _send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        if name.partition("/")[2].startswith("gated"):
+            _send(request, 403, b"", {"X-Error-Code": "GatedRepo"})
             return
         headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         trouble = self.fail[file].pop(0) if body and self.fail.get(file) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -9,8 +10,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
+from nemotron_recipes.artifacts import hub as hub_of_artifacts
+from nemotron_recipes.errors import UserError
 from tests.helpers.hub_server import COMMIT, HubServer
 
 # The second is larger than what the client reads at a time.
@@ -23,7 +27,8 @@ LOCAL = "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sy
 
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
-    with HubServer({"org/model": FILES, "org/rows": {"data/train.jsonl": b"{}\n"}}) as server:
+    rows = {"data/train.jsonl": b"{}\n"}
+    with HubServer({"org/model": FILES, "org/rows": rows, "org/gated": FILES}) as server:
         yield server
 
 
@@ -43,9 +48,10 @@ def fetch(hub: HubServer, home: Path, *words: str, **environment: str) -> subpro
 
 
 def test_it_waits_resumes_and_is_whole_and_jobs_then_need_no_hub(hub: HubServer, tmp_path: Path) -> None:
-    hub.fail = {"model.safetensors": ["rate", "cut"]}
+    hub.fail = {"org/model": ["rate"], "model.safetensors": ["rate", "cut"]}
     done = fetch(hub, tmp_path, "org/model", "--json")
     assert done.returncode == 0, done.stderr
+    assert "trying again in 0 s" in done.stderr, "the hub's own time was not taken"
     (made,) = json.loads(done.stdout)
     assert made["reference"] == f"hf://org/model@{COMMIT}" and not hub.fail["model.safetensors"]
     assert {p.name: p.read_bytes() for p in Path(made["folder"]).iterdir()} == FILES
@@ -77,6 +83,7 @@ def test_data_sets_and_a_profiles_cache(hub: HubServer, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("org/none",), "the hub refuses org/none@main"),
+        (("org/gated",), "the hub refuses org/gated: "),
         (("org/model@nosuch",), "the hub refuses org/model@nosuch"),
         (("just-a-name",), "is no repository of the hub"),
         (("org/model", "--to", "x", "--run", "here"), "exclude each other"),
@@ -87,3 +94,17 @@ def test_what_can_not_be_fetched_is_a_wrong_request(
 ) -> None:
     done = fetch(hub, tmp_path, *words)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
+def test_what_waiting_does_not_mend_is_told_at_once(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake_download(name: str, **how: object) -> str:
+        raise OSError(number, os.strerror(number), str(tmp_path / "blobs"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake_download)
+    wanted = hub_of_artifacts.Repository("org/model", "model", COMMIT, {"config.json": 2})
+    with pytest.raises(UserError, match=os.strerror(number)) as caught:
+        hub_of_artifacts.fetch(wanted, tmp_path, lambda text: pytest.fail(f"it waits: {text}"))
+    assert "--to" in caught.value.problems[0].fix
