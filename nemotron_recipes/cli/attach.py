@@ -38,14 +38,14 @@ def attached(handle: JobHandle, as_json: bool, all_ranks: bool = False, quiet: b
     follower = Follower(run, rank=rank, bar=sys.stdout.isatty(), quiet=quiet or as_json)
     if not (as_json or quiet):
         click.echo(f"run {handle.run}")
-    with _stop_signals():
+    with stop_signals():
         try:
             lifecycle.watch(handle, (lambda outlook: None) if as_json else follower.poll)
         except (KeyboardInterrupt, BrokenPipeError) as reason:
             if lifecycle.detaches(handle):
                 if isinstance(reason, BrokenPipeError):  # nobody reads any more
                     raise
-                if isinstance(reason, HungUp) or not _asked_again(handle):
+                if not asked_again(reason, handle.run, f"nemotron runs logs -f {handle.run}"):
                     return INTERRUPTED
             with suppress(OSError):
                 click.echo("\nstopping the run ...", err=True)
@@ -76,11 +76,12 @@ def exit_code(view: RunView) -> int:
     return {"succeeded": 0, "cancelled": INTERRUPTED}.get(view.state, 1)
 
 
-def _asked_again(handle: JobHandle) -> bool:
-    """Say that the run goes on; whether Ctrl-C comes once more."""
-    name = handle.run
+def asked_again(reason: BaseException, name: str, come_back: str) -> bool:
+    """Say that a run or sweep that was left goes on; whether Ctrl-C comes once more."""
+    if isinstance(reason, HungUp):  # nobody is there who could
+        return False
     click.echo(f"\nleft: {name} goes on. Ctrl-C once more within {AGAIN_SECONDS:.0f} s cancels it", err=True)
-    click.echo(f"  come back  nemotron runs logs -f {name}\n  cancel     nemotron runs cancel {name}", err=True)
+    click.echo(f"  come back  {come_back}\n  cancel     nemotron runs cancel {name}", err=True)
     try:
         time.sleep(AGAIN_SECONDS)
     except HungUp:
@@ -91,7 +92,7 @@ def _asked_again(handle: JobHandle) -> bool:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[None]:
+def stop_signals() -> Iterator[None]:
     """A closed terminal or a SIGTERM ends the following as Ctrl-C does.
 
     Once: a terminal, its shell and `timeout` may all say it, and what was begun at the first must come to its end.

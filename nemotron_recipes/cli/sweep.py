@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import click
 from nemotron_recipes import lifecycle, sweep
 from nemotron_recipes.artifacts.records import RunView
 from nemotron_recipes.cli import plan_text, summary
+from nemotron_recipes.cli.attach import INTERRUPTED, asked_again, stop_signals
 from nemotron_recipes.cli.text import table
 from nemotron_recipes.errors import printable
 from nemotron_recipes.spec import JobHandle, Request
 
 LOOK_SECONDS = 1.0
-INTERRUPTED = 130
 
 
 def carry_out(request: Request, options: dict[str, Any]) -> int:
@@ -40,30 +41,20 @@ def carry_out(request: Request, options: dict[str, Any]) -> int:
 
 
 def _follow(found: sweep.Sweep, handles: list[JobHandle], as_json: bool, quiet: bool) -> int:
-    """Until all are over. Ctrl-C stops runs on this machine; those that a scheduler carries go on."""
+    """Until all are over. Ctrl-C stops runs on this machine; those that a scheduler carries go on, until it is pressed
+    once more."""
     folders = [Path(member.run_dir) for member in found.members]
-    said: dict[str, str] = {}
-    began = time.monotonic()
     try:
-        while True:
-            views = {view.id: view for view in lifecycle.load_all(folders)}
-            for member in found.members:
-                view = views.get(member.run)
-                if view is not None and said.get(view.id) != view.state:
-                    said[view.id] = view.state
-                    if not (as_json or quiet):
-                        click.echo(printable(f"{view.state:<10} {' '.join(member.values)}  {view.id}"))
-            if not any(view.state in sweep.GOES_ON for view in views.values()):
-                break
-            most = max([lifecycle.ask_seconds(view.handle) for view in views.values() if view.handle], default=0.0)
-            time.sleep(max(LOOK_SECONDS, min(most, (time.monotonic() - began) / 10)))
-    except KeyboardInterrupt:
-        stopped = [handle for handle in reversed(handles) if not lifecycle.detaches(handle)]  # those that wait first
-        if stopped:
+        with stop_signals():
+            views = _watched(found, folders, quiet=as_json or quiet)
+    except KeyboardInterrupt as reason:
+        left = [view.handle for view in lifecycle.load_all(folders) if view.handle and view.state in sweep.GOES_ON]
+        left = [handle for handle in left if lifecycle.detaches(handle)]
+        if left and not asked_again(reason, found.id, "nemotron runs watch, or the same command"):
+            return INTERRUPTED
+        with suppress(OSError):
             click.echo("\nstopping the runs ...", err=True)
-        else:
-            click.echo(f"\nleft: the runs go on. To stop them: nemotron runs cancel {found.id}", err=True)
-        for handle in stopped:
+        for handle in left or reversed(handles):  # those that wait first
             lifecycle.cancel(handle)
         return INTERRUPTED
     ended = [views[member.run] for member in found.members if member.run in views]
@@ -74,6 +65,24 @@ def _follow(found: sweep.Sweep, handles: list[JobHandle], as_json: bool, quiet: 
     if all(view.state == "succeeded" for view in ended):
         return 0
     return INTERRUPTED if all(view.state in ("succeeded", "cancelled") for view in ended) else 1
+
+
+def _watched(found: sweep.Sweep, folders: list[Path], quiet: bool) -> dict[str, RunView]:
+    """Say what has changed until no run goes on; the runs by name."""
+    said: dict[str, str] = {}
+    began = time.monotonic()
+    while True:
+        views = {view.id: view for view in lifecycle.load_all(folders)}
+        for member in found.members:
+            view = views.get(member.run)
+            if view is not None and said.get(view.id) != view.state:
+                said[view.id] = view.state
+                if not quiet:
+                    click.echo(printable(f"{view.state:<10} {' '.join(member.values)}  {view.id}"))
+        if not any(view.state in sweep.GOES_ON for view in views.values()):
+            return views
+        most = max([lifecycle.ask_seconds(view.handle) for view in views.values() if view.handle], default=0.0)
+        time.sleep(max(LOOK_SECONDS, min(most, (time.monotonic() - began) / 10)))
 
 
 def _ends(views: list[RunView]) -> str:

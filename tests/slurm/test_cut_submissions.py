@@ -19,6 +19,7 @@ from nemotron_recipes.rundir import RunDir, read_json, read_jsonl
 from tests.helpers import slurm, sshd
 from tests.helpers.cut_submission import STAGES
 from tests.helpers.plans import ROOT
+from tests.helpers.small_disk import small_disk
 
 pytestmark = [pytest.mark.slurm, pytest.mark.e2e]
 
@@ -154,13 +155,8 @@ def test_a_submission_over_ssh_that_is_broken(remote: Trials) -> None:
 @pytest.fixture
 def small_far(tmp_path: Path) -> Iterator[None]:
     """What `remote` submits to lies on a file system of 4 MiB."""
-    (tmp_path / "far").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path / "far")]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no small file system here, which needs root: {done.stderr.strip()}")
-    yield
-    subprocess.run(["umount", "--lazy", str(tmp_path / "far")], check=True)
+    with small_disk(tmp_path / "far", "4m"):
+        yield
 
 
 def test_a_disk_there_that_is_full_from_some_step_on(small_far: None, remote: Trials) -> None:

@@ -144,6 +144,12 @@ def test_ctrl_c_leaves_the_run_and_a_second_one_cancels_it(cluster: slurm.Cluste
     second.says("within 3 s")
     second.interrupt()
     assert "cancelled" in second.end(130)
+    sweep = Command(tmp_path, *words, "data.pack_size=128,256", "--multirun", "run.additional_parameters={hold: true}")
+    sweep.says("pending    data.pack_size=256")
+    sweep.interrupt()
+    sweep.says("within 3 s")
+    sweep.interrupt()
+    assert "stopping the runs" in sweep.end(130)
     assert cluster.run("squeue", "--noheader", "--states=PENDING,RUNNING", "--format=%i").stdout == ""
 
 

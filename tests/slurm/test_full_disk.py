@@ -18,6 +18,7 @@ from nemotron_recipes.worker.trl.checkpoints import checkpoint_to_resume, stagin
 from tests.helpers import slurm
 from tests.helpers.executor_harness import placement, wait_until_over
 from tests.helpers.plans import ROOT, plan_of, probe_stage, submit
+from tests.helpers.small_disk import small_disk
 from tests.helpers.training import events as worker_events
 from tests.helpers.training import losses, prepared, worker_file
 
@@ -27,40 +28,32 @@ EXECUTOR = SlurmExecutor()
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB: three checkpoints of the tiny model and what lies around them, not four."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no small file system here, which needs root: {done.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "small", "24m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.e2e
 def test_the_output_folder_fills_up_during_a_checkpoint(
-    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm.require()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = prepared(tmp_path / "data", "sft")
     sections: dict[str, Any] = {"evaluation": {"rows": 0}, "checkpoint": {"save_interval": 1, "keep": 100}}
-    path = worker_file(small_disk / "run" / "sft", data, **sections, train={"train_iters": 6})
+    path = worker_file(disk / "run" / "sft", data, **sections, train={"train_iters": 6})
     launch = Launch("nemotron_recipes.worker", ("--config", str(path)), {"train.yaml": path.read_text()})
     with slurm.cluster("--nodes=1", "--account=lab") as cluster:  # its nodes see what was mounted before
         for name, value in cluster.env.items():
             monkeypatch.setenv(name, value)
         stage = replace(probe_stage("sft", placement=placement(EXECUTOR)), launch=launch)
-        plan = plan_of(small_disk / "run", stage)
+        plan = plan_of(disk / "run", stage)
         handle, rendered = submit(EXECUTOR, plan)
         assert wait_until_over(EXECUTOR, handle, 180) == "ended"
-        view = load_run(small_disk / "run", EXECUTOR.liveness, EXECUTOR.settle)
-        folder = RunDir(small_disk / "run").stage("sft")
+        view = load_run(disk / "run", EXECUTOR.liveness, EXECUTOR.settle)
+        folder = RunDir(disk / "run").stage("sft")
         newest = latest_checkpoint(folder.checkpoints)
         assert newest is not None
         assert view.state == "failed"
@@ -72,10 +65,10 @@ def test_the_output_folder_fills_up_during_a_checkpoint(
         assert checkpoint_to_resume(None, folder.checkpoints, attempt=2) == newest
         assert not staging_folder(folder.checkpoints).exists()
 
-        subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
         handle = EXECUTOR.submit(plan, rendered)
         assert wait_until_over(EXECUTOR, handle, 180) == "ended"
-        assert load_run(small_disk / "run", EXECUTOR.liveness, EXECUTOR.settle).state == "succeeded"
+        assert load_run(disk / "run", EXECUTOR.liveness, EXECUTOR.settle).state == "succeeded"
         ready = next(event for event in worker_events(folder.path, 2) if event["event"] == "ready")
         assert ready["resume_from"] == str(newest)
         assert len(losses(folder.path)) == 6

@@ -26,6 +26,7 @@ from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm, sshd
 from tests.helpers.data_prep import bytes_of, chat, write_rows
 from tests.helpers.plans import ROOT
+from tests.helpers.small_disk import small_disk
 
 PREP = ("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40")
 
@@ -230,28 +231,20 @@ def test_a_login_node_without_slurm(laptop: Laptop, tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for next to nothing."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no small file system here, which needs root: {done.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "small", "64k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_folders_there_that_can_not_be_used(laptop: Laptop, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_there_that_can_not_be_used(laptop: Laptop, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submit = (*PREP, "--batch", "far")
-    laptop.profile(remote_job_dir=str(small_disk))
+    laptop.profile(remote_job_dir=str(disk))
     _, said = laptop.typed(monkeypatch, *submit, "--skip-preflight", code=2)  # it fills up while the run goes there
     assert "No space left on device" in said and "remote_job_dir" in said
-    (small_disk / "rest").write_bytes(b"x" * (shutil.disk_usage(small_disk).free))
+    (disk / "rest").write_bytes(b"x" * (shutil.disk_usage(disk).free))
     _, said = laptop.typed(monkeypatch, *submit, code=2)
-    assert f"no room is left below {small_disk}" in said and "remote_job_dir" in said
+    assert f"no room is left below {disk}" in said and "remote_job_dir" in said
     laptop.profile(remote_job_dir="/proc/nemotron")
     _, said = laptop.typed(monkeypatch, *submit, "--skip-preflight", code=2)
     assert "/proc/nemotron" in said
