@@ -1,8 +1,8 @@
 """A hub on this machine that speaks the few calls of huggingface_hub, and can fail on purpose.
 
 It stands in for the hub alone; the client is the real library. `fail`: file or ORG/NAME -> what happens to the next
-requests for it, first one first: "rate" (429 with Retry-After), "cut" (the connection ends in the middle), "error" (500).
-A repository whose name begins with `gated` tells what it has, and gives nothing.
+requests for it, first one first: "rate" (429, and how long to wait), "cut" (the connection ends in the middle; files
+alone), "error" (500). A repository whose name begins with `gated` tells what it has, and gives nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class HubServer:
     def _info(self, request: BaseHTTPRequestHandler, name: str, revision: str | None) -> None:
         files = self.repositories.get(name)
         if self.fail.get(name):
-            status, headers = {"rate": (429, {"RateLimit": '"api";r=0;t=0'}), "error": (500, {})}[self.fail[name].pop(0)]
+            answers = {"rate": (429, {"RateLimit": '"api";r=0;t=0'}), "error": (500, {})}
+            status, headers = answers[self.fail[name].pop(0)]
             _send(request, status, b"", headers)
             return
         if files is None or revision not in (None, "main", COMMIT):
