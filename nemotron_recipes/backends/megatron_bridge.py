@@ -256,3 +256,36 @@ def _schema_problems(config: Tree) -> Iterator[Problem]:
         yield Problem(what, "backend.native.mixed_precision", "leave it out, or model.dtype=bfloat16")
     yield from native.unknown_keys(schema, given, native.keys(SCHEMAS))
     yield from schema.problems(given)
+    yield from _recipe_problems(config, schema, schema.content["recipes"].get(recipe, {}).get("sections"))
+
+
+def _recipe_problems(config: Tree, schema: NativeSchema, sections: Tree | None) -> Iterator[Problem]:
+    """What the named recipe has no place for. sections: its own, where they are known."""
+    if sections is None:
+        return
+    recipe, given = config["backend"]["native"]["recipe"], config["backend"]["native"]
+    adapters = config["peft"] is not None
+    if not adapters and sections.get("peft"):
+        what = f"{recipe} trains adapters, and none are asked for"
+        yield Problem(what, "backend.native.recipe", "+peft.dim=32, or a recipe without them")
+    for name in sorted({*given, *(("peft",) if adapters else ())} & schema.content["sections"].keys()):
+        if name == "dataset" and config["method"] == "sft":  # the worker makes it
+            classes = schema.content["classes"].keys() & {"FinetuningDatasetConfig", "GPTSFTDatasetConfig"}
+        elif sections.get(name) is None:
+            fix = f"a recipe that has one: {', '.join(_with(schema, name))}" if _with(schema, name) else "leave it out"
+            where = f"backend.native.{name}" if name in given else name
+            yield Problem(f"{recipe} has no section '{name}' to change", where, fix)
+            continue
+        else:
+            classes = {sections[name]["class"]} if isinstance(sections[name], dict) else set()
+        known = {key for cls in classes for key in schema.of_class(name, cls)}
+        for key in native.flat({name: given[name]}, native.keys(SCHEMAS)) if classes and name in given else ():
+            if key in schema.fields and key not in known:
+                what = f"{', '.join(sorted(classes))} of {recipe} has no '{key}'"
+                yield Problem(what, f"backend.native.{key}", nearest(key, known))
+
+
+def _with(schema: NativeSchema, section: str) -> list[str]:
+    """The recipes that have such a section."""
+    recipes = schema.content["recipes"]
+    return [name for name in schema.recipes if recipes[name].get("sections", {}).get(section)]

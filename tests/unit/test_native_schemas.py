@@ -13,6 +13,7 @@ from nemotron_recipes.planning.validate import validate
 ROOT = Path(__file__).parents[2]
 CATALOG = Catalog((package_root(),))
 NANO = "recipe/nano3/sft/default"
+LORA = "recipe/nano3/sft/lora"
 RL = "recipe/nano3/rl/nemo-rl"
 GYM = "recipe/nano3/rl/nemo-gym"
 DPO = "recipe/nano3/dpo/nemo-rl"
@@ -97,8 +98,13 @@ def problems_of(path, *overrides, nproc=16):
         (NANO, ("data.pack_size=null",), "data.pack_size=4096"),
         (NANO, ("checkpoint.pretrained_checkpoint=null",), "none is named"),
         (NANO, ("evaluation.rows=5",), "evaluation.rows=0"),
-        (NANO, ("+peft.target_modules=[q_proj]",), "Megatron calls it linear_qkv"),
-        (NANO, ("+peft.target_modules=[linear_qvk]",), "did you mean 'linear_qkv'"),
+        (LORA, ("peft.target_modules=[q_proj]",), "Megatron calls it linear_qkv"),
+        (LORA, ("peft.target_modules=[linear_qvk]",), "did you mean 'linear_qkv'"),
+        (LORA, ("peft=null",), "nemotron_3_nano_peft_config trains adapters, and none are asked for"),
+        (NANO, ("+peft={dim: 8, target_modules: [linear_qkv]}",), "sft_config has no section 'peft' to change"),
+        (NANO, ("+backend.native.comm_overlap.tp_comm_overlap=true",), "a recipe that has one: nemotron_3_nano_pretr"),
+        (NANO, ("+backend.native.model.encoder_num_layers=3",), "Nemotron3NanoProvider of nemotron_3_nano_sft_config"),
+        (NANO, ("+backend.native.dataset.blend=[x]",), "FinetuningDatasetConfig of nemotron_3_nano_sft_config has no"),
         (
             ULTRA,
             ("+parallel.expert_tensor_parallel_size=2", "parallel.expert_model_parallel_size=16"),

@@ -45,6 +45,12 @@ class NativeSchema:
                 self._add(section, name, found, depth=0)
         return found
 
+    def of_class(self, section: str, name: str) -> dict[str, list[Tree]]:
+        """As `fields`, of a section that is of that one class."""
+        found: dict[str, list[Tree]] = {}
+        self._add(section, name, found, depth=0)
+        return found
+
     def problems(self, native: Tree, prefix: str = "backend.native.") -> Iterator[Problem]:
         """Values of the wrong type, words that are no choice; where any name is taken, slips for a known one."""
         for key, value in _leaves(native, self.fields):
