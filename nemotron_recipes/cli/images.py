@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,38 +55,42 @@ def list_images(as_json: bool) -> None:
 @images.command("check")
 @click.argument("references", nargs=-1, metavar="[IMAGE]...")
 @click.option("--arch", metavar="NAME", help="amd64 or arm64; this machine's, unless you say another, or any.")
+@click.option("--accept", is_flag=True, help="Keep the digests of now, where the project's own file has others.")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
-def check(references: tuple[str, ...], arch: str | None, as_json: bool) -> None:
-    """Ask the registries: does each image exist, for this machine, and is it still the one that is listed?
+def check(references: tuple[str, ...], arch: str | None, accept: bool, as_json: bool) -> None:
+    """Ask the registries: does each image exist, for this machine, and is it still the one that is known?
 
-    Without IMAGE, all that are listed and come from a registry.
+    Without IMAGE, all that are listed and come from a registry. Where the list has no digest, the first one that is
+    seen goes into images.lock.json beside env.toml, and is held against from then on.
     """
-    from nemotron_recipes.executors.images import registry
-    from nemotron_recipes.executors.images.catalog import Image, differences, find, known_images, reference
+    from nemotron_recipes.executors.images import catalog, lock, registry
 
-    known = known_images()
-    if references:
-        chosen = [find(written, known) or Image(written, (), ()) for written in references]
-    else:
-        chosen = [image for image in known if not image.recipe]
+    chosen = references or tuple(image.reference for image in catalog.known_images() if not image.recipe)
     wanted = None if arch == "any" else arch or _this_machine()
     problems: list[Problem] = []
-    rows, tree = [], []
-    for image in chosen:
+    rows, tree, seen = [], [], {}
+    for written in chosen:
+        named, known = catalog.reference(written), catalog.listed(written) or catalog.Image(written, (), ())
         try:
-            found = registry.look_up(reference(image.reference))
+            found = registry.look_up(named)
         except UserError as error:
             problems += error.problems
             continue
-        problems += differences(image, found, wanted)
-        rows.append(
-            (image.reference, ", ".join(found.architectures), found.digest, "" if image.digest else "not listed")
-        )
-        tree.append({"image": image.reference, "digest": found.digest, "architectures": found.architectures})
+        if named.digest:  # that is the image, whatever its tag has become
+            known = replace(known, digest="", digest_from="")
+        elif not known.digest or (accept and known.digest_from == lock.NAME):
+            seen[lock.name_of(named)] = found.digest
+            known = replace(known, digest="", digest_from=lock.NAME if lock.file() else "nowhere")
+        problems += catalog.differences(known, found, wanted)
+        rows.append((written, ", ".join(found.architectures), found.digest, known.digest_from))
+        tree.append({"image": written, "digest": found.digest, "architectures": found.architectures})
+    changed = lock.keep(seen)
     if as_json:
         click.echo(json.dumps({"images": tree, "problems": [str(problem) for problem in problems]}, indent=2))
     elif rows:
-        click.echo(table(("IMAGE", "ARCHITECTURES", "DIGEST NOW", ""), rows))
+        click.echo(table(("IMAGE", "ARCHITECTURES", "DIGEST NOW", "KNOWN FROM"), rows))
+    if changed:
+        click.echo(f"kept in {changed}: a moved tag will show", err=True)
     if problems:
         raise UserError(*problems)
 
@@ -160,13 +165,17 @@ def _seen_from(where: Transport, written: str) -> Found:
 
 
 def _refuse_another(written: str, found: Found, machine: str) -> None:
-    """UserError: it is not the image that is listed, or none for that machine."""
+    """UserError: it is not the image that is known, or none for that machine. Else its digest is kept."""
     from nemotron_recipes.executors.images import catalog as catalogue
+    from nemotron_recipes.executors.images import lock
 
-    listed = catalogue.find(written, catalogue.known_images()) or catalogue.Image(written, (), ())
+    listed = catalogue.listed(written) or catalogue.Image(written, (), ())
     problems = [*catalogue.differences(listed, found, machine)]
     if problems:
         raise UserError(*problems)
+    named = catalogue.reference(written)
+    if not listed.digest and not named.digest:
+        lock.keep({lock.name_of(named): found.digest})
 
 
 def _refuse_mixed(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.config.tree import merge
+from nemotron_recipes.env_file import find_env_file
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.spec import Tree
 
@@ -59,20 +60,6 @@ class Environment:
             fix = nearest(name, self.profiles) or "add the profile to env.toml (an example stands in the project's own)"
             raise UserError(Problem(f"unknown profile '{name}'", where, fix))
         return self.profiles[name]
-
-
-def find_env_file(cwd: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """$NEMOTRON_ENV, else the first env.toml upwards from `cwd`."""
-    named = environ.get("NEMOTRON_ENV")
-    if named:
-        path = (cwd / os.path.expanduser(named)).absolute()
-        if not path.is_file():
-            raise UserError(Problem(f"$NEMOTRON_ENV names {named!r}, which is not a file", fix="unset it or mend it"))
-        return path
-    for folder in (cwd, *cwd.parents):
-        if (folder / "env.toml").is_file():
-            return folder / "env.toml"
-    return None
 
 
 def read_environment(cwd: Path | None = None, environ: Mapping[str, str] = os.environ) -> Environment:

@@ -26,6 +26,7 @@ AS_TAG = DIGEST.replace("@", ":")  # which enroot 3 takes as well
         ("me@example.org@nvcr.io#nvidia/nemo", "me@example.org@nvcr.io#nvidia/nemo"),
         ("nvcr.io/nvidia/nemo-rl:v0.4.0.nemotron_3_nano", "nvcr.io#nvidia/nemo-rl:v0.4.0.nemotron_3_nano"),
         # other registries
+        ("NVCR.io/nvidia/nemo:A", "nvcr.io#nvidia/nemo:A"),
         ("ghcr.io/org/team/image:v1", "ghcr.io#org/team/image:v1"),
         ("gitlab.example.org:5005/group/image:1", "gitlab.example.org:5005#group/image:1"),
         ("localhost/image", "localhost#image"),
@@ -61,6 +62,9 @@ def test_image(written: str, taken: str) -> None:
         ("nvcr.io/nvidia/nemo:a:b", "no image"),
         ("nvcr.io/nvidia/nemo@sha256:abc", "no image"),
         ("nvcr.io//nemo", "no image"),
+        (f"nvcr.io/nvidia/nemo:1@sha512:{'a' * 128}", "no image"),
+        (f"nvcr.io/nvidia/nemo:{'a' * 129}", "no image"),
+        ("docker://me:hunter2@nvcr.io/nvidia/nemo:1", "^an image is named with a password$"),
         ("nvcr.io#", "no image"),
         ("nemo.sqsh", "relative path"),
         ("images/nemo.sqsh", "relative path"),

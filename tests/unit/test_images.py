@@ -21,6 +21,7 @@ from nemotron_recipes import image_list
 from nemotron_recipes.backends import REGISTRY as BACKENDS
 from nemotron_recipes.backends.data_prep import IMPORTS as DATA_PREP
 from nemotron_recipes.backends.trl import IMPORTS as TRL
+from nemotron_recipes.cli import main
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors.docker.control import Docker
 from nemotron_recipes.executors.images import catalog, check
@@ -57,6 +58,7 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)  # no project: nothing is kept
     for name in ("NGC_API_KEY", "DOCKER_CONFIG", "ENROOT_CONFIG_PATH", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -227,6 +229,36 @@ def test_check_on_the_command_line(public: Registry, tmp_path: Path) -> None:
     assert "nvcr.io/nvidia/nemo:26.04.00" in nemotron(tmp_path, "images", "list")
 
 
+def test_a_digest_that_nobody_lists_is_kept_with_the_project(
+    public: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one that is seen; a tag that moves afterwards is said before anything is queued."""
+    (tmp_path / "project" / "below").mkdir(parents=True)
+    (tmp_path / "project" / "env.toml").touch()
+    monkeypatch.chdir(tmp_path / "project" / "below")
+    name, kept = f"{public.host}/team/kept:1", tmp_path / "project" / "images.lock.json"
+
+    def look(*words: str, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main.main(["images", "check", name, "--arch", "any", *words])
+        out, err = capsys.readouterr()
+        assert ended.value.code == code, err
+        return out + err
+
+    first = public.put_image("team/kept", "1", "amd64", note="first")
+    assert str(kept) in look() and json.loads(kept.read_text())[name]["digest"] == first
+    assert "images.lock.json" in look() and first not in told(check.of_registry(name, ("amd64",), "", False))[1]
+    second = public.put_image("team/kept", "1", "amd64", note="second")
+    said = look(code=2)
+    assert f"was {first}, and is {second} now" in said and f"nemotron images check --accept {name}" in said
+    refused, _ = told(check.of_registry(name, ("amd64",), "stage sft", False))
+    assert f"images.lock.json has {first}, this is {second}" in refused
+    assert json.loads(kept.read_text())[name]["digest"] == first
+    assert str(kept) in look("--accept") and told(check.of_registry(name, ("amd64",), "", False)) == ("", "")
+    kept.write_text("[]")
+    assert "can't be read" in look(code=2)
+
+
 def test_an_import_carries_the_digest_in_its_name(public: Registry, tmp_path: Path, fake_enroot: Path) -> None:
     for note in ("first", "second", "second"):
         digest = public.put_image("team/import", "1", "amd64", "arm64", note=note)
@@ -351,7 +383,7 @@ def test_what_is_said_of_an_image_of_docker(
     assert f"in its registry it is for {other}, not for {HERE}" in look(f"{public.host}/team/pulled:other")[0]
     assert "there is no image" in look(f"{public.host}/team/pulled:no")[0]
     assert look(f"{public.host}/team/pulled:no", offline=True)[0].count("is not on this machine") == 1
-    pulled = nemotron(ROOT, "images", "import", name, "--docker").splitlines()[-1]
+    pulled = nemotron(Path.cwd(), "images", "import", name, "--docker").splitlines()[-1]
     assert pulled == f'container_image = "{name}@{first}"'
     assert look(f"{name}@{first}") == ("", ""), "as the line says that was printed"
     docker_daemon.docker("pull", "--quiet", name)

@@ -11,12 +11,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemotron_recipes import image_list
 from nemotron_recipes.errors import JobFailed, Problem, UserError, nearest
-from nemotron_recipes.executors.images import importing
+from nemotron_recipes.executors.images import importing, lock
 from nemotron_recipes.executors.images.enroot import Reference, Unusable, parse_reference
 from nemotron_recipes.executors.images.registry import Found
 from nemotron_recipes.executors.remote import transport
@@ -38,6 +38,7 @@ class Image:
     nearest: Tree = field(default_factory=dict)
     recipe: str = ""
     sources: Tree = field(default_factory=dict)
+    digest_from: str = "containers/images.toml"  # or the project's own file (lock.py)
 
 
 def known_images(file: Path | None = None) -> tuple[Image, ...]:
@@ -68,6 +69,15 @@ def find(written: str, images: Sequence[Image]) -> Image | None:
     return None
 
 
+def listed(written: str) -> Image | None:
+    """The same of all that is known of it: with the digest that the project keeps, where the list has none."""
+    found, name = find(written, known_images()), lock.name_of(reference(written))
+    kept = "" if found and found.digest else lock.digests().get(name, "")
+    if not kept:
+        return found
+    return replace(found or Image(name, (), ()), digest=kept, digest_from=lock.NAME)
+
+
 def find_or_none(written: str, images: Sequence[Image]) -> Image | None:
     """The same; None as well for what names no image of a registry: a file, an id, one of the node's own daemon."""
     try:
@@ -89,7 +99,9 @@ def differences(image: Image, found: Found, architecture: str | None) -> Iterato
     name = image.reference
     if image.digest and image.digest != found.digest:
         what = f"the tag has moved: {name} was {image.digest}, and is {found.digest} now"
-        yield Problem(what, "images.toml", f"use {name}@{image.digest}, or look at what changed and pin anew")
+        fix = f"use {name}@{image.digest}, or look at what changed and pin anew"
+        accept = "" if image.digest_from != lock.NAME else f": nemotron images check --accept {name}"
+        yield Problem(what, image.digest_from, f"{fix}{accept}")
     gone = sorted(set(image.architectures) - set(found.architectures))
     if gone:
         yield Problem(f"{name} is not there for {', '.join(gone)}", "images.toml", "mend architectures")

@@ -1,8 +1,8 @@
 """What is said of a stage's image before anything is queued: is it there, for this machine, and still the one it was?
 
-Three places know something: containers/images.toml, the registry, and what is on this machine already. Where a profile
-names a digest, that is the image, whatever its tag has become, and only its being there and its architecture are asked
-for. A problem with `refuses=False` is told, and the run goes on.
+Four places know something: containers/images.toml, images.lock.json of the project, the registry, and what is on this
+machine already. Where a profile names a digest, that is the image, whatever its tag has become, and only its being
+there and its architecture are asked for. A problem with `refuses=False` is told, and the run goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ANSWER_SECONDS = 5.0  # a registry that takes longer is not waited for: many log
 def of_docker(written: str, here: dict[str, Any] | None, machine: str, where: str, offline: bool) -> Iterator[Problem]:
     """`here`: what docker says of the image, None where it has none; machine: its architecture, as docker says it."""
     image, wanted = _reference(written), architecture(machine)
-    listed = catalog.find(written, catalog.known_images()) if image else None
+    listed = catalog.listed(written) if image else None
     if here is None:
         yield from _not_here(written, image, listed, wanted, where, offline)
         return
@@ -38,7 +38,7 @@ def of_docker(written: str, here: dict[str, Any] | None, machine: str, where: st
         return
     if listed and listed.digest:
         if listed.digest not in pulled:
-            yield _moved(written, listed.digest, pulled[0], where, _pinned(image, listed.digest))
+            yield _moved(written, listed, pulled[0], where, _pinned(image, listed.digest))
         return
     try:
         found, why = _ask(image, offline)
@@ -56,7 +56,7 @@ def of_registry(written: str, machines: Collection[str], where: str, offline: bo
     image = _reference(written)
     if image is None:
         return
-    listed = catalog.find(written, catalog.known_images())
+    listed = catalog.listed(written)
     try:
         found, why = _ask(image, offline)
     except registry.Absent as error:
@@ -67,7 +67,7 @@ def of_registry(written: str, machines: Collection[str], where: str, offline: bo
     if image.digest:
         return
     if listed and listed.digest and found and listed.digest != found.digest:
-        yield _moved(written, listed.digest, found.digest, where, _pinned(image, listed.digest))
+        yield _moved(written, listed, found.digest, where, _pinned(image, listed.digest))
     elif not (listed and listed.digest) or why:
         digest = found.digest if found else listed.digest if listed else ""
         fix = _pin(image, digest, "pins it") if digest else f"nemotron images check {written}"
@@ -119,8 +119,9 @@ def _misfit(name: str, has: Collection[str], machines: Collection[str], where: s
         yield Problem(what, where, "choose an image for these nodes")
 
 
-def _moved(written: str, listed: str, now: str, where: str, pinned: str) -> Problem:
-    what = f"{written} is not the image that is listed: containers/images.toml has {listed}, this is {now}"
+def _moved(written: str, listed: catalog.Image, now: str, where: str, pinned: str) -> Problem:
+    known = f"{listed.digest_from} has {listed.digest}"
+    what = f"{written} is not the image that is listed: {known}, this is {now}"
     return Problem(what, where, f'set container_image = "{pinned}", or look at what changed and pin that one')
 
 

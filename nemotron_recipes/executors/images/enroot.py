@@ -24,7 +24,7 @@ MOUNT_OPTIONS = {
 
 _HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
 _REPOSITORY = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*"
-_TAG = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+_TAG = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 _REGISTRY = r"[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]+)?"
 _DIGEST = r"sha256:[0-9a-f]{64}"
 
@@ -101,17 +101,21 @@ def parse_reference(written: str) -> Reference:
     body, at, digest = re.sub(rf":({_DIGEST})$", r"@\1", rest).partition("@sha256:")
     digest = f"{at}{digest}"
     user, at, body = body.rpartition("@")
+    if ":" in user and "/" not in user:  # not shown: it may be one
+        raise Unusable("an image is named with a password", "leave it out: docker login, or enroot's .credentials")
     registry, separator, repository = body.partition("#")
     if not separator:
         registry, separator, repository = body.partition("/")
         # As docker tells a registry from a part of the repository's name.
         if not separator or not (registry == "localhost" or re.search(r"[.:]", registry)):
             registry, repository = "", body
+    registry = registry.lower()
     if registry in _HUB:  # older versions of enroot know it by no name
         registry = ""
     found = re.fullmatch(rf"({_REPOSITORY})(?::({_TAG}))?", repository)
     if (
         not found
+        or "/" in user
         or not re.fullmatch(rf"(?:@{_DIGEST})?", digest)
         or (registry and not re.fullmatch(_REGISTRY, registry))
     ):
