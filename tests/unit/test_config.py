@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,7 @@ def folded(composed: Composed) -> dict:
     """The layers laid on one another, with what they remove taken out."""
     tree: dict = {}
     for layer in composed.layers:
-        tree = merge(tree, layer.tree)
+        tree = merge(tree, deepcopy(layer.tree))  # layers are read once, for all who compose
         for key in layer.removed:
             *path, last = key.split(".")
             node = tree
