@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from nemotron_recipes.artifacts import staging
+from nemotron_recipes.artifacts import aliases, staging
 from nemotron_recipes.artifacts.staging import Staged
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.fsio import fsync_folder, fsync_tree, tree_digest, write_atomic
@@ -87,7 +87,7 @@ class Store:
     def aliases(self, name: str) -> dict[str, int]:
         """The user's aliases of a name and the versions that they mean."""
         folder = self.root / name / ".aliases"
-        return {alias: _read_alias(folder.parent, alias) for alias in _listdir(folder) if _NAME.fullmatch(alias)}
+        return {alias: aliases.read(folder.parent, alias) for alias in _listdir(folder) if _NAME.fullmatch(alias)}
 
     def describe(self, artifact: Artifact) -> Tree:
         """The manifest of a registered version."""
@@ -179,8 +179,16 @@ class Store:
         if alias == LATEST or _VERSION.fullmatch(alias):
             raise UserError(Problem(f"'{alias}' can't be an alias", fix="'latest' and v1, v2, ... have their meaning"))
         self.resolve(f"{name}:v{version}")
-        write_atomic(self.root / name / ".aliases" / alias, _alias_line(name, alias, version))
-        fsync_folder(self.root / name)
+        aliases.write(self.root / name, alias, version)
+
+    def unalias(self, name: str, alias: str) -> None:
+        """`NAME:ALIAS` means nothing from now on. UserError: it never did."""
+        check_name(name)
+        known = _listdir(self.root / name / ".aliases")
+        if alias not in known:
+            fix = nearest(alias, known) or (f"it has: {', '.join(known)}" if known else "")
+            raise UserError(Problem(f"'{name}' has no alias '{alias}'", self.named, fix))
+        aliases.remove(self.root / name, alias)
 
     def rebuild_index(self) -> int:
         """Write the index entries of every version anew (a store that was copied without its index); their number."""
@@ -309,19 +317,3 @@ def _entries(folder: str | Path) -> list[str]:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _alias_line(name: str, alias: str, version: int) -> str:
-    """Its end stands for the rest: a changed digit would silently name another version."""
-    check = sha256_text(f"{name}:{alias}=v{version}").removeprefix("sha256:")[:12]
-    return f"v{version} {check}\n"
-
-
-def _read_alias(home: Path, alias: str) -> int:
-    path = home / ".aliases" / alias
-    text = path.read_text(encoding="utf-8", errors="replace")
-    found = re.fullmatch(r"v([1-9][0-9]*)( [0-9a-f]{12})?\n", text)  # without its end: from before there was one
-    if not found or (found[2] and text != _alias_line(home.name, alias, int(found[1]))):
-        fix = "name it once more with nemotron artifacts alias"
-        raise Damaged(path, f"nobody knows what {home.name}:{alias} is", fix=fix)
-    return int(found[1])

@@ -106,8 +106,7 @@ def native_tree(stage: StageSpec) -> Tree:
         "checkpointing.metric_name": None,
         "logger.log_dir": str(folder.path / "nemo_rl"),
         "logger.tensorboard_enabled": True,
-        # The mirror sends metrics.jsonl. NeMo-RL would wait for W&B, and upload the sources and diffs of its folder.
-        "logger.wandb_enabled": False,
+        "logger.wandb_enabled": False,  # the worker points it at the stage's W&B run, offline, where there is one
         "cluster.num_nodes": nodes,
         "cluster.gpus_per_node": stage.nproc // nodes,
     }

@@ -73,7 +73,7 @@ _OWNED = {
     "save_only_model": "a checkpoint must be resumable",
     "eval_strategy": "use train.eval_interval",
     "logging_strategy": "use train.log_interval",
-    "report_to": "metrics.jsonl is the record",
+    "report_to": "metrics.jsonl is the record; only none, or wandb for TRL's own log in the stage's W&B run",
     "disable_tqdm": "the worker writes its own progress",
     "remove_unused_columns": "the worker makes the batches",
     "train_sampling_strategy": "the order of the data follows from train.seed",
@@ -83,6 +83,7 @@ _OWNED = {
     "push_to_hub": "outputs go to the artifact store",
     "logging_nan_inf_filter": "a loss that isn't a number must be seen",
 }
+_REPORTERS = ("none", "wandb")
 # ... for SFT alone, where data prep has rendered, tokenised and packed already.
 _OWNED_BY_DATA_PREP = (
     *("dataset_kwargs", "dataset_num_proc", "dataset_text_field", "packing", "packing_strategy", "eval_packing"),
@@ -271,7 +272,7 @@ def _model_problems(config: Tree) -> Iterator[Problem]:
 
 def _native(config: Tree, types: dict[str, str]) -> Iterator[Problem]:
     for key, value in config["backend"]["native"].items():
-        if key in _OWNED:
+        if key in _OWNED and not (key == "report_to" and value in _REPORTERS):
             yield Problem(f"backend.native.{key} can't be set: {_OWNED[key]}", fix="leave it out")
         elif config["method"] == "sft" and key in _OWNED_BY_DATA_PREP:
             yield Problem(f"backend.native.{key} can't be set: data prep has done this", fix="leave it out")

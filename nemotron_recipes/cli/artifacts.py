@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 
 from nemotron_recipes.artifacts.lineage import RENDERERS
 from nemotron_recipes.artifacts.lineage import lineage as read_lineage
+from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.cli import stores
 from nemotron_recipes.cli.stores import PROFILE, store_of
 from nemotron_recipes.cli.text import ago, short, size, table, write_page
@@ -94,15 +96,35 @@ def show(name: str, verify: bool, profile: str | None, as_json: bool) -> None:
 @artifacts.command()
 @NAME
 @click.argument("alias")
-def alias(name: str, alias: str) -> None:
+@click.option("--delete", is_flag=True, help="Let NAME:ALIAS mean nothing any more.")
+def alias(name: str, alias: str, delete: bool) -> None:
     """Let NAME:ALIAS mean this version from now on."""
     store = store_of(None)
     artifact = store.resolve(name)
-    store.alias(artifact.name, alias, artifact.version or 0)
+    had = _meant(store, artifact.name, alias)
+    if delete:
+        store.unalias(artifact.name, alias)
+    else:
+        store.alias(artifact.name, alias, artifact.version or 0)
+    for version in [artifact, *had] if not delete else had:
+        _tell_wandb(version)
+    no_longer = [f"v{version.version}" for version in had if delete or version.version != artifact.version]
+    lines = [] if delete else [f"{artifact.name}:{alias} is v{artifact.version}"]
+    click.echo(", ".join([*lines, *(f"{artifact.name}:{alias} is no longer {was}" for was in no_longer)]))
+
+
+def _meant(store: Store, name: str, alias: str) -> list[Artifact]:
+    """The version that an alias means so far; none where it is new, damaged, or its version is gone."""
+    with suppress(UserError):
+        return [store.resolve(f"{name}:{alias}")] if alias in store.aliases(name) else []
+    return []
+
+
+def _tell_wandb(artifact: Artifact) -> None:
+    """The run that made a version has something to be told: its aliases are others."""
     output = read_environment().output
     if artifact.producer and Journal(output / "runs" / artifact.producer.run).target is not None:
         mark(output, artifact.producer.run)
-    click.echo(f"{artifact.name}:{alias} is v{artifact.version}")
 
 
 @artifacts.command()
@@ -112,6 +134,9 @@ def sync(output: Path | None, as_json: bool) -> int:
     """Tell W&B what it doesn't know yet of runs that [wandb] of env.toml mirrors."""
     from nemotron_recipes import lifecycle
 
+    if output is not None and not output.is_dir():
+        fix = "the folder that holds runs/ and store/, as [artifacts] output of env.toml names it"
+        raise UserError(Problem(f"--output {output}: there is no such folder", "command line", fix))
     outcomes = lifecycle.mirror(output or read_environment().output)
     if as_json:
         click.echo(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))

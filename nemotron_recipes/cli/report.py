@@ -31,7 +31,7 @@ from nemotron_recipes.spec import Artifact
 def report(name: str, since: str | None, output: Path, profile: str | None) -> None:
     """Write report.md (results, curves, data, config, environment, lineage), or release-notes.md with --since."""
     from nemotron_recipes.report import document
-    from nemotron_recipes.report.plots import draw_metrics, has_metrics
+    from nemotron_recipes.report.plots import draw_metrics, metric_names
 
     environment = read_environment()
     store = store_of(profile)
@@ -44,7 +44,7 @@ def report(name: str, since: str | None, output: Path, profile: str | None) -> N
         notes = document.release_notes(store, old, artifact, (_run_of(environment, old), view))
         write_page(output / "release-notes.md", notes)
         return
-    curves = view is not None and has_metrics([view])
+    curves = view is not None and bool(metric_names([view]))
     text = document.report(store, artifact, lineage(store, artifact), view, curves)
     if view is not None and curves:
         write_page(output / document.CURVES, draw_metrics([view]))

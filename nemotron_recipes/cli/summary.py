@@ -13,7 +13,8 @@ from nemotron_recipes.artifacts.stages import StageView
 from nemotron_recipes.cli.text import duration
 from nemotron_recipes.config.tree import flatten
 from nemotron_recipes.errors import printable
-from nemotron_recipes.rundir import RunDir, latest_checkpoint
+from nemotron_recipes.mirror.journal import Journal
+from nemotron_recipes.rundir import Damaged, RunDir, latest_checkpoint
 
 # result name of a stage's measurement -> how it is told; each has a value before and after training
 MEASURES = {"exact_match": "held-out exact match", "preference_accuracy": "held-out preference accuracy"}
@@ -57,6 +58,7 @@ def describe(view: RunView, differences: Sequence[str] = ()) -> str:
     lines = [f"{view.id}  {view.state}", f"  command  nemotron {view.title} {given}".rstrip()]
     lines.append(f"  created  {view.created}")
     lines.append(f"  folder   {view.path}")
+    lines += _mirrored(view)
     lines += [f"  note     {sentence}" for sentence in differences]
     if view.explanation and not view.stages:
         lines.append(f"  {view.explanation}")
@@ -99,6 +101,25 @@ def as_tree(view: RunView) -> dict[str, Any]:
 def curve(view: RunView, stage: StageView) -> Path:
     """Where a stage's loss curve lies, if it has one."""
     return RunDir(Path(view.path)).stage(stage.name).curves
+
+
+def _mirrored(view: RunView) -> list[str]:
+    """What W&B knows of the run, where it is mirrored there."""
+    journal = Journal(Path(view.path))
+    try:
+        target = journal.target
+        if target is None:
+            return []
+        count, left, why = len(journal.entries()), len(journal.missing()), journal.last_failure()
+        left_out = sorted({key for entry in journal.done().values() for key in entry.get("left_out", ())})
+    except Damaged as error:
+        return [f"  W&B      {error}"]
+    where = f"{target.entity or 'your default entity'}/{target.project}, group {view.id}"
+    told = f"all told ({count})" if not left else f"{count - left} of {count} told{f': {why}' if why else ''}"
+    lines = [f"  W&B      {where}: {told if count else 'nothing has started yet'}"]
+    if left_out:
+        lines.append(f"  W&B      not sent, of what the trainer logged: {', '.join(left_out)}")
+    return lines
 
 
 def _stage(view: RunView, stage: StageView) -> list[str]:

@@ -55,6 +55,11 @@ class Journal:
         return self.folder / "done.jsonl"
 
     @property
+    def idle_file(self) -> Path:
+        """Touched by who tells W&B whenever all that is known so far has been told."""
+        return self.folder / "idle"
+
+    @property
     def target(self) -> Target | None:
         """None: this run isn't mirrored."""
         tree = read_json(self.folder / "target.json")

@@ -8,6 +8,7 @@ wandb is imported in such a process alone. It prints one JSON object: {version, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,10 +22,12 @@ from typing import Any
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import JobFailed, Problem, UserError, printable
 from nemotron_recipes.fsio import tree_digest
+from nemotron_recipes.mirror.lease import Lease
 from nemotron_recipes.redact import scrub, secret_values
 from nemotron_recipes.spec import Artifact, Producer, Tree
 
 REFERENCE = re.compile(r"[\w.-]+/[\w.-]+/[\w.-]+:[\w.-]+")
+OTHER = {"data": "model", "model": "dataset"}  # kind here -> a type in W&B that it can't be
 DESCRIBE_SECONDS = 60.0
 DOWNLOAD_SECONDS = 24 * 3600.0
 POLL_SECONDS = 1.0
@@ -38,6 +41,8 @@ def describe(reference: str, kind: str) -> Artifact:
     if "error" in said:
         fix = "is WANDB_API_KEY set, and the name right? Or plan with --offline, which pins nothing"
         raise UserError(Problem(f"wandb:{reference}: {said['error']}", fix=fix))
+    if said["type"] == OTHER.get(kind):
+        raise UserError(Problem(f"wandb:{reference} is a {said['type']} in W&B, and a {kind} is wanted here"))
     name = reference.partition(":")[0]
     return Artifact("wandb", kind, name, revision=said["version"], digest=said["digest"])
 
@@ -51,11 +56,25 @@ def ensure(store: Store, artifact: Artifact, download: bool) -> Artifact:
     until = time.monotonic() + DOWNLOAD_SECONDS
     while (found := store.find_output(producer)) is None:
         if download:
-            return _fetch(store, artifact, producer)
+            return _fetch_alone(store, artifact, producer)
         if time.monotonic() > until:
             raise JobFailed(f"{artifact.label} was not brought into the store by rank 0")
         time.sleep(POLL_SECONDS)
     return found
+
+
+def _fetch_alone(store: Store, artifact: Artifact, producer: Producer) -> Artifact:
+    """Of several runs that want it at a time one fetches it, and the others take what it has brought."""
+    place = store.root / ".incoming" / hashlib.sha256(artifact.identity.encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    lease = Lease(place, "")
+    if not lease.take(DOWNLOAD_SECONDS):
+        raise JobFailed(f"{artifact.label} was not brought into the store by another run: {place}")
+    lease.keep(lambda: None)  # taken over, it is there twice, which harms nobody
+    try:
+        return store.find_output(producer) or _fetch(store, artifact, producer)
+    finally:
+        lease.release()
 
 
 def _fetch(store: Store, artifact: Artifact, producer: Producer) -> Artifact:

@@ -1,4 +1,7 @@
-"""Start the replay of journals in processes of their own, and end those that get stuck. wandb is not imported here."""
+"""Start the replay of journals in processes of their own, and end those that get stuck. wandb is not imported here.
+
+python -m nemotron_recipes.mirror.sync RUN PID       beside a worker: while that process lives, and to the end of it
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,10 @@ from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RUN_ID_ENV, Damag
 STALL_SECONDS = 120.0  # without a new acknowledgement or traffic: the SDK itself would wait for days
 LEAST_TRAFFIC = 8192  # bytes a second, on average: an SDK that only asks again and again writes less
 PAUSE_SECONDS = 60.0  # between two attempts in the background
+WAIT_SECONDS = 60.0  # for another process that is at it; less than what counts as a stall
 BUSY = 3
 MODULE = "nemotron_recipes.mirror.replay"
+FOLLOWER = "nemotron_recipes.mirror.sync"
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,18 @@ class Outcome:
     why: str = ""
 
 
-def replay(run_dir: Path, stall: float = STALL_SECONDS, wait: bool = True) -> Outcome:
+def replay(run_dir: Path, stall: float = STALL_SECONDS, wait: bool = True, follow: int | None = None) -> Outcome:
     """Tell W&B what is missing of one run. Returns when all is told, or nothing more arrives: neither has anything been
     acknowledged for `stall` seconds nor, on Linux, have this process and the SDK's written LEAST_TRAFFIC.
 
     wait: for another process that is at it, such as the one beside a worker; it ends soon after the run.
+    follow: also tell what comes while that process lives.
     """
     journal = Journal(run_dir)
     before = len(journal.done())
+    arguments = [str(run_dir), *(["--wait", str(min(WAIT_SECONDS, stall / 2))] if wait else [])]
     with open(journal.folder / "replay.log", "ab") as log:
-        process = _start([str(run_dir), *(["--wait"] if wait else [])], log)
+        process = _start([*arguments, *(["--follow", str(follow)] if follow else [])], log)
     stuck = False
     try:
         stuck = not _wait(process, journal, stall)
@@ -51,12 +58,12 @@ def replay(run_dir: Path, stall: float = STALL_SECONDS, wait: bool = True) -> Ou
         _end_group(process)
     missing = journal.missing()
     told = len(journal.done()) - before
-    if process.returncode == BUSY:
-        return Outcome(run_dir.name, 0, len(missing))
     why = ""
     if stuck:
         at = f"{missing[0]['key']}: " if missing else ""
         why = f"{at}W&B did not answer for {stall:.0f} s"
+    elif process.returncode == BUSY:
+        why = "another process is telling W&B of it" if wait and missing else ""
     elif process.returncode:
         log_file = journal.folder / "replay.log"
         why = journal.last_failure() or f"its process ended with exit code {process.returncode}; see {log_file}"
@@ -137,7 +144,28 @@ def follow(run_dir: Path, pid: int, environ: Mapping[str, str] = os.environ) -> 
     """Beside a worker: tell W&B what comes while process `pid` lives. Nobody waits for it, nothing depends on it."""
     if Journal(run_dir).target is None or not can_reach(environ):
         return False
-    _detached(["-m", MODULE, str(run_dir), "--wait", "--follow", str(pid)], environ)
+    _detached(["-m", FOLLOWER, str(run_dir), str(pid)], environ)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Beside a worker. W&B that fails or hangs is tried again while the worker lives; later `artifacts sync` does."""
+    run_dir, pid = sys.argv[1:] if argv is None else argv
+    while (outcome := replay(Path(run_dir), follow=int(pid))).why and is_alive(int(pid)):
+        time.sleep(PAUSE_SECONDS)
+    return 1 if outcome.why else 0
+
+
+def is_alive(pid: int | None) -> bool:
+    """Whether a process of this machine lives; None: there is none to look for."""
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
     return True
 
 
@@ -192,22 +220,24 @@ def _wait(process: subprocess.Popen[bytes], journal: Journal, stall: float) -> b
 
 
 class Progress:
-    """What tells work from waiting: acknowledgements, and what the processes of a group write, sockets included."""
+    """What tells work from waiting for W&B: acknowledgements, a look at a run of which all is told so far, and what the
+    processes of a group write, sockets included."""
 
     def __init__(self, group: int, journal: Journal, stall: float, now: float):
         self.group, self.journal, self.stall = group, journal, stall
-        self.since, self.size, self.written = now, self._size(), written_by(group)
+        self.since, self.reached, self.written = now, self._reached(), written_by(group)
 
     def is_over(self, now: float) -> bool:
         """Whether there was none for `stall` seconds. now: as time.monotonic() has it."""
-        size, written = self._size(), written_by(self.group)
+        reached, written = self._reached(), written_by(self.group)
         grown = sum(count - self.written.get(pid, 0) for pid, count in written.items())
-        if size != self.size or grown >= LEAST_TRAFFIC * self.stall:
-            self.since, self.size, self.written = now, size, written
+        if reached != self.reached or grown >= LEAST_TRAFFIC * self.stall:
+            self.since, self.reached, self.written = now, reached, written
         return now - self.since > self.stall
 
-    def _size(self) -> int:
-        return self.journal.done_file.stat().st_size if self.journal.done_file.exists() else 0
+    def _reached(self) -> list[int]:
+        found = [path.stat() for path in (self.journal.done_file, self.journal.idle_file) if path.exists()]
+        return [number for stat in found for number in (stat.st_size, stat.st_mtime_ns)]
 
 
 def written_by(group: int) -> dict[int, int]:
@@ -226,3 +256,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

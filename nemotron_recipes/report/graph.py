@@ -12,8 +12,8 @@ from nemotron_recipes.errors import printable
 from nemotron_recipes.report.plots import drawing
 
 COLOURS = {"data": "#dcefd9", "model": "#dbe7f7", "run": "#f4f0e4", "tokenizer": "#eee4f2", "template": "#eee4f2"}
-WIDTH, HEIGHT, GAP_X, GAP_Y = 2.55, 0.62, 0.75, 0.28  # inches of a box, and between boxes
-LONGEST = 34  # characters a line in a box
+WIDTH, HEIGHT, GAP_X, GAP_Y = 2.5, 0.66, 0.5, 0.24  # inches of a box, and between boxes
+LONGEST = 32  # characters a line in a box
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def draw_graph(boxes: list[Box], edges: list[tuple[str, str]]) -> str:
             for number, line in enumerate(box.lines):
                 weight = "bold" if number == 0 else "normal"
                 place = (x + WIDTH / 2, y + HEIGHT / 2 - step * (number + 1))
-                axes.text(*place, _fit(line), ha="center", va="center", fontsize=7.5, weight=weight)
+                axes.text(*place, _fit(line), ha="center", va="center", fontsize=9.5, weight=weight)
         return as_element(figure)
 
 

@@ -16,20 +16,35 @@ from nemotron_recipes.artifacts.stages import StageView, tail
 from nemotron_recipes.errors import printable
 from nemotron_recipes.report import compare
 from nemotron_recipes.report.graph import Box, anchor, draw_graph, lineage_graph
-from nemotron_recipes.report.plots import draw_metrics, has_metrics
+from nemotron_recipes.report.plots import draw_metrics, metric_names
 from nemotron_recipes.spec import Artifact, Tree
 
 TAIL = 60  # lines of a log
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+PANELS = 9  # metrics that are seen at once; the others are folded up
 STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1.5em; color: #222; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; border-bottom: 1px solid #ddd; margin-top: 2em; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .15em 1em .15em 0; vertical-align: top; }
-th { font-weight: 600; color: #555; } td { overflow-wrap: anywhere; }
-pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: 12px; }
-.picture { overflow-x: auto; } svg { max-width: 100%; height: auto; } a { color: #1558b0; }
+:root { color-scheme: light dark; }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 88em; padding: 0 1.5em; color: #222;
+  background: #fff; }
+h1 { font-size: 1.5em; overflow-wrap: anywhere; }
+h2 { font-size: 1.15em; border-bottom: 1px solid #8884; margin-top: 2em; overflow-wrap: anywhere; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: .8em 0; }
+td, th { text-align: left; padding: .15em 1em .15em 0; vertical-align: top; min-width: 3em; }
+th { font-weight: 600; color: #666; white-space: nowrap; } td { overflow-wrap: break-word; max-width: 60em; }
+td:first-child, .narrow td { white-space: nowrap; } td:last-child { min-width: 14em; }
+.narrow td:last-child { min-width: 3em; }
+pre { background: #8881; padding: .8em; overflow-x: auto; font-size: 12px; }
+.picture { overflow-x: auto; background: #fff; border-radius: 6px; margin: .8em 0; } a { color: #1558b0; }
+svg { max-width: max(100%, 60em); height: auto; display: block; margin: auto; }
 .succeeded, .reused { color: #1a7f37; } .failed, .lost { color: #c62828; } .cancelled { color: #9a6700; }
-:target { background: #fff8d6; }
+:target { background: #ffd33d40; } summary { cursor: pointer; }
+@media (max-width: 40em) {
+  body { margin: 1em auto; padding: 0 .8em; } td { overflow-wrap: anywhere; } td:last-child { min-width: 10em; }
+}
+@media (prefers-color-scheme: dark) {
+  body { background: #16181c; color: #ddd; } th { color: #aaa; } a { color: #8ab4f8; }
+  .succeeded, .reused { color: #57c46f; } .failed, .lost { color: #ff7b72; } .cancelled { color: #e3b341; }
+}
 """
 
 
@@ -73,10 +88,14 @@ def run_page(view: RunView) -> str:
         parts.append(f"<pre>{_text(view.explanation)}</pre>")
     if view.stages:
         header = ("stage", "state", "attempts", "exit", "wall", "steps", "s/step", "tokens/s")
-        parts += [_table(header, [_stage_row(view, stage) for stage in view.stages])]
+        parts += [_table(header, [_stage_row(view, stage) for stage in view.stages], "narrow")]
         parts += ["<h2>Inputs, stages, outputs</h2>", _picture(draw_graph(*_run_graph(view)))]
-    if has_metrics([view]):
-        parts += ["<h2>Curves</h2>", _picture(draw_metrics([view]).decode())]
+    names = metric_names([view])
+    if names:
+        parts += ["<h2>Curves</h2>", _picture(draw_metrics([view], names=names[:PANELS]).decode())]
+    if len(names) > PANELS:
+        rest = _picture(draw_metrics([view], names=names[PANELS:]).decode())
+        parts.append(f"<details><summary>{len(names) - PANELS} more metrics</summary>{rest}</details>")
     for stage in view.stages:
         parts += _stage_parts(view, stage)
     return page(f"Run {view.id}", parts)
@@ -85,7 +104,8 @@ def run_page(view: RunView) -> str:
 def page(title: str, parts: Iterable[str]) -> str:
     """A whole page; `parts` are HTML."""
     head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{_text(title)}</title><style>{STYLE}</style>"
     )
     body = "\n".join([f"<h1>{_text(title)}</h1>", *parts])
@@ -172,10 +192,10 @@ def _rows(rows: Iterable[tuple[str, Any]], more: Sequence[str] = ()) -> str:
     return f"<table>{''.join([*found, *more])}</table>"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def _table(header: Iterable[str], rows: Iterable[Iterable[Any]], look: str = "") -> str:
     head = "".join(f"<th>{_text(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td{_state(cell)}>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<table{f' class={look}' if look else ''}><tr>{head}</tr>{body}</table>"
 
 
 def _state(value: Any) -> str:

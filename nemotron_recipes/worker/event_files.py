@@ -105,8 +105,8 @@ class EventMetrics:
                     yield {**common, **found}
 
     def _files(self) -> list[Path]:
-        """The newest first; their names begin with the time at which they were made."""
-        return sorted(self.folder.glob("events.out.tfevents.*"), reverse=True)
+        """The newest first, in whatever folder below; their names begin with the time at which they were made."""
+        return sorted(self.folder.rglob("events.out.tfevents.*"), key=lambda file: file.name, reverse=True)
 
 
 def whole_records(data: bytes) -> tuple[list[bytes], int]:

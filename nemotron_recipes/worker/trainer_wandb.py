@@ -1,7 +1,7 @@
 """The W&B logging that a trainer brings along, pointed at the W&B run of its stage.
 
-Always offline: it writes below the stage's folder and waits for nobody; the mirror tells W&B what is there when the
-attempt has ended (mirror/replay.py). Where the SDK is missing the trainer logs nothing to W&B.
+Always offline: it writes below the stage's folder and waits for nobody; the mirror tells W&B what is there while it
+grows (mirror/telling.py). Where the SDK is missing the trainer logs nothing to W&B.
 """
 
 from __future__ import annotations
@@ -36,12 +36,19 @@ class TrainerRun:
         off |= {"X_SAVE_REQUIREMENTS": "false", "ERROR_REPORTING": "false", "CONSOLE": "off"}
         named |= {f"WANDB_{name}": value for name, value in off.items()}
         named |= {"WANDB_MODE": "offline", "WANDB_RESUME": "allow"}
+        named |= {"WANDB_LOG_MODEL": "false", "WANDB_WATCH": "false"}  # of transformers
         return {**named, "WANDB_ENTITY": self.entity} if self.entity else named
 
     def megatron_bridge(self) -> Tree:
         """Fields of its LoggerConfig; its `wandb.init` takes the rest from the environment (training/state.py)."""
         place = {"wandb_save_dir": str(self.folder), "wandb_entity": self.entity}
         return {"wandb_project": self.project, "wandb_exp_name": self.id, **place}
+
+    def nemo_rl(self) -> Tree:
+        """Its section `logger.wandb`, handed to `wandb.init`, which takes the rest from the environment. What it would
+        upload besides, the sources of its folder, stays here: the mirror tells W&B what was logged."""
+        named = {"project": self.project, "name": self.id}
+        return {**named, "entity": self.entity} if self.entity else named
 
     def automodel(self) -> Tree:
         """Keys of its section `wandb`, which are handed to `wandb.init` (components/loggers)."""

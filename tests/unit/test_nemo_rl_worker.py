@@ -21,6 +21,7 @@ from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.guest import LEAST_RESERVE
 from nemotron_recipes.worker.nemo_rl import cluster, stage
 from nemotron_recipes.worker.nemo_rl.checkpoints import adopt, continue_from
+from nemotron_recipes.worker.trainer_wandb import TrainerRun
 from tests.helpers.fake_nemo_rl import FAKE_TIMER
 
 # Says what it was called with; with --block it stays, as a node of the cluster does.
@@ -50,7 +51,7 @@ FAKE_PROGRAM = """\
 import json, os, shutil, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[2]))
 root = config["checkpointing"]["checkpoint_dir"]
-shutil.copytree({events!r}, config["logger"]["log_dir"] + "/tensorboard", dirs_exist_ok=True)
+shutil.copytree({events!r}, config["logger"]["log_dir"] + "/exp_001/tensorboard", dirs_exist_ok=True)
 shutil.copy(sys.argv[2], {told!r})
 from nemo_rl.utils.timer import TimeoutChecker
 open({told!r} + ".sys", "w").write(json.dumps([__name__, sys.path[0], sys.argv, time.time()]))
@@ -138,6 +139,7 @@ def test_two_nodes_from_the_head_to_the_output(fakes: Fakes, monkeypatch: pytest
     fakes.steps.write_text("[2, 4]")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     main, other = context_of(folder), context_of(folder, rank=1)
+    main.wandb = TrainerRun("run-1.rl", "p", "team", "run-1", "rl", main.dir.path)
     node = threading.Thread(target=stage.run, args=(config_of(folder, ray=ray_nodes.nodes(2)), other))
     node.start()
     stage.run(config_of(folder, ray=ray_nodes.nodes(2)), main)
@@ -162,6 +164,8 @@ def test_two_nodes_from_the_head_to_the_output(fakes: Fakes, monkeypatch: pytest
     train = Path(told["data"]["train"]["data_path"])
     assert json.loads(train.read_text())["context"] == [{"role": "user", "content": "2+2?"}]
     assert told["data"]["train"]["dataset_name"] == "PreferenceDataset"
+    named = {"project": "p", "name": "run-1.rl", "entity": "team"}
+    assert told["logger"] == {"log_dir": str(main.dir.path / "nemo_rl"), "wandb_enabled": True, "wandb": named}
     made = main.output("checkpoint") / "iter_0000004"
     assert (made / "training_info.json").is_file()
     assert main.results == {"step": 4, "loss": 0.35, "validation_loss": 0.75}

@@ -42,6 +42,7 @@ def problems(method="sft", nproc=1, **sections):
         ({"model": {"path": "tiny", "arch": {"hidden_size": "8"}}}, "should be int, not '8'"),
         ({"peft": {"target_modules": ["out_proj"]}}, "leave out_proj out"),
         ({"backend": {"native": {"output_dir": "/tmp"}}}, "output_dir can't be set: everything goes to the run folder"),
+        ({"backend": {"native": {"report_to": "tensorboard"}}}, "report_to can't be set: metrics.jsonl is the record"),
         ({"backend": {"native": {"packing": True}}}, "packing can't be set: data prep has done this"),
         ({"backend": {"native": {"gradient_checkpointing": "no"}}}, "should be bool, not 'no'"),
         ({"backend": {"native": {"dataloader_num_workers": True}}}, "should be int, not True"),
@@ -58,7 +59,7 @@ def test_refused(arguments, message):
         {"nproc": 2},
         {"method": "grpo", "grpo": {"num_generations": 8}},
         {"model": {"path": "tiny", "arch": {"hidden_size": 8, "routed_scaling_factor": 1}}},
-        {"backend": {"native": {"gradient_checkpointing": False, "neftune_noise_alpha": 5}}},
+        {"backend": {"native": {"gradient_checkpointing": False, "neftune_noise_alpha": 5, "report_to": "wandb"}}},
         {"method": "dpo", "backend": {"native": {"max_length": 512}}},
     ],
 )

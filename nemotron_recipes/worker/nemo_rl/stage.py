@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,8 @@ def run(config: Tree, context: Context) -> None:
     mark.unlink(missing_ok=True)
     file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     context.event("ready", resume_from=str(began) if began else None)
-    # Where nemo_rl/utils/logger.py puts them, below logger.log_dir.
-    events = Path(values["logger"]["log_dir"]) / "tensorboard"
+    # Its programs put them below logger.log_dir into exp_NNN/tensorboard, a new number each time (utils/logger.py).
+    events = Path(values["logger"]["log_dir"])
     metrics = EventMetrics(context, events, metric_of, step_of(began) if began else 0, config["train_iters"])
 
     def look() -> None:
@@ -74,7 +75,9 @@ def run(config: Tree, context: Context) -> None:
     with Sealing(context) as sealing:
         with metrics, CheckpointWatch(context, look, sealing.saw), cluster.head(context, config["ray"]) as ray:
             program = [config["script"], "--config", str(file)]
-            code = _train([sys.executable, str(LAUNCHER), repr(written), str(mark), *program], source, ray, context)
+            argv = [sys.executable, str(LAUNCHER), repr(written), str(mark), *program]
+            with tempfile.TemporaryDirectory(prefix="nemotron-wandb-") as staging:  # the sources that it would upload
+                code = _train(argv, source, ray, context, {"WANDB_DATA_DIR": staging} if context.wandb else {})
         _conclude(code, mark.exists(), adopt(root), config, context)
 
 
@@ -127,6 +130,8 @@ def complete(config: Tree, context: Context, source: Path) -> Tree:
     for split in SPLITS:
         own = {"data_path": str(data / f"{split}.jsonl"), "dataset_name": name[config["method"]], "split": None}
         values.setdefault("data", {})[split] = own
+    if context.wandb:
+        values.setdefault("logger", {}).update(wandb_enabled=True, wandb=context.wandb.nemo_rl())
     if config["method"] == "grpo" and not config["gym"]:
         values["data"]["train"]["split_validation_size"] = 0  # the example takes its validation rows from these
     return {"defaults": str(base), **values}
@@ -191,13 +196,13 @@ def duration(seconds: float) -> str:
     return f"{hours // 24:02d}:{hours % 24:02d}:{minute:02d}:{second:02d}"
 
 
-def _train(argv: list[str], source: Path, ray: cluster.Head, context: Context) -> int:
+def _train(argv: list[str], source: Path, ray: cluster.Head, context: Context, env: dict[str, str]) -> int:
     """NeMo-RL's program until it ends; a wish to stop ends it, for it has no way to save at once.
 
     JobFailed: Ray's head has ended, without which the program would wait for minutes.
     """
     process: subprocess.Popen[Any] = subprocess.Popen(
-        argv, cwd=source, env=cluster.environment(os.environ, ray.address), start_new_session=True
+        argv, cwd=source, env={**cluster.environment(os.environ, ray.address), **env}, start_new_session=True
     )
     asked: float | None = None
     try:

@@ -208,7 +208,7 @@ def _arguments(kind: Any, settings: TrlSettings, context: Context, validation: A
         "logging_strategy": "steps",
         "eval_strategy": "steps" if validation else "no",
         "logging_nan_inf_filter": False,
-        "report_to": [],
+        "report_to": _reporters(settings, context),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "use_cpu": not torch.cuda.is_available(),
@@ -228,6 +228,19 @@ def _arguments(kind: Any, settings: TrlSettings, context: Context, validation: A
         return kind(**{**usual, **settings.trainer, **decided})
     except (TypeError, ValueError) as error:
         raise UserError(Problem(f"TRL refuses these settings: {error}", "trainer")) from error
+
+
+def _reporters(settings: TrlSettings, context: Context) -> list[str]:
+    """TRL's own W&B log where it was asked for: it writes offline, to the stage's W&B run. UserError: there is none.
+
+    Left off, the mirror sends metrics.jsonl, which has every figure of it, speed and memory besides.
+    """
+    if settings.trainer.get("report_to", "none") == "none":
+        return []
+    if context.wandb is None:
+        fix = "name a project in [wandb] of env.toml, and pip install 'nemotron-recipes[wandb]'; or leave it out"
+        raise UserError(Problem("report_to is wandb, but this run isn't mirrored to W&B", "backend.native", fix))
+    return ["wandb"]
 
 
 def _accumulation(settings: TrlSettings, context: Context) -> int:

@@ -1,0 +1,96 @@
+"""One process tells W&B of a run: on whatever host, also where file locks don't reach, and after any end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nemotron_recipes.artifacts.owner import this_process
+from nemotron_recipes.mirror import lease
+from nemotron_recipes.mirror.lease import SCRATCH, STALE_SECONDS, Lease
+
+ELSEWHERE = {"host": "another", "pid": 1, "start": "1", "boot": "another boot", "namespace": "pid:[1]"}
+
+
+def held(folder: Path, owner: dict[str, object], age: float = 0.0, number: int = 1) -> Path:
+    path = folder / f"lease-{number}"
+    path.write_text(json.dumps(owner))
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def test_another_hosts_lease_holds_until_it_is_no_longer_touched(tmp_path: Path) -> None:
+    path = held(tmp_path, ELSEWHERE, age=STALE_SECONDS - 60)
+    assert not Lease(tmp_path, "").take(0.0)
+    held(tmp_path, ELSEWHERE, age=STALE_SECONDS + 60)
+    mine = Lease(tmp_path, "")
+    assert mine.take(0.0) and mine.number == 2 and not path.exists()
+    assert not Lease(tmp_path, "").take(0.0), "this process lives"
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"host": "x"'])
+def test_a_lease_cut_off_while_it_was_written_is_over_in_time(tmp_path: Path, text: str) -> None:
+    (tmp_path / "lease-1").write_text(text)
+    assert not Lease(tmp_path, "").take(0.0)
+    os.utime(tmp_path / "lease-1", (1, 1))
+    assert Lease(tmp_path, "").take(0.0)
+
+
+def test_a_killed_process_holds_nothing_and_its_files_go(tmp_path: Path) -> None:
+    scratch, other = tmp_path / f"{SCRATCH}x", tmp_path / "somebody's"
+    scratch.mkdir()
+    other.mkdir()
+    gone = {**this_process(), "start": "1"}  # that PID is another process now
+    for place, left in ((scratch, False), (other, True)):
+        held(tmp_path, {**gone, "scratch": str(place)})
+        mine = Lease(tmp_path, "")
+        assert mine.take(0.0)
+        mine.release()
+        assert place.exists() is left
+
+
+def test_who_was_taken_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    lost = threading.Event()
+    mine = Lease(tmp_path, "")
+    assert mine.take(0.0)
+    mine.keep(lost.set)
+    before = (tmp_path / "lease-1").stat().st_mtime_ns
+    until = time.monotonic() + 120
+    while (tmp_path / "lease-1").stat().st_mtime_ns == before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert (tmp_path / "lease-1").stat().st_mtime_ns > before and not lost.is_set()
+    held(tmp_path, ELSEWHERE, number=2)
+    assert lost.wait(120)
+
+
+def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
+    """Each notes when it came and went; no two were there at a time."""
+    line = """
+import sys, time
+from pathlib import Path
+from nemotron_recipes.mirror.lease import Lease
+folder = Path(sys.argv[1])
+for n in range(5):
+    mine = Lease(folder / "mirror", "")
+    assert mine.take(300)
+    with open(folder / "log", "a") as log:
+        print("in", file=log, flush=True)
+        time.sleep(0.002)
+        print("out", file=log, flush=True)
+    mine.release()
+"""
+    (tmp_path / "mirror").mkdir()
+    several = [subprocess.Popen([sys.executable, "-c", line, str(tmp_path)]) for _ in range(4)]
+    assert [process.wait(timeout=400) for process in several] == [0] * 4
+    assert (tmp_path / "log").read_text().split() == ["in", "out"] * 20
+    assert list((tmp_path / "mirror").iterdir()) == []
