@@ -147,7 +147,7 @@ GUARDED = (
 )
 NOT_READ = (
     r".*/__pycache__/.*|.*\.lock",
-    r"runs/[^/]+/mirror/(lock|replay\.log)",
+    r"runs/[^/]+/mirror/(idle|lease-\d+|replay\.log)",
     r"runs/[^/]+/[^/]+/(curves\.png|metrics-tensorboard/.*)",
     r"runs/[^/]+/nemo_run/.*",  # NeMo-Run's own
     r"store/\.spools/.*",  # data prep's cache: what is damaged is made anew (tests/unit/test_data_prepare.py)
@@ -174,7 +174,7 @@ def test_a_byte_changed_or_cut_in_any_kind_of_file_is_named(place: Path) -> None
         ):
             kinds[re.sub(r"(?<=code/nemotron_recipes/).*|(?<=content/).*", "", name)] = path
     assert len(kinds) >= 18, kinds
-    assert "verified: its files and outputs" in nemotron(place, "runs", "show", first.path.name, "--verify")
+    assert "verified: its files, checkpoints and outputs" in nemotron(place, "runs", "show", first.path.name, "--verify")
     for path in kinds.values():
         whole, mode = path.read_bytes(), path.stat().st_mode
         path.chmod(0o644)
