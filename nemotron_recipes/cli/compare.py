@@ -82,7 +82,11 @@ def _text(found: Tree) -> str:
         ]
         parts += [f"\n{stage}", table(header, rows)]
     rows = [(key, *(_short(value) for value in values)) for key, values in found["config"].items()]
-    parts += ["\nconfig", table(("KEY", *names), rows) if rows else "the same in all"]
+    stages = dict.fromkeys(stage for run in names.values() for stage in run["stages"])
+    has = {stage: [name for name, run in names.items() if stage in run["stages"]] for stage in stages}
+    some = [f"  {stage}: only in {', '.join(which)}" for stage, which in has.items() if len(which) < len(names)]
+    parts += ["\nconfig", table(("KEY", *names), rows) if rows else "  the same in all"] if len(some) < len(has) else []
+    parts += ["\nstages that not all have, and whose config isn't compared", *some] if some else []
     return "\n".join(parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,19 @@ def differences(a: RunView, b: RunView) -> Tree:
 
 
 def comparison(views: Iterable[RunView]) -> Tree:
-    """`runs`: facts and figures of each; `config`: {key: [a value a run]}, only keys in which runs differ."""
+    """`runs`: facts and figures of each; `config`: {key: [a value a run]}, only keys in which runs differ, and only of
+    stages that all of them have."""
     found = list(views)
-    return {"runs": [_figures(view) for view in found], "config": _differing([config_of(view) for view in found])}
+    shared = set.intersection(*({stage.name for stage in view.stages} for view in found))
+    return {
+        "runs": [_figures(view) for view in found],
+        "config": _differing([_by_stage(view, _config, shared) for view in found]),
+    }
 
 
 def config_of(view: RunView) -> Tree:
     """Every leaf of every stage's config."""
-    return _by_stage(view, lambda planned, _: flatten(planned["config"]))
+    return _by_stage(view, _config)
 
 
 def metrics_of(view: RunView, stage: str) -> list[Tree]:
@@ -143,9 +148,14 @@ def _results_of(view: RunView) -> Tree:
     return _by_stage(view, read)
 
 
-def _by_stage(view: RunView, read: Callable[[Tree, StageView], Tree]) -> Tree:
+def _config(planned: Tree, _: StageView) -> Tree:
+    return flatten(planned["config"])
+
+
+def _by_stage(view: RunView, read: Callable[[Tree, StageView], Tree], only: Collection[str] | None = None) -> Tree:
     planned = {stage["name"]: stage for stage in view.plan.get("stages", ())}
-    return {f"{s.name}.{key}": value for s in view.stages for key, value in read(planned[s.name], s).items()}
+    stages = [stage for stage in view.stages if only is None or stage.name in only]
+    return {f"{s.name}.{key}": value for s in stages for key, value in read(planned[s.name], s).items()}
 
 
 def _differing(trees: list[Tree]) -> Tree:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from nemotron_recipes.artifacts.owner import this_process
-from nemotron_recipes.mirror import lease
+from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.mirror import lease, pull
 from nemotron_recipes.mirror.lease import SCRATCH, STALE_SECONDS, Lease
+from nemotron_recipes.spec import Artifact, Tree
 
 ELSEWHERE = {"host": "another", "pid": 1, "start": "1", "boot": "another boot", "namespace": "pid:[1]"}
 
@@ -94,3 +96,32 @@ for n in range(5):
     assert [process.wait(timeout=400) for process in several] == [0] * 4
     assert (tmp_path / "log").read_text().split() == ["in", "out"] * 20
     assert list((tmp_path / "mirror").iterdir()) == []
+
+
+def test_of_two_runs_that_want_it_one_fetches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = Artifact("wandb", "data", "team/p/rows", revision="v0", digest="d")
+    asked, waits, really = [], threading.Event(), Lease._try
+
+    def fake_ask(arguments: list[str], seconds: float) -> Tree:
+        asked.append(arguments)
+        assert waits.wait(300), "the other one does not wait"
+        (Path(arguments[2]) / "x").write_text("rows")
+        return {"version": "v0", "digest": "d", "type": "dataset", "recorded": None}
+
+    def trying(self: Lease) -> bool:
+        return really(self) or waits.set() is not None
+
+    monkeypatch.setattr(pull, "_ask", fake_ask)
+    monkeypatch.setattr(Lease, "_try", trying)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.02)
+    found: list[Artifact] = []
+
+    def run() -> None:
+        found.append(pull.ensure(Store(tmp_path), pinned, download=True))
+
+    several = [threading.Thread(target=run) for _ in range(2)]
+    for thread in several:
+        thread.start()
+    for thread in several:
+        thread.join(400)
+    assert len(asked) == 1 and len(found) == 2 and found[0] == found[1] and found[0].version == 1
