@@ -155,7 +155,23 @@ def prepare_again(run_dir: Path) -> tuple[Prepared, list[str]]:
         if problems:
             raise UserError(*problems)
         home = run_dir.with_name(plan.id) if where.name else None
-        return Prepared(plan, executor.render(plan), snapshot_of(run_dir), home), again.differences_now(saved)
+        different = [*again.differences_now(saved), *_profile_today(saved)]
+        return Prepared(plan, executor.render(plan), snapshot_of(run_dir), home), different
+
+
+def _profile_today(saved: Plan) -> list[str]:
+    """How the profile that a run was placed by differs from what env.toml says here and now, in words."""
+    from nemotron_recipes.planning import again
+
+    name = saved.request.profile
+    if name is None:
+        return []
+    try:
+        environment = read_environment()
+        said, complete = environment.profile(name), checked_profile(environment, name)
+    except UserError as error:
+        return [f"profile {name} can't be used today: {error.problems[0].what}; the rerun runs where the run did"]
+    return again.profile_differences(saved, {key: complete.get(key) for key in said})
 
 
 def _refuse_other_site(plan: Plan, profile: Tree) -> None:

@@ -69,6 +69,19 @@ def differences_now(saved: Plan) -> list[str]:
     return found
 
 
+def profile_differences(saved: Plan, today: Tree) -> list[str]:
+    """Keys of the profile that env.toml has other values for now; the rerun keeps the old ones. today: what it says."""
+    typed = {override.lstrip("+~").partition("=")[0] for override in saved.request.overrides}
+    found = []
+    for key, value in sorted(today.items()):
+        options = [stage.placement.options for stage in saved.stages if key in stage.placement.options]
+        was = next((option[key] for option in options if option[key] != value), value)
+        if was != value and f"run.{key}" not in typed:
+            name = f"{key} of profile {saved.request.profile}"
+            found.append(f"{name} is {value!r} in env.toml now; the rerun keeps {was!r}")
+    return found
+
+
 def command_of(plan: Plan) -> str:
     """The command that a plan was made from."""
     import shlex
