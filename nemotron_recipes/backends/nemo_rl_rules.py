@@ -43,6 +43,7 @@ _OWNED_SECTIONS = {
 _VLLM = "policy.generation.vllm_cfg"
 _SHARE, _PIPELINE = f"{_VLLM}.gpu_memory_utilization", f"{_VLLM}.pipeline_parallel_size"
 VLLM_TENSOR = f"{_VLLM}.tensor_parallel_size"
+LONGEST = "policy.max_total_sequence_length"
 
 _UNREAD = {
     **native.UNREAD,
@@ -71,7 +72,7 @@ def problems(config: Tree, layout: Layout) -> Iterator[Problem]:
     yield from _method_problems(config)
     yield from native.not_measured(config, "nemo_rl")
     yield from native.owned_problems(config, _OWNED, _OWNED_SECTIONS)
-    yield from list(_schema_problems(config)) or _generation_problems(config)
+    yield from list(_schema_problems(config)) or [*_generation_problems(config), *_length_problems(config)]
 
 
 def vllm_of(config: Tree) -> tuple[float, float] | None:
@@ -134,6 +135,13 @@ def _generation_problems(config: Tree) -> Iterator[Problem]:
     for key in (VLLM_TENSOR, _PIPELINE):
         if type(parts := setting(config, key)) is not int or parts < 1:
             yield Problem(f"'backend.native.{key}' should be a whole number above 0, not {parts!r}")
+
+
+def _length_problems(config: Tree) -> Iterator[Problem]:
+    """A length that its schema takes for a number, and no sequence has."""
+    if (longest := setting(config, LONGEST)) is not None and (type(longest) is not int or longest < 1):
+        what = f"'backend.native.{LONGEST}' should be a whole number above 0, not {longest!r}"
+        yield Problem(what, fix="tokens of the longest sequence, prompt and completion together")
 
 
 def _schema_problems(config: Tree) -> Iterator[Problem]:

@@ -175,7 +175,14 @@ NONSENSE = {  # native values that sizes are made of
         ("dpo",),
         "nemo-rl",
         ("policy.max_total_sequence_length=4k",),
-        "should be float | int, not '4k'",
+        "should be int, not '4k'",
+    ),
+    "negative length": (
+        "nano3",
+        ("rl",),
+        "nemo-rl",
+        ("policy.max_total_sequence_length=-5",),
+        "should be a whole number above 0, not -5",
     ),
     "pack": ("ultra3", ("lora",), "h100", ("packed_sequence.packed_sequence_size=2k",), "should be int, not '2k'"),
 }
