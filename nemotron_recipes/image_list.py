@@ -33,6 +33,22 @@ def versions() -> dict[str, tuple[dict[str, str], dict[str, str]]]:
     return {entry["reference"]: (entry.get("versions", {}), entry.get("nearest", {})) for entry in found}
 
 
+def versions_in(image: str) -> tuple[dict[str, str], dict[str, str]]:
+    """As `versions`, of an image by its reference, or by the squashfs file that enroot or `nemotron images import` have
+    named after it; two empty ones where it is not listed."""
+    name = image.rpartition("/")[2]
+    if name.endswith(".sqsh"):
+        stem = name.removesuffix(".sqsh").partition("@")[0]
+        found = [told for listed, told in versions().items() if _file_stem(listed) == stem]
+        return found[0] if found else ({}, {})
+    return versions().get(plain(image), ({}, {}))
+
+
+def _file_stem(reference: str) -> str:
+    """`nvcr.io/nvidia/nemo:26.04.00` -> `nvidia+nemo+26.04.00`."""
+    return reference.partition("/")[2].replace("/", "+").replace(":", "+")
+
+
 def plain(reference: str) -> str:
     """REGISTRY/NAME:TAG, however Pyxis, enroot or docker would have it written."""
     return reference.removeprefix("docker://").replace("#", "/").partition("@")[0]

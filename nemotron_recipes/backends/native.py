@@ -32,7 +32,7 @@ def schema_for(config: Tree, names: tuple[str, ...]) -> tuple[NativeSchema, str]
     """
     image = config["run"].get("container_image") or config["backend"]["image"]
     package = schemas.load(names[-1]).content["package"]
-    stated, taken_for = image_list.versions().get(image_list.plain(image or ""), ({}, {}))
+    stated, taken_for = image_list.versions_in(image or "")
     version = stated.get(package) or taken_for.get(package)
     schema = min((schemas.load(name) for name in names), key=lambda s: _distance(s.version, version))
     against = f"{package} {schema.version}"

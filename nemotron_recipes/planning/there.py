@@ -6,6 +6,7 @@ Arguments and results are plain data, paths are text: on a machine that is reach
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,15 @@ from nemotron_recipes.fsio import path_digest
 from nemotron_recipes.planning import history
 from nemotron_recipes.rundir import RunDir, latest_checkpoint, read_json
 from nemotron_recipes.spec import Artifact, Placement, Tree
+
+# How Transformers names models with another head than one that continues a text.
+_OTHER_HEADS = tuple(
+    f"For{task}"
+    for task in (
+        *("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"),
+        *("PreTraining", "NextSentencePrediction", "ImageClassification", "CTC"),
+    )
+)
 
 
 def stored(root: str, reference: str) -> Tree:
@@ -57,6 +67,9 @@ def path_input(path: str, kind: str) -> Tree:
         raise UserError(Problem(f"{path} is not a folder", fix=f"a {kind} is a Hugging Face folder"))
     if kind == "model" and place.is_dir() and not (place / "config.json").is_file():
         raise UserError(Problem(f"{path} holds no config.json", fix="a model is a Hugging Face folder"))
+    if kind == "model" and place.is_dir() and (other := _no_causal_model(place)):
+        fix = "models that continue a text are trained here: one whose architecture ends in ForCausalLM"
+        raise UserError(Problem(f"{path} holds {other}, which is no causal language model", fix=fix))
     try:
         return asdict(Artifact("path", kind, uri=path, digest=path_digest(path)))
     except FileNotFoundError:
@@ -102,6 +115,20 @@ def wall_time(runs: str, fingerprint: str, config: Tree, placement: Tree) -> Tre
 def smoke_run(runs: str, config: Tree, steps: int) -> str | None:
     """The newest run that has shown, under the memory watchdog, that so many steps of such a stage fit."""
     return history.find_smoke(Path(runs), config, steps, watched=True)
+
+
+def _no_causal_model(folder: Path) -> str:
+    """The architecture in a model's config.json, where that is plainly another kind of model; else ""."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(config, dict):
+        return ""
+    named = [str(name) for name in config.get("architectures") or ()]
+    if not named or not (config.get("is_encoder_decoder") or all(name.endswith(_OTHER_HEADS) for name in named)):
+        return ""
+    return ", ".join(named)
 
 
 def _near(path: Path) -> str:

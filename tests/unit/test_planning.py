@@ -381,6 +381,11 @@ def test_an_artifact_of_another_kind_or_an_empty_reference_is_refused(tmp_path: 
     (tmp_path / "no-model").mkdir()
     told = problems_of(tmp_path, "sft", overrides=("model.path=no-model", "~model.arch"))
     assert "no-model holds no config.json" in told
+    (tmp_path / "no-model" / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    told = problems_of(tmp_path, "sft", overrides=("model.path=no-model", "~model.arch"))
+    assert "no-model holds BertForMaskedLM, which is no causal language model" in told
+    (tmp_path / "no-model" / "config.json").write_text('{"architectures": ["OddForCausalLM"]}')
+    assert "causal" not in problems_of(tmp_path, "sft", overrides=("model.path=no-model", "~model.arch"))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"id": 5}'])
