@@ -95,7 +95,11 @@ def _find_local(location: Path) -> list[Input]:
         matches = [str(location)] if location.exists() else glob.glob(str(location), recursive=True)
         paths = sorted(Path(match) for match in matches if os.path.isfile(match))
         root = Path(os.path.commonpath([path.parent for path in paths])) if paths else location.parent
-    return [Input(path.relative_to(root).as_posix(), str(path), path.stat().st_size) for path in paths]
+    try:
+        return [Input(path.relative_to(root).as_posix(), str(path), path.stat().st_size) for path in paths]
+    except OSError as error:  # such as a link to nowhere: to pass over it would be to lose its rows
+        fix = "mend it, or take it out of the folder"
+        raise UserError(Problem(f"{error.filename} can't be read: {error.strerror}", fix=fix)) from None
 
 
 def _find_remote(location: str) -> list[Input]:

@@ -25,6 +25,7 @@ from nemotron_recipes.data.spool import KEPT, Spool
 
 TRAIN = SPLITS.index("train")
 BINS = 32  # of the histograms of lengths
+BLOCK = 1 << 14  # rows that a corpus gate sees at once
 
 
 @dataclass
@@ -80,15 +81,16 @@ class Merger:
     def run(self, gates: Sequence[CorpusGate]) -> Merged:
         """UserError: a bad row, where those end the run."""
         dropped = sweep(gates, self.shards, self.spools, self.merged.scratch, self.merged.gates)
-        base, file = 0, (-1, -1)
+        base, file, begin = 0, (-1, -1), 0
         for number, (shard, spool) in enumerate(zip(self.shards, self.spools, strict=True)):
             if (shard.source, shard.file) != file:
                 base, file = 0, (shard.source, shard.file)
-            self._shard(number, shard, spool, base, dropped.get(number, {}))
+            begin += self._shard(number, shard, spool, base, dropped, begin)
             base += spool.facts["lines"]
         return self.merged
 
-    def _shard(self, number: int, shard: Shard, spool: Spool, base: int, dropped: dict[int, str]) -> None:
+    def _shard(self, number: int, shard: Shard, spool: Spool, base: int, dropped: Dropped, begin: int) -> int:
+        """`begin`: how many rows the gates have seen of the shards before; returns how many they saw of this one."""
         account = self.merged.accounts.setdefault((shard.source, shard.file), Account())
         account.read += spool.facts["rows"]
         self._note_bad(shard, spool, base)
@@ -101,9 +103,10 @@ class Merger:
             account.dropped[reasons[code]] += count
         alive = index["status"] == KEPT
         kept = np.flatnonzero(alive)
-        for position, reason in dropped.items():
-            alive[kept[position]] = False
-            account.dropped[reason] += 1
+        why = dropped.codes[begin : begin + len(kept)]
+        alive[kept[np.flatnonzero(why)]] = False
+        for code, count in enumerate(np.bincount(why, minlength=1)[1:].tolist()):
+            account.dropped[dropped.reasons[code]] += count
         weight = self.settings.sources[shard.source].weight if self.method in SAMPLED else 1.0
         times = np.where(index["split"] == TRAIN, copies(index["point"], weight), 1)
         written = (
@@ -115,6 +118,7 @@ class Merger:
         for code, split in enumerate(SPLITS):
             self.merged.rows[split] += int((written & (index["split"] == code)).sum())
         self._write_payload(spool, index, written, times)
+        return len(kept)
 
     def _sequences(
         self,
@@ -219,26 +223,44 @@ def _split(
     return row, start, length, first
 
 
+class Dropped:
+    """The rows that corpus gates leave out: a byte for each row that was kept till then, in input order. `starts`:
+    where those of each shard begin."""
+
+    def __init__(self, starts: np.ndarray):
+        self.starts = starts
+        self.codes: np.ndarray = np.zeros(int(starts[-1]), dtype=np.uint8)  # 0: stays; else 1 + index of the reason
+        self.reasons: list[str] = []
+
+    def add(self, row: int, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        self.codes[row] = 1 + self.reasons.index(reason)
+
+
 class _Corpus:
     """What a corpus gate sees: see `gates.Corpus`."""
 
-    def __init__(self, number: int, width: int, shards: Sequence[Shard], spools: Sequence[Spool], alive: np.ndarray):
+    def __init__(self, number: int, width: int, shards: Sequence[Shard], spools: Sequence[Spool], dropped: Dropped):
         self._number = number
         self._width = width
         self._shards = shards
         self._spools = spools
-        self._alive = alive
-        counts = [int((spool.index()["status"] == KEPT).sum()) for spool in spools]
-        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._dropped = dropped
+        self.starts = dropped.starts
         self.rows = int(self.starts[-1])
 
     def blocks(self) -> Iterator[Block]:
         for place, spool in enumerate(self._spools):
             index = spool.index()
-            raw = np.fromfile(spool.folder / f"signatures-{self._number}", dtype=np.uint8)
-            mine = slice(int(self.starts[place]), int(self.starts[place + 1]))
             splits = index["split"][index["status"] == KEPT].astype(np.uint8)
-            yield Block(raw.reshape(len(splits), self._width), splits, self._alive[mine].copy())
+            path = spool.folder / f"signatures-{self._number}"
+            for at in range(0, len(splits), BLOCK):
+                here = splits[at : at + BLOCK]
+                raw = np.fromfile(path, np.uint8, len(here) * self._width, offset=at * self._width)
+                begin = int(self.starts[place]) + at
+                alive = self._dropped.codes[begin : begin + len(here)] == 0
+                yield Block(raw.reshape(len(here), self._width), here, alive)
 
     def describe(self, index: int) -> str:
         place, line = self._where(index)
@@ -260,21 +282,18 @@ def sweep(
     spools: Sequence[Spool],
     scratch: Path,
     counts: dict[str, dict[str, list[Any]]],
-) -> dict[int, dict[int, str]]:
-    """Shard -> position among its kept rows -> reason, of the rows that the gates leave out."""
-    dropped: dict[int, dict[int, str]] = {}
-    alive: np.ndarray | None = None
+) -> Dropped:
+    """What the gates leave out."""
+    if not gates:
+        return Dropped(np.zeros(1, dtype=np.int64))
+    kept = [int((spool.index()["status"] == KEPT).sum()) for spool in spools]
+    dropped = Dropped(np.concatenate([[0], np.cumsum(kept, dtype=np.int64)]))
     for number, gate in enumerate(gates):
-        corpus = _Corpus(number, gate.width, shards, spools, np.empty(0, bool) if alive is None else alive)
-        if alive is None:
-            alive = corpus._alive = np.ones(corpus.rows, dtype=bool)
         folder = scratch / f"gate-{number}"
         folder.mkdir(parents=True)
-        for one in gate.sweep(corpus, folder):
-            place = int(np.searchsorted(corpus.starts, one.index, side="right")) - 1
-            dropped.setdefault(place, {})[one.index - int(corpus.starts[place])] = one.reason
+        for one in gate.sweep(_Corpus(number, gate.width, shards, spools, dropped), folder):
+            dropped.add(one.index, one.reason)
             note(counts, gate.name, one.reason, 1, [one.example] if one.example else [])
-            alive[one.index] = False
         shutil.rmtree(folder)
     return dropped
 

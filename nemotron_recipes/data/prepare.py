@@ -77,7 +77,7 @@ class _Preparation:
             merged, bad_rows = self._merge(made, scratch)
             stack.callback(merged.close)
             if not merged.rows["train"]:
-                raise _nothing(_total(merged))
+                raise _nothing(_total(merged), len(self._all_files()))
             splits = SplitWriter(self.job, self.output, scratch).write(merged, made)
             sources = self._sources(merged, identities.result())
         changed = [file.place for file, state in zip(self._all_files(), before, strict=True) if _state(file) != state]
@@ -202,7 +202,9 @@ def _total(merged: Merged) -> Account:
     return sum(merged.accounts.values(), Account())
 
 
-def _nothing(total: Account) -> UserError:
+def _nothing(total: Account, files: int) -> UserError:
+    if not total.read and files:
+        return UserError(Problem(f"nothing to train on: no row in {files} file(s)", fix="look whether they are whole"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items()))
     what = f"nothing is left to train on: {total.read} rows read, {total.written} of them for validation and test"
     fix = "data.on_bad_row=fail shows the first bad row; data.columns names fields, data.pack_size limits length"

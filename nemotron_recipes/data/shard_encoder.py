@@ -267,12 +267,24 @@ def _blocks(lines: Iterator[Line]) -> Iterator[list[Line]]:
     size = 0
     for line in lines:
         block.append(line)
-        size += line.size
+        size += line.size or _text_size(line.value)
         if len(block) >= BLOCK_ROWS or size >= BLOCK_BYTES:
             yield block
             block, size = [], 0
     if block:
         yield block
+
+
+def _text_size(value: Any) -> int:
+    """Characters of text in a value, where the reader knows no bytes."""
+    size, stack = 0, [value]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, str):
+            size += len(one)
+        elif isinstance(one, (dict, list)):
+            stack += one.values() if isinstance(one, dict) else one
+    return size
 
 
 def _lengths(ids: Sequence[np.ndarray]) -> tuple[int, int]:

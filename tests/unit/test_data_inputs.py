@@ -14,6 +14,7 @@ import zstandard
 from nemotron_recipes.data.cuts import cut_inputs
 from nemotron_recipes.data.files import Input, find_files
 from nemotron_recipes.data.readers import BLANK, MAX_LINE, read_shard
+from nemotron_recipes.data.shard_encoder import BLOCK_BYTES, _blocks
 from nemotron_recipes.errors import UserError
 from tests.helpers.data_jobs import job, run, varied
 from tests.helpers.data_prep import bytes_of, chat, write_rows
@@ -93,6 +94,23 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     shard = cut_inputs(0, [Input("rows.jsonl", str(tmp_path / "rows.jsonl"), 100)], None, 1000)[0]
     with pytest.raises(UserError, match="can't be read"):
         list(read_shard(shard))
+
+
+def test_a_link_to_nowhere_in_a_folder_is_named(tmp_path: Path) -> None:
+    write_rows(tmp_path / "b.jsonl", [chat("a", "b")])
+    (tmp_path / "a.jsonl").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"a\.jsonl can't be read: No such file"):
+        find_files(str(tmp_path))
+
+
+def test_large_rows_are_encoded_a_few_at_a_time(tmp_path: Path) -> None:
+    """Also where the reader does not know how large they are."""
+    rows = [chat("?", "so " * 100_000) for _ in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (shard,) = cut_inputs(0, find_files(str(tmp_path / "rows.json")), None, 1 << 20)
+    blocks = [len(block) for block in _blocks(read_shard(shard))]
+    assert sum(blocks) == 20
+    assert max(blocks) * 300_000 < 2 * BLOCK_BYTES
 
 
 def test_integers_of_any_size_stay_exact(tmp_path: Path) -> None:

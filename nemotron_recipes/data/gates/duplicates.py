@@ -2,16 +2,17 @@
 alike, the held-out one goes, since an evaluation on it would measure memory. Nothing moves between splits.
 
 Near-duplicates by MinHash (Broder 1997) with banding (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3).
-In memory: about 30 bytes per row and one part of the spilled bands.
+In memory: three bytes per row (seven with `keep: longest`) and one part of the spilled bands.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +28,9 @@ DUPLICATE, IN_TRAINING = "duplicate", "in_training"
 NEAR_DUPLICATE, NEAR_TRAINING = "near_duplicate", "near_training"
 TRAIN = SPLITS.index("train")
 RECALL = 0.98  # least share of pairs right at the threshold that share a band
-CHUNK = 1 << 14  # pairs compared at once
+CHUNK = 1 << 13  # pairs looked at at once
+SAMPLED_PLACES = 1 << 16
+_LONGEST = np.uint32(2**24 - 1)
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,11 @@ class NearGate:
     def sweep(self, corpus: Corpus, scratch: Path) -> Iterator[Swept]:
         marks = Marks(corpus.rows, (NEAR_DUPLICATE, NEAR_TRAINING))
         if corpus.rows:
-            signatures = np.memmap(scratch / "signatures", np.uint32, "w+", shape=(corpus.rows, self.width // 4))
-            held_out: np.ndarray = np.zeros(corpus.rows, dtype=bool)
-            bands = self._bands(corpus, scratch, signatures, held_out)
-            rank = self._rank(signatures, held_out)
-            edges = self._edges(bands, signatures, rank, scratch)
-            _decide(edges, held_out, marks)
+            places = _Places(corpus.rows, self.settings.keep == "longest")
+            with (scratch / "signatures").open("w+b") as signatures:
+                bands = self._bands(corpus, scratch, signatures, places)
+                edges = self._edges(bands, signatures, places, scratch)
+            _decide(edges, places.held_out, marks)
         return marks.swept(corpus)
 
     def _minima(self, grams: np.ndarray) -> np.ndarray:
@@ -135,17 +137,16 @@ class NearGate:
         fits = [r for r in range(1, count + 1) if 1 - (1 - self.settings.threshold**r) ** (count // r) >= RECALL]
         return max(fits)
 
-    def _bands(self, corpus: Corpus, scratch: Path, signatures: np.ndarray, held_out: np.ndarray) -> Spill:
-        """(hash of a band, row) of every row; fills the arrays on the way."""
+    def _bands(self, corpus: Corpus, scratch: Path, signatures: IO[bytes], places: _Places) -> Spill:
+        """(hash of a band, row) of every row; fills `signatures` and `places` on the way."""
         deep = self.rows_per_band
         count = self.settings.permutations // deep
         spill = Spill(scratch / "bands", 2, corpus.rows * count)
         start = 0
         for block in corpus.blocks():
-            end = start + len(block.splits)
-            held_out[start:end] = block.splits != TRAIN
             values = np.ascontiguousarray(block.signatures).view("<u4")
-            signatures[start:end] = values
+            signatures.write(values.data)
+            places.fill(start, block.splits != TRAIN, values[:, -1])
             rows: np.ndarray = start + np.flatnonzero(block.alive)
             alive = values[block.alive].astype(np.uint64)
             for band in range(count):
@@ -154,55 +155,101 @@ class NearGate:
                 for column in columns.T:
                     key = mixed(key * np.uint64(31) + column)
                 spill.add(_part(key, spill.parts), np.column_stack([key, rows.astype(np.uint64)]))
-            start = end
+            start += len(block.splits)
+        signatures.flush()
         return spill
 
-    def _rank(self, signatures: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Place of each row: of rows that are alike, the one with the lower place stays."""
-        rows = np.arange(len(held_out))
-        length: np.ndarray = np.zeros(len(rows), dtype=np.int64)
-        if self.settings.keep == "longest":
-            length = signatures[:, -1].astype(np.int64)
-        rank: np.ndarray = np.empty(len(rows), dtype=np.int64)
-        rank[np.lexsort((rows, -length, held_out))] = rows
-        return rank
-
-    def _edges(self, bands: Spill, signatures: np.ndarray, rank: np.ndarray, scratch: Path) -> Spill:
+    def _edges(self, bands: Spill, signatures: IO[bytes], places: _Places, scratch: Path) -> Spill:
         """(place of the row that decides, place, other row, row) of pairs that are alike, parts by place."""
-        edges = Spill(scratch / "edges", 4, len(rank))
+        edges = Spill(scratch / "edges", 4, places.rows)
+        bounds = places.bounds(edges.parts)
         for part in bands.read():
             keys: np.ndarray = part[:, 0]
             rows: np.ndarray = part[:, 1].astype(np.int64)
             while len(rows):
-                order = np.lexsort((rank[rows], keys))
+                order = np.lexsort((places.of(rows), keys))
                 keys, rows = keys[order], rows[order]
                 fresh: np.ndarray = np.append(True, keys[1:] != keys[:-1])
                 leaders = rows[np.flatnonzero(fresh)[np.cumsum(fresh) - 1]]
                 keys, rows, leaders = keys[~fresh], rows[~fresh], leaders[~fresh]
-                alike = self._alike(signatures, leaders, rows)
-                pairs = np.unique(np.column_stack([leaders[alike], rows[alike]]), axis=0)
-                places = np.column_stack([rank[pairs[:, 0]], rank[pairs[:, 1]], pairs]).astype(np.uint64)
-                edges.add(places[:, 1].astype(np.int64) * edges.parts // len(rank), places)
-                keys, rows = keys[~alike], rows[~alike]  # those may still be like each other
+                pairs, where = _distinct(leaders, rows)  # most share several bands
+                alike = self._alike(signatures, pairs)
+                found = pairs[alike]
+                ends = places.of(found[:, 1])
+                entries = np.column_stack([places.of(found[:, 0]), ends, found]).astype(np.uint64)
+                edges.add(np.searchsorted(bounds, ends, side="right"), entries)
+                strange = ~alike[where]
+                keys, rows = keys[strange], rows[strange]  # those may still be like each other
         return edges
 
-    def _alike(self, signatures: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    def _alike(self, signatures: IO[bytes], pairs: np.ndarray) -> np.ndarray:
         """bool [n]: the share of equal minima, which estimates the Jaccard similarity, reaches the threshold."""
-        found: np.ndarray = np.empty(len(one), dtype=bool)
-        for at in range(0, len(one), CHUNK):
-            here = slice(at, at + CHUNK)
-            equal = signatures[one[here], :-1] == signatures[other[here], :-1]
-            found[here] = equal.mean(axis=1) >= self.settings.threshold
+        found: np.ndarray = np.empty(len(pairs), dtype=bool)
+        for at in range(0, len(pairs), CHUNK):
+            rows, where = np.unique(pairs[at : at + CHUNK], return_inverse=True)
+            values = self._read(signatures, rows)[where.reshape(-1, 2)]
+            equal = values[:, 0, :-1] == values[:, 1, :-1]
+            found[at : at + CHUNK] = equal.mean(axis=1) >= self.settings.threshold
         return found
+
+    def _read(self, signatures: IO[bytes], rows: np.ndarray) -> np.ndarray:
+        """uint32 [n, minima and length]. Read, not mapped: what is mapped counts as memory of the process."""
+        values: np.ndarray = np.empty((len(rows), self.width // 4), dtype="<u4")
+        view = memoryview(values).cast("B")
+        for at, row in enumerate(rows.tolist()):
+            os.preadv(signatures.fileno(), [view[at * self.width : (at + 1) * self.width]], row * self.width)
+        return values
+
+
+class _Places:
+    """Where each row stands: of rows that are alike, the one with the lower place stays. Training rows come first, then
+    longer ones where those are kept, then earlier ones."""
+
+    def __init__(self, rows: int, longest: bool):
+        self.rows = rows
+        self.held_out: np.ndarray = np.zeros(rows, dtype=bool)
+        self._lengths: np.ndarray | None = np.zeros(rows, dtype=np.uint32) if longest else None
+
+    def fill(self, start: int, held_out: np.ndarray, lengths: np.ndarray) -> None:
+        """The facts of the rows from `start` on."""
+        self.held_out[start : start + len(held_out)] = held_out
+        if self._lengths is not None:
+            self._lengths[start : start + len(held_out)] = lengths
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """uint64: one bit, 24 for the length (a row of 8 MiB has fewer tokens), 39 for the number of the row."""
+        place = rows.astype(np.uint64) | self.held_out[rows].astype(np.uint64) << np.uint64(63)
+        if self._lengths is not None:
+            short = _LONGEST - np.minimum(self._lengths[rows], _LONGEST)
+            place |= short.astype(np.uint64) << np.uint64(39)
+        return place
+
+    def bounds(self, parts: int) -> np.ndarray:
+        """uint64 [parts - 1], ascending: between them lie about as many rows each."""
+        sample = np.sort(self.of(np.linspace(0, self.rows - 1, min(self.rows, SAMPLED_PLACES)).astype(np.int64)))
+        return sample[np.arange(1, parts) * len(sample) // parts]
+
+
+def _distinct(ones: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the distinct pairs int64 [n, 2], which of them each pair is)."""
+    order = np.lexsort((others, ones))
+    fresh: np.ndarray = np.ones(len(order), dtype=bool)
+    fresh[1:] = (np.diff(ones[order]) != 0) | (np.diff(others[order]) != 0)
+    where: np.ndarray = np.empty(len(order), dtype=np.int64)
+    where[order] = np.cumsum(fresh) - 1
+    first = order[fresh]
+    return np.column_stack([ones[first], others[first]]), where
 
 
 def _decide(edges: Spill, held_out: np.ndarray, marks: Marks) -> None:
     """By place: a row goes where one that stays is like it; a held-out row also where any training row is."""
     for part in edges.read():
-        for _, _, other, row in part[np.lexsort((part[:, 0], part[:, 1]))].astype(np.int64).tolist():
-            leaked = held_out[row] and not held_out[other]
-            if marks.of[row] == 0 and (leaked or marks.of[other] == 0):
-                marks.add(NEAR_TRAINING if leaked else NEAR_DUPLICATE, np.array([row]), np.array([other]))
+        ordered = part[np.lexsort((part[:, 0], part[:, 1])), 2:].astype(np.int64)
+        for at in range(0, len(ordered), CHUNK):
+            for other, row in ordered[at : at + CHUNK].tolist():
+                leaked = held_out[row] and not held_out[other]
+                if marks.of[row] == 0 and (leaked or marks.of[other] == 0):
+                    marks.add(NEAR_TRAINING if leaked else NEAR_DUPLICATE, np.array([row]), np.array([other]))
 
 
 def _asked(row: Row) -> list[dict[str, Any]]:

@@ -11,7 +11,9 @@ import numpy as np
 
 from nemotron_recipes.data.gates import EXAMPLES, Corpus, Swept
 
-PART_BYTES = 64 << 20  # of a part, roughly: what one is loaded and sorted in takes a few times that
+PART_BYTES = 16 << 20  # of a part, roughly: what one is loaded and sorted in takes about five times that
+MOST_PARTS = 500  # files that are open at once; from 8 GiB on parts grow instead
+_ROWS = 1 << 16  # looked at at once
 
 
 class Spill:
@@ -19,7 +21,7 @@ class Spill:
 
     def __init__(self, folder: Path, width: int, entries: int):
         folder.mkdir()
-        self.parts = max(1, -(-entries * width * 8 // PART_BYTES))
+        self.parts = min(max(1, -(-entries * width * 8 // PART_BYTES)), MOST_PARTS)
         self._width = width
         self._files: list[IO[bytes]] = [(folder / str(part)).open("wb") for part in range(self.parts)]
 
@@ -63,6 +65,7 @@ class Marks:
     def swept(self, corpus: Corpus) -> Iterator[Swept]:
         """By ascending row."""
         examples = {-row: other for heap in self._first for row, other in heap}
-        for row in np.flatnonzero(self.of).tolist():
-            example = f"{corpus.describe(row)}: like {corpus.describe(examples[row])}" if row in examples else ""
-            yield Swept(row, self.reasons[self.of[row] - 1], example)
+        for start in range(0, len(self.of), _ROWS):
+            for row in (start + np.flatnonzero(self.of[start : start + _ROWS])).tolist():
+                example = f"{corpus.describe(row)}: like {corpus.describe(examples[row])}" if row in examples else ""
+                yield Swept(row, self.reasons[self.of[row] - 1], example)
