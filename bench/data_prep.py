@@ -14,8 +14,9 @@ own and they take turns; figures are medians over R rounds of user and system se
 - TRL: reading the rows, loading the tokenizer, and what SFTTrainer does to a data set (map, assistant masks, packing);
   imports not counted.
 
-With --many-rows ours also runs once over that many, to show that memory does not grow. A second table has what each
-gate costs, over --slow-rows rows.
+Ours also runs once over --many-rows, and, with near-duplicates looked for, over all rows and over that many, with a
+fifth of them read twice: a second table shows that memory does not grow. A third has what each gate costs, over
+--slow-rows rows. On two quiet cores it all takes about seven minutes, with --runs 1 five.
 
 The first three see the same --slow-rows rows; ours with fastokens also all rows, on one process and on all CPUs, which
 shows the memory of each process. Prints a Markdown table (docs/bench.md).
@@ -49,8 +50,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tokens per CPU-second of SFT data preparation.")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--slow-rows", type=int, default=10_000)
-    parser.add_argument("--many-rows", type=int, default=0)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--many-rows", type=int, default=400_000, help="0: not measured")
+    parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "nemotron-bench-data")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
@@ -75,16 +76,29 @@ def main() -> int:
         for workers in (1, os.cpu_count() or 1):
             label = f"ours-fastokens, {options.rows} rows, {workers} process(es)"
             found.setdefault(label, []).append(measure("ours-fastokens", whole, tokenizer, workers))
-    if options.many_rows:
-        many = options.folder / f"rows-{options.many_rows}.jsonl"
-        if not many.exists():
-            write_rows(many, options.many_rows)
-        label = f"ours-fastokens, {options.many_rows} rows, 1 process(es)"
-        found[label] = [measure("ours-fastokens", many, tokenizer, 1)]
+    memory: dict[int, dict[str, float]] = {}
+    for rows in filter(None, (options.rows, options.many_rows)):
+        file = options.folder / f"rows-{rows}.jsonl"
+        if not file.exists():
+            write_rows(file, rows)
+        label = f"ours-fastokens, {rows} rows, 1 process(es)"
+        if label not in found:
+            found[label] = [measure("ours-fastokens", file, tokenizer, 1)]
+        near = measure("near-duplicates", file, tokenizer, os.cpu_count() or 1)
+        memory[rows] = {"no gates, one process": max(one["memory"] for one in found[label])}
+        memory[rows] |= {f"near-duplicates, {name}": near[name] for name in ("first process", "other processes")}
     gates = measure("gates", part, tokenizer, 1)
     show(found, options)
+    show_memory(memory)
     show_gates(gates)
     return 0
+
+
+def show_memory(found: dict[int, dict[str, float]]) -> None:
+    print("\n| MB per process | " + " | ".join(f"{rows:,} rows" for rows in found) + " |")
+    print("|---|" + "---|" * len(found))
+    for name in next(iter(found.values())):
+        print(f"| {name} | " + " | ".join(f"{each[name]:.0f}" for each in found.values()) + " |")
 
 
 def show_gates(found: dict[str, Any]) -> None:
@@ -137,21 +151,34 @@ def contend(name: str, file: Path, tokenizer: Path, workers: int) -> dict[str, A
         result = prepare_with_gates(file, tokenizer)
     elif name == "trl":
         result = prepare_with_trl(file, tokenizer)
+    elif name == "near-duplicates":
+        result = prepare_with_ours(file, tokenizer, "fastokens", workers, near_duplicates=True)
     else:
         result = prepare_with_ours(file, tokenizer, name.removeprefix("ours-"), workers)
-    usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return {**result, "memory": max(usage) / 1024}
+    first, others = (
+        resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return {**result, "memory": max(first, others), "first process": first, "other processes": others}
 
 
-def prepare_with_ours(file: Path, tokenizer: Path, engine: str, workers: int) -> dict[str, Any]:
+def prepare_with_ours(
+    file: Path, tokenizer: Path, engine: str, workers: int, near_duplicates: bool = False
+) -> dict[str, Any]:
+    """`near_duplicates`: look for them, among all rows and a fifth of them once more."""
+    from nemotron_recipes.data.gates.build import build_gates
     from nemotron_recipes.data.job import Job
     from nemotron_recipes.data.metadata import write_metadata
     from nemotron_recipes.data.prepare import prepare
     from nemotron_recipes.data.settings import read_settings
     from nemotron_recipes.data.template import template_source
 
-    tree = {"sources": [{"path": str(file)}], "tokenizer": str(tokenizer), "engine": engine, "workers": workers}
-    job = Job("sft", read_settings(tree, "sft"), (file,), tokenizer, template_source("nemotron3"))
+    sources: list[dict[str, Any]] = [{"path": str(file)}]
+    if near_duplicates:
+        sources.append({"path": str(file), "rows": int(file.stem.rpartition("-")[2]) // 5})
+    tree = {"sources": sources, "tokenizer": str(tokenizer), "engine": engine, "workers": workers}
+    settings = read_settings({**tree, "gates": {"near_duplicates": {}} if near_duplicates else None}, "sft")
+    gates = build_gates(settings.gates, ())
+    job = Job("sft", settings, (file,) * len(sources), tokenizer, template_source("nemotron3"), gates)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         report = prepare(job, Path(folder))
         write_metadata(job, report, Path(folder))

@@ -30,7 +30,7 @@ TRAIN = SPLITS.index("train")
 RECALL = 0.98  # least share of pairs right at the threshold that share a band
 CHUNK = 1 << 13  # pairs looked at at once
 SAMPLED_PLACES = 1 << 16
-_LONGEST = np.uint32(2**24 - 1)
+_LONGEST = np.uint32(2**24 - 1)  # tokens; what is longer counts as this long
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ class NearGate:
                 found = pairs[alike]
                 ends = places.of(found[:, 1])
                 entries = np.column_stack([places.of(found[:, 0]), ends, found]).astype(np.uint64)
-                edges.add(np.searchsorted(bounds, ends, side="right"), entries)
+                where_to: np.ndarray = np.searchsorted(bounds, ends, side="right")
+                edges.add(where_to, entries)
                 strange = ~alike[where]
                 keys, rows = keys[strange], rows[strange]  # those may still be like each other
         return edges
@@ -195,7 +196,7 @@ class NearGate:
     def _read(self, signatures: IO[bytes], rows: np.ndarray) -> np.ndarray:
         """uint32 [n, minima and length]. Read, not mapped: what is mapped counts as memory of the process."""
         values: np.ndarray = np.empty((len(rows), self.width // 4), dtype="<u4")
-        view = memoryview(values).cast("B")
+        view = values.data.cast("B")
         for at, row in enumerate(rows.tolist()):
             os.preadv(signatures.fileno(), [view[at * self.width : (at + 1) * self.width]], row * self.width)
         return values
@@ -244,7 +245,7 @@ def _distinct(ones: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _decide(edges: Spill, held_out: np.ndarray, marks: Marks) -> None:
     """By place: a row goes where one that stays is like it; a held-out row also where any training row is."""
     for part in edges.read():
-        ordered = part[np.lexsort((part[:, 0], part[:, 1])), 2:].astype(np.int64)
+        ordered: np.ndarray = part[np.lexsort((part[:, 0], part[:, 1])), 2:].astype(np.int64)
         for at in range(0, len(ordered), CHUNK):
             for other, row in ordered[at : at + CHUNK].tolist():
                 leaked = held_out[row] and not held_out[other]
