@@ -155,10 +155,8 @@ def contend(name: str, file: Path, tokenizer: Path, workers: int) -> dict[str, A
         result = prepare_with_ours(file, tokenizer, "fastokens", workers, near_duplicates=True)
     else:
         result = prepare_with_ours(file, tokenizer, name.removeprefix("ours-"), workers)
-    first, others = (
-        resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    return {**result, "memory": max(first, others), "first process": first, "other processes": others}
+    usage = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {**result, "memory": max(usage), "first process": usage[0], "other processes": usage[1]}
 
 
 def prepare_with_ours(

@@ -177,8 +177,7 @@ class NearGate:
                 found = pairs[alike]
                 ends = places.of(found[:, 1])
                 entries = np.column_stack([places.of(found[:, 0]), ends, found]).astype(np.uint64)
-                where_to: np.ndarray = np.searchsorted(bounds, ends, side="right")
-                edges.add(where_to, entries)
+                edges.add(np.digitize(ends, bounds), entries)
                 strange = ~alike[where]
                 keys, rows = keys[strange], rows[strange]  # those may still be like each other
         return edges
