@@ -40,6 +40,7 @@ def draw(panels: Mapping[str, Mapping[str, Sequence[int]]], width: float) -> byt
             pen.text((_WIDTH - 16 - 90 * (len(splits) - place), base + 8), split, fill=COLOURS[split], font=font)
         for at in range(0, bins + 1, max(1, bins // 8)):
             pen.text((_LEFT + at * step, floor + 6), short(round(at * width)), fill=_INK, font=font, anchor="mt")
+        pen.text((_LEFT, floor + 24), "counts: square-root scale", fill=_INK, font=font, anchor="lt")
         pen.text((_WIDTH - 16, floor + 24), "tokens of a sequence", fill=_INK, font=font, anchor="rt")
     stream = io.BytesIO()
     picture.save(stream, format="PNG", optimize=False)

@@ -231,6 +231,33 @@ def test_own_gates_that_can_not_be_had(gate: str, options: dict[str, Any] | None
         build_gates(GateSettings(own=[OwnGate(gate, options)]))
 
 
+class Faulty(NoShouting):
+    """Does what it was told to do wrong."""
+
+    def __init__(self, fault: Any):
+        super().__init__(0.5)
+        self.fault = fault
+
+    def check(self, candidate: Candidate) -> Any:
+        return 1 / 0 if self.fault == "raises" else self.fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raises", "the gate 'no_shouting' failed: ZeroDivisionError: division by zero"),
+        ("drop it", "check gives a str that is no verdict: 'drop it'"),
+        (True, "check gives a bool that is no verdict"),
+    ],
+)
+def test_an_own_gate_with_a_fault_is_named(fault: Any, message: str) -> None:
+    own = OwnGate("tests.unit.test_data_gates:Faulty", {"fault": fault})
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        judge(GateSettings(own=[own]), candidate())
+    if fault == "raises":
+        assert "test_data_gates.py, line" in str(caught.value) and "in check" in str(caught.value)
+
+
 def test_an_installed_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shouting-1.dist-info").mkdir()
     (tmp_path / "shouting-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1\n")
