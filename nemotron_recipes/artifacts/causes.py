@@ -67,8 +67,8 @@ CAUSES = (
         r"oom[-_ ]kill|[Ee]xceeded (job |step )?memory limit|"
         r": Out Of Memory$|[Oo]ut[- ]of[- ]memory (handler|killer)|Out of memory: Killed process|"
         r"DataLoader worker \(pid.*killed by signal: Killed|DefaultCPUAllocator: can't allocate memory|"
-        r"^(numpy\S*)?MemoryError|ended as OUT_OF_MEMORY",
-        "raise `mem`, lower the micro batch size, or use fewer loader processes",
+        r"^(numpy\S*)?MemoryError|ended as OUT_OF_MEMORY|docker says OOMKilled",
+        "raise `mem` (docker: --memory in options), lower the micro batch size, or use fewer loader processes",
     ),
     Cause(
         *("shared-memory", "the container's shared memory (/dev/shm) is too small"),

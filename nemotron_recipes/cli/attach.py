@@ -49,7 +49,11 @@ def attached(handle: JobHandle, as_json: bool, all_ranks: bool = False, quiet: b
                     return INTERRUPTED
             with suppress(OSError):
                 click.echo("\nstopping the run ...", err=True)
-            lifecycle.cancel(handle)
+            try:
+                lifecycle.cancel(handle)
+            except KeyboardInterrupt:  # whoever carries the run goes on stopping it
+                click.echo(f"its end was not waited for: nemotron runs show {handle.run}", err=True)
+                return INTERRUPTED
             if isinstance(reason, BrokenPipeError):  # as with a closed terminal
                 raise
     if not as_json:

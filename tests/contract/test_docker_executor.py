@@ -161,6 +161,16 @@ def test_what_the_image_says_before_the_launcher_runs_is_kept(daemon: docker.Dae
     assert "no GPU" in RunDir(tmp_path / "run").stage("first").launcher_log(1).read_text()
 
 
+def test_a_container_that_outgrows_its_memory_says_so(daemon: docker.Daemon, tmp_path: Path) -> None:
+    stage = stage_of(fields={"options": ["--memory=128m", "--memory-swap=128m"]})
+    stage = replace(stage, launch=replace(stage.launch, module="tests.helpers.memory_eater"))
+    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage))
+    assert wait_until_over(EXECUTOR, handle) == "ended"
+    end = events(handle, "finished")[0]
+    assert (events(handle, "stage-exited")[0]["exit_code"], end["scheduler"]) == (137, "OUT_OF_MEMORY")
+    assert "docker says OOMKilled" in end["cause"]
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [

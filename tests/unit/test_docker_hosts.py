@@ -14,6 +14,7 @@ import pytest
 from nemotron_recipes.executors import memory
 from nemotron_recipes.executors.docker import hosts as docker_hosts
 from nemotron_recipes.executors.docker.hosts import Part, Together
+from nemotron_recipes.executors.driver import Blamed
 from nemotron_recipes.executors.hosts.copies import Back
 from nemotron_recipes.executors.hosts.network import Host
 from nemotron_recipes.executors.memory import GIB, Memory
@@ -53,6 +54,9 @@ class FakeContainer:
 
     def ended(self) -> tuple[int, str]:
         return self.code or 0, ""
+
+    def blamed(self, log: Path) -> Blamed:
+        return Blamed(log)
 
     def close(self, log: Path) -> None:
         pass

@@ -16,8 +16,11 @@ from nemotron_recipes.executors.docker import files
 from nemotron_recipes.executors.docker.control import Docker, HostAway, Refused, Unreachable, advice
 from nemotron_recipes.executors.driver import Blamed, StageFailed
 from nemotron_recipes.executors.local import process_tree
+from nemotron_recipes.executors.verdict import named
 from nemotron_recipes.rundir import ATTEMPT_ENV, RUN_ID_ENV, StageDir
 from nemotron_recipes.spec import RenderedStage, Tree
+
+OUT_OF_MEMORY = "OUT_OF_MEMORY"  # in the event that ends the run
 
 _RETRY_SECONDS = 1.0
 _START_SECONDS = 120.0  # for a daemon that is being restarted between two stages
@@ -65,6 +68,7 @@ class StageContainer:
         self._code: int | None = None  # once it has ended
         self._asked = False
         self._cut_off = False  # the daemon is away, or was when it ended
+        self._out_of_memory = False  # docker's word: the kernel has killed one of its processes for that
         self.away = ""  # why its host can't be reached now
         self._lock = threading.Lock()  # one looks at it while another one stops it
 
@@ -108,6 +112,7 @@ class StageContainer:
             if found.running:  # it has outlived that
                 self._cut_off = False
                 return False
+            self._out_of_memory = found.out_of_memory
         code = self._ended_with(found.exit_code if found else None)
         self._code = code if self._code is None else self._code
         return True
@@ -154,7 +159,10 @@ class StageContainer:
         return memory.shortage(limit, memory.read_memory())
 
     def blamed(self, log: Path) -> Blamed:
-        return Blamed(log)
+        if not self._out_of_memory or self._asked:
+            return Blamed(log)
+        words = "docker says OOMKilled: the memory limit of its container, or the machine's memory, was reached"
+        return Blamed(log, cause=f"exit code {named(self._code or 0)}, {words}; see {log}", ended_by=OUT_OF_MEMORY)
 
     def ended(self) -> tuple[int, str]:
         assert self._code is not None

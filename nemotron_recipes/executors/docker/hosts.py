@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -179,7 +179,8 @@ class Together:
             )
         if self._cut:
             return Blamed(log, cause=f"{self._cut}; {what_is_kept(self.stage)}", ended_by=CUT_BY)
-        return Blamed(self.stage.launcher_log(self.attempt, first.host.node), first.host.name)
+        own = self.stage.launcher_log(self.attempt, first.host.node)
+        return replace(first.container.blamed(own), host=first.host.name)
 
     def close(self, log: Path) -> None:
         """All has ended: bring back what is left, and leave nothing on the other hosts."""

@@ -26,7 +26,10 @@ _NOT_STARTED = 127  # as a shell has it
 def main(argv: list[str] | None = None) -> int:
     """Run the command that the arguments are, in the stage's folder."""
     command = argv if argv is not None else sys.argv[1:]
-    stage, attempt = StageDir(Path.cwd()), int(os.environ[ATTEMPT_ENV])
+    stage = StageDir(Path.cwd())
+    # A line of a dry run that somebody has pasted into a shell has none.
+    attempt = int(os.environ.get(ATTEMPT_ENV) or stage.last_attempt() + 1)
+    os.environ[ATTEMPT_ENV] = str(attempt)
     node = int(os.environ.get(files.NODE_ENV, "0"))
     stopped = False
     child: subprocess.Popen[bytes] | None = None
