@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ class FakeOther:
     name = "other"
 
     def __init__(self) -> None:
-        self.answers: dict[str, str] = {}
+        self.answer: str | None = None
         self.real = False
         self.asked = threading.Semaphore(0)
 
@@ -40,9 +41,10 @@ class FakeOther:
         self.asked.release()
         if self.real:
             return function(*arguments)
-        if "why" not in self.answers:
+        answer = self.answer  # once: it may be changed meanwhile
+        if answer is None:
             raise Unreachable("asleep")
-        return self.answers["why"]
+        return answer
 
     def ask_twice(self) -> None:
         """Until two more looks have begun: what the first of them found has been noted."""
@@ -60,10 +62,10 @@ def test_it_tells_when_the_network_goes_and_when_it_is_back(monkeypatch: pytest.
     try:
         other.ask_twice()
         assert (seen.down(), told) == ((0.0, ""), []), "a host that can't be asked says nothing of the network"
-        other.answers["why"] = "no answer through x"
+        other.answer = "no answer through x"
         other.ask_twice()
         assert seen.down()[1] == "spark2: no answer through x"
-        del other.answers["why"]
+        other.answer = None
         other.ask_twice()
         assert seen.down()[1], "what was wrong stays so until somebody says otherwise"
         other.real = True  # really knocks at this machine's door
@@ -72,4 +74,7 @@ def test_it_tells_when_the_network_goes_and_when_it_is_back(monkeypatch: pytest.
         assert [event for event, _ in told] == ["link-down", "link-up"]
     finally:
         seen.close()
-    assert "does not answer" in links.knock("lo", "127.0.0.1", "127.0.0.1", seen.port)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # nobody listens, and nobody else can have it
+        said = links.knock("lo", "127.0.0.1", "127.0.0.1", silent.getsockname()[1])
+    assert "127.0.0.1 does not answer through lo: Connection refused" in said
