@@ -6,6 +6,7 @@ nothing heavy is imported for `--help`.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
@@ -63,6 +64,8 @@ LOOKS = {("lineage",), ("report",), ("gc",), ("env",), ("data", "show"), ("plan"
     *(("artifacts", word) for word in ("list", "show", "alias")),
     *(("runs", word) for word in ("list", "show", "logs", "explain", "diff", "compare", "tensorboard")),
 }
+# A folder may not be written, or can't be: nothing that a traceback would explain.
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 WITH_VALUE = "bcnopr"  # short options that take the rest of their word as a value
 
 
@@ -151,7 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     except NemotronError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
         click.echo(f"error: {printable(f'{error.filename}: {error.strerror}')}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):

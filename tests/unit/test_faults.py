@@ -19,6 +19,7 @@ from nemotron_recipes.artifacts import gc, staging
 from nemotron_recipes.artifacts import store as store_module
 from nemotron_recipes.artifacts.stages import read_events
 from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.cli.main import main
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.executors.remote import there
 from nemotron_recipes.fsio import files_below, tree_digest
@@ -226,7 +227,9 @@ def test_every_byte_counts(tmp_path: Path) -> None:
     store.verify(artifact)
 
 
-def test_a_read_only_store_is_read_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_store_is_read_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Store(tmp_path)
     register(store, "x")
 
@@ -242,6 +245,11 @@ def test_a_read_only_store_is_read_and_says_so(tmp_path: Path, monkeypatch: pyte
     assert store.names() == ["rows"]
     with pytest.raises(OSError, match="Read-only file system"):
         register(store, "y")
+    (tmp_path / "env.toml").write_text(f'[artifacts]\nstore = "{tmp_path}"\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["artifacts", "alias", "rows:v1", "best"])
+    assert ended.value.code == 2 and ".aliases: Read-only file system" in capsys.readouterr().err
 
 
 def test_a_clock_that_goes_backwards_changes_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
