@@ -112,7 +112,7 @@ def test_a_disk_of_this_machine_is_never_silent(tmp_path: Path, monkeypatch: pyt
 
 def test_who_is_told_to_end_by_several_ends_in_peace() -> None:
     """A guard passes on what its terminal has told the guarded one as well."""
-    with attach._stop_signals():
+    with attach.stop_signals():
         with pytest.raises(attach.HungUp):
             signal.raise_signal(signal.SIGHUP)
         for number in (signal.SIGHUP, signal.SIGTERM):
