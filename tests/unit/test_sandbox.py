@@ -149,7 +149,10 @@ def test_its_folder_is_gone_afterwards():
 
 @pytest.mark.parametrize(
     "mischief",
-    ["os.remove('printed')", "os.rename('printed', 'p'); os.mkdir('printed')", "os.chmod('.', 0)", "os.lseek(1, 9, 0)"],
+    [
+        *("os.remove('printed')", "os.rename('printed', 'p'); os.mkdir('printed')", "os.chmod('.', 0)"),
+        *("os.lseek(1, 9, 0)", "[(os.mkdir('deep'), os.chdir('deep')) for _ in range(1500)]"),
+    ],
 )
 def test_what_it_does_to_its_folder_is_no_trouble_of_ours(mischief):
     outcome = run(f"import os\nprint('seen', flush=True)\n{mischief}", 60.0, MEMORY)

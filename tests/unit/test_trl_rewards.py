@@ -1,11 +1,13 @@
 """Verifiable rewards: what counts as the final answer, and when two answers are one."""
 
 import json
+import signal
 
 import pytest
 
 from nemotron_recipes.backends.trl import REWARDS as KNOWN_TO_THE_PLANNER
 from nemotron_recipes.errors import UserError
+from nemotron_recipes.worker.trl import patience
 from nemotron_recipes.worker.trl.config import RewardSettings, TrlSettings
 from nemotron_recipes.worker.trl.rewards import REWARDS, check_rows, exact_match, final_answer, matches, rewards_named
 
@@ -101,6 +103,23 @@ def test_json_is_held_against_the_schema_of_its_row():
     assert function(completions=list(texts), extra=extra) == list(texts.values())
     as_text = [json.dumps({"schema": json.dumps(schema)})]
     assert function(completions=['{"n": 1}'], extra=as_text) == [1.0]
+
+
+def test_a_completion_on_which_a_pattern_does_not_end_earns_nothing(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGALRM)
+    (schema,) = rewards_named(settings_for("json_schema"))
+    (form,) = rewards_named(settings_for("format", format_pattern="(a+)+b"))
+    extra = [json.dumps({"schema": {"type": "string", "pattern": "^(a+)+$"}})]
+    monkeypatch.setattr(patience, "SECONDS", 600.0)
+    assert schema(completions=['"aaa"'], extra=extra) == form(completions=["aab"]) == [1.0]
+    monkeypatch.setattr(patience, "SECONDS", 0.2)
+    assert schema(completions=[f'"{"a" * 50}!"'], extra=extra) == form(completions=["a" * 50]) == [0.0]
+    assert capsys.readouterr().out.count("took longer than 0.2 s") == 2
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    blanks = " " * 200_000
+    assert final_answer(f"#### 4\n####{blanks}7{blanks}8 \nand more") == f"7{blanks}8"
+    assert final_answer(f"#### 4{blanks}####{blanks}") == "4"
 
 
 def test_a_schema_leads_to_no_other_place():

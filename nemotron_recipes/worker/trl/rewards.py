@@ -14,10 +14,11 @@ from typing import Any
 from nemotron_recipes.errors import Problem, UserError, nearest
 from nemotron_recipes.worker.trl.config import RewardSettings, TrlSettings
 from nemotron_recipes.worker.trl.panel import judged, read_panel
+from nemotron_recipes.worker.trl.patience import TooLong, limited
 
 AT_ONCE = 4  # programs of completions
 
-_MARKED = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)  # GSM8K's way to mark the final answer
+_MARK = "####"  # GSM8K's way to mark the final answer
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _FILLER = re.compile(r"[\s$%€£]")
 
@@ -31,9 +32,9 @@ def final_answer(text: str) -> str | None:
     boxed = _boxed(text)
     if boxed is not None:
         return boxed
-    marked = _MARKED.findall(text)
-    if marked:
-        return str(marked[-1])
+    marked = _marked(text)
+    if marked is not None:
+        return marked
     numbers = _NUMBER.findall(text)
     if numbers:
         return str(numbers[-1])
@@ -65,7 +66,7 @@ def exact_match(completions: list[Any], expected_answer: list[str], **columns: A
 def matches_format(completions: list[Any], *, settings: RewardSettings, **columns: Any) -> list[float]:
     """1.0 where the whole completion matches `format_pattern` (a dot matches line ends, too), else 0.0."""
     pattern = re.compile(settings.format_pattern or "", re.DOTALL)
-    return [float(pattern.fullmatch(_text(completion)) is not None) for completion in completions]
+    return [_in_time(lambda text: pattern.fullmatch(text) is not None, _text(completion)) for completion in completions]
 
 
 def passes_tests(completions: list[Any], extra: list[str], *, settings: RewardSettings, **columns: Any) -> list[float]:
@@ -82,7 +83,18 @@ def passes_tests(completions: list[Any], extra: list[str], *, settings: RewardSe
 def fits_schema(completions: list[Any], extra: list[str], **columns: Any) -> list[float]:
     """1.0 where the answer is JSON that the row's `schema` accepts, else 0.0."""
     schemas = [_validator(json.loads(row)["schema"]) for row in extra]
-    return [float(_accepts(schema, _text(text))) for schema, text in zip(schemas, completions, strict=True)]
+    pairs = zip(schemas, completions, strict=True)
+    return [_in_time(partial(_accepts, schema), _text(completion)) for schema, completion in pairs]
+
+
+def _in_time(judge: Callable[[str], bool], text: str) -> float:
+    """1.0 where it says yes; a completion on which it does not come to an end has not earned it."""
+    try:
+        with limited():
+            return float(judge(text))
+    except TooLong as error:
+        print(f"warning: {error}, and counts as 0: a pattern in format_pattern or in a schema backtracks", flush=True)
+        return 0.0
 
 
 REWARDS: dict[str, Callable[..., list[Any]]] = {
@@ -183,6 +195,12 @@ def _named(name: str, function: Callable[..., list[Any]]) -> Callable[..., list[
 def _text(completion: Any) -> str:
     """TRL hands over text, or messages where the prompt was messages."""
     return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+
+
+def _marked(text: str) -> str | None:
+    """The rest of the line after the last mark that has one. No pattern: on many blanks one takes cubic time."""
+    after = (part.strip() for part in reversed(text.split(_MARK)[1:]))
+    return next((part.split("\n")[0].rstrip() for part in after if part), None)
 
 
 def _boxed(text: str) -> str | None:

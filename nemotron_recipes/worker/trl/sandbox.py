@@ -46,28 +46,38 @@ def share_passed(code: str, tests: str | list[dict[str, str]], seconds: float, m
 def run(code: str, seconds: float, memory: int, tests: str = "", typed: str = "") -> Outcome:
     """Run `code`, then `tests` in the same names, with `typed` as standard input. What it does never raises."""
     request = {"code": code, "tests": tests, "typed": typed, "seconds": seconds, "memory": memory}
-    with tempfile.TemporaryDirectory(prefix="nemotron-code-", ignore_cleanup_errors=True) as folder:
-        environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "PATH": os.defpath}
-        supervisor = subprocess.Popen(
-            [sys.executable, "-I", str(CHILD)],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        with supervisor:
-            try:
-                said, trouble = supervisor.communicate(json.dumps(request).encode(), timeout=seconds + GRACE)
-            except subprocess.TimeoutExpired:
-                os.killpg(supervisor.pid, signal.SIGKILL)
-                return Outcome(False, True, "", ["signals"])  # the program has stopped it
-        if supervisor.returncode < 0:
-            return Outcome(False, False, "", ["signals"])  # or ended it
-        if supervisor.returncode:
-            raise RuntimeError(f"the supervisor of a program failed: {trouble.decode(errors='replace')[-2000:]}")
-        return Outcome(**json.loads(said))
+    folder = tempfile.TemporaryDirectory(prefix="nemotron-code-", ignore_cleanup_errors=True)
+    try:
+        return _supervised(request, folder.name, seconds)
+    finally:
+        try:
+            folder.cleanup()
+        except RecursionError:  # Python before 3.13 goes down a tree of folders as deep as its own stack
+            subprocess.run(("rm", "-rf", "--", folder.name), check=False, stderr=subprocess.DEVNULL)
+
+
+def _supervised(request: dict[str, object], folder: str, seconds: float) -> Outcome:
+    environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "PATH": os.defpath}
+    supervisor = subprocess.Popen(
+        [sys.executable, "-I", str(CHILD)],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with supervisor:
+        try:
+            said, trouble = supervisor.communicate(json.dumps(request).encode(), timeout=seconds + GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(supervisor.pid, signal.SIGKILL)
+            return Outcome(False, True, "", ["signals"])  # the program has stopped it
+    if supervisor.returncode < 0:
+        return Outcome(False, False, "", ["signals"])  # or ended it
+    if supervisor.returncode:
+        raise RuntimeError(f"the supervisor of a program failed: {trouble.decode(errors='replace')[-2000:]}")
+    return Outcome(**json.loads(said))
 
 
 def walls() -> str:
