@@ -120,7 +120,8 @@ def make_plan(request: Request, catalog: Catalog, environment: Environment) -> P
 def fingerprint(config: Tree, inputs: dict[str, Artifact], code: Code) -> str:
     """What a stage computes: its config without placement and names, its inputs' identities, the code."""
     identity = copy.deepcopy(config)
-    for key in NOT_IDENTITY:
+    shared_out = ("parallel",) if config["kind"] == "convert" else ()  # the same weights come out
+    for key in (*NOT_IDENTITY, *shared_out):
         _drop(identity, key.split("."))
     for key, artifact in inputs.items():
         _put(identity, key.split("."), artifact.identity)

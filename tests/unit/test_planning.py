@@ -178,6 +178,20 @@ def test_processes_that_a_stage_would_not_use_are_refused_where_they_are_typed(t
     assert "one process" not in said and "micro batches" in said, "a pipe is told once, for all its stages"
 
 
+def test_an_import_is_one_thing_however_it_is_shared_out(tmp_path: Path) -> None:
+    def print_of(commit: str, *overrides: str) -> str:
+        model = f"model.path=hf://ORG/NAME@{commit * 40}"
+        request = Request("convert", ("import",), "nano3", overrides=(model, *overrides), cwd=str(tmp_path))
+        (stage,) = lifecycle.prepare(request).plan.stages
+        assert stage.launch.launcher == ("torchrun" if overrides else "plain")
+        assert stage.placement.nproc_per_node == (2 if overrides else 1)
+        return stage.fingerprint
+
+    one = print_of("a")
+    assert print_of("a", "run.nproc_per_node=2", "parallel.expert_model_parallel_size=2") == one
+    assert print_of("b") != one, "another revision is another model"
+
+
 def test_overrides_of_a_pipe_reach_their_stage(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path, "pipe", overrides=("sft.train.train_iters=7", "run.nproc_per_node=1", "~rl.optimizer.weight_decay")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
 
+PATIENCE = timedelta(hours=4)  # while one rank fetches the model or writes a file, the others wait for it
 _SIZES = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
@@ -31,7 +33,7 @@ def joined(context: Context) -> Iterator[None]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(context.local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     yield
     dist.barrier()
     parallel_state.destroy_model_parallel()
