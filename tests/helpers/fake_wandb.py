@@ -2,8 +2,9 @@
 
 It keeps what W&B keeps: runs with their history by line number, artifacts deduplicated by digest within a collection,
 aliases that move, which run used and which run made an artifact. Faults: `down` (connections are cut), `refuse_key`,
-`delay` (seconds before each answer), `cut_at` (the n-th request from now is carried out, but its answer is cut off),
-`refuse` ((operation, text): a request of that name whose variables hold the text is answered with an error).
+`delay` (seconds before each answer), `failing` ((status, n): the next n requests are answered with it, such as 429),
+`cut_at` (the n-th request from now is carried out, but its answer is cut off), `refuse` ((operation, text): a request of
+that name whose variables hold the text is answered with an error).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class FakeWandb(ThreadingHTTPServer, Answers):
         self.unknown: list[str] = []
         self.down = self.refuse_key = False
         self.delay = 0.0
+        self.failing: tuple[int, int] | None = None
         self.cut_at: int | None = None
         self.refuse: tuple[str, str] | None = None
 
@@ -124,6 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append(operation or f"{self.command} {self.path}")
             server.bodies.append(body)
+        if server.failing is not None and "/sdk/otel/" not in self.path:
+            status, left = server.failing
+            server.failing = (status, left - 1) if left > 1 else None
+            return self._reply(status, {"errors": [{"message": "try again later"}]})
         if server.refuse_key or not self._has_key():
             return self._reply(401, {"errors": [{"message": "user is not logged in"}]})
         if operation and server.refuse and operation == server.refuse[0] and server.refuse[1].encode() in body:

@@ -26,6 +26,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeWandb
     with FakeWandb() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.2")  # seconds; the SDK's own is 15
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         yield server

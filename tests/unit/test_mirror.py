@@ -107,6 +107,18 @@ def test_wandb_that_fails_leaves_the_journal_for_later(
     whole(wandb)
 
 
+@pytest.mark.parametrize("status", [429, pytest.param(503, marks=pytest.mark.long)])
+def test_wandb_that_asks_to_wait_is_told_in_the_end(wandb: FakeWandb, tmp_path: Path, status: int) -> None:
+    journal = a_run(tmp_path)
+    wandb.failing = (status, 2)
+    outcomes = [sync.replay(journal.run_dir)]
+    while outcomes[-1].left and len(outcomes) < 4:
+        assert "try again later" in outcomes[-1].why or str(status) in outcomes[-1].why
+        outcomes.append(sync.replay(journal.run_dir))
+    assert wandb.failing is None and outcomes[-1].why == ""
+    whole(wandb)
+
+
 def test_a_run_that_wandb_refuses_holds_up_only_what_reads_it(wandb: FakeWandb, tmp_path: Path) -> None:
     refused, reader, free = (a_run(tmp_path, f"run-{n}") for n in (1, 2, 3))
     for number, journal in enumerate((refused, reader, free), 1):
