@@ -33,6 +33,21 @@ def differences(a: RunView, b: RunView) -> Tree:
     return {name: _differing([read(a), read(b)]) for name, read in sections.items()}
 
 
+def stage_differences(a: tuple[RunView, str], b: tuple[RunView, str]) -> Tree:
+    """The same for one stage of each run, whatever the two are called: config, code, environment."""
+    sections: dict[str, Callable[[RunView, str], Tree]] = {
+        "config": lambda view, stage: _unnamed(_by_stage(view, _config, {stage}), stage),
+        "code": lambda view, _: _code_of(view),
+        "environment": lambda view, stage: _unnamed(_environment_of(view), stage),
+    }
+    return {name: _differing([read(*a), read(*b)]) for name, read in sections.items()}
+
+
+def _unnamed(tree: Tree, stage: str) -> Tree:
+    """The keys of one stage, without its name."""
+    return {key.removeprefix(f"{stage}."): value for key, value in tree.items() if key.startswith(f"{stage}.")}
+
+
 def comparison(views: Iterable[RunView]) -> Tree:
     """`runs`: facts and figures of each; `config`: {key: [a value a run]}, only keys in which runs differ, and only of
     stages that all of them have."""

@@ -61,9 +61,8 @@ def release_notes(store: Store, old: Artifact, new: Artifact, views: tuple[RunVi
         gone = [version.label for version, view in zip((old, new), views, strict=True) if view is None]
         lines += ["", "## Config and code", "", f"Not known: the run folder of {_plain(', '.join(gone))} is not here."]
         return "\n".join([*lines, ""])
-    differing = compare.differences(views[0], views[1])
-    for section in ("config", "code", "environment"):
-        rows = differing[section]
+    stages = (before["producer"]["stage"], after["producer"]["stage"])
+    for section, rows in compare.stage_differences((views[0], stages[0]), (views[1], stages[1])).items():
         lines += ["", f"## {section.capitalize()}", ""]
         lines += (
             _table(("", "before", "after"), ((key, *pair) for key, pair in rows.items())) if rows else ["The same."]

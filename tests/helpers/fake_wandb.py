@@ -3,8 +3,8 @@
 It keeps what W&B keeps: runs with their history by line number, artifacts deduplicated by digest within a collection,
 aliases that move, which run used and which run made an artifact. Faults: `down` (connections are cut), `refuse_key`,
 `delay` (seconds before each answer), `failing` ((status, n): the next n requests are answered with it, such as 429),
-`cut_at` (the n-th request from now is carried out, but its answer is cut off), `refuse` ((operation, text): a request of
-that name whose variables hold the text is answered with an error).
+`cut_at` (the n-th request from now is carried out, but its answer is cut off), `refuse` ((operation, text): a request
+of that name whose variables hold the text is answered with an error).
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class FakeWandb(ThreadingHTTPServer, Answers):
                 lines = [json.loads(line) for line in chunk["content"]] if name.endswith((".json", ".jsonl")) else []
                 if name == "wandb-history.jsonl":
                     for number, line in enumerate(lines, chunk["offset"]):
-                        assert found.history.get(number, line) == line, f"line {number} was something else"
+                        same = json.dumps(found.history.get(number, line)) == json.dumps(line)  # NaN is not NaN
+                        assert same, f"line {number} was something else"
                         found.history[number] = line
                 elif name == "wandb-summary.json":
                     found.summary = lines[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -69,7 +70,7 @@ def a_run(output: Path, run: str = "run-1", **target: str) -> Journal:
     rows = stage("data-prep-sft", "rows", "data", {"data.sources.0.path": RAW})
     metrics = RunDir(journal.run_dir).stage("sft").metrics
     metrics.parent.mkdir()
-    lines = [{"step": n, "steps": STEPS, "loss": 1 / n} for n in range(1, STEPS + 1)]
+    lines = [{"step": n, "steps": STEPS, "loss": 1 / n if n != 2 else None} for n in range(1, STEPS + 1)]
     lines.append({"step": STEPS, "steps": STEPS, "validation_loss": 0.5})  # a row of its own for the same step
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     stage("sft", "model", "model", {"model.path": TINY, "data.path": rows})
@@ -89,6 +90,7 @@ def whole(server: FakeWandb, run: str = "run-1", version: int = 0) -> None:
     assert {edge for edge in server.edges() if edge[1].startswith(run)} == expected
     history = server.runs[f"{run}.sft"].history
     assert [history[n]["_step"] for n in sorted(history)] == list(range(1, STEPS + 1))
+    assert math.isnan(history[1]["loss"]), "a loss that was no number is no gap"
     assert history[STEPS - 1]["validation_loss"] == 0.5 and history[STEPS - 1]["loss"] == 1 / STEPS
     for name in ("data-prep-sft", "sft"):
         told = server.runs[f"{run}.{name}"]

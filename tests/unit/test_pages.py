@@ -20,6 +20,7 @@ from nemotron_recipes.spec import Artifact, Producer
 
 EVIL = '</title></pre><script>document.title="owned"</script><img src=x onerror=\'document.title="owned"\'>\x1b[2J$x^2$'
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or ""
+MANY = {f"metric-{number}": number for number in range(10)}
 TINY = Artifact("builtin", "model", "tiny")
 
 
@@ -63,7 +64,7 @@ def a_run(root: Path) -> str:
     stage.log(1, 0).parent.mkdir(parents=True)
     stage.log(1, 0).write_text(f"first\n{EVIL}\nlast words\n")
     stage.metrics.write_text(
-        "".join(json.dumps({"step": n, "steps": 3, "loss": 1 / n, EVIL: 1.0}) + "\n" for n in (1, 2, 3))
+        "".join(json.dumps({"step": n, "loss": None if n == 2 else 1 / n, EVIL: 1.0, **MANY}) + "\n" for n in (1, 2, 3))
     )
     parent = {"input": "data.path", "source": "path", "kind": "data", "uri": EVIL, "digest": "sha256:d"}
     output = {"name": "model", "version": 1, "digest": "sha256:e", "uri": "/x"}
@@ -87,6 +88,8 @@ def test_a_page_opens_from_a_file_and_nothing_in_it_acts(tmp_path: Path, make) -
     assert targets and all(f'id="{target}"' in dom for target in targets), "every link leads somewhere"
     if make is a_run:
         assert "last words" in dom and "command line" in dom
+        assert "3 more metrics" in dom and "metric-9" in dom
+        assert "stroke: #c62828" in dom, "a loss that was no number is marked"
 
 
 def _open(path: Path) -> str:

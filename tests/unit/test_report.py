@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from nemotron_recipes.artifacts.lineage import lineage
+from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.artifacts.store import Store
+from nemotron_recipes.report.compare import comparison
 from nemotron_recipes.report.document import release_notes, report
+from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import Artifact, Producer
 
 EVIL = "<img src=x>`|[x](y)\x1b[2J"
@@ -43,3 +47,23 @@ def test_release_notes_tell_what_changed(tmp_path: Path) -> None:
     assert "# model:v2, compared with model:v1" in text and "| loss | 0.5 | 0.25 | -0.25 |" in text
     assert "| splits.train | 12 | 20 | +8 |" in text and "rows:v1 -&#62; rows:v2" in text.replace("->", "-&#62;")
     assert "<img" not in text
+
+
+def a_run(root: Path, name: str, **configs: float) -> RunView:
+    """A run with a stage a config."""
+    run = RunDir(root / name)
+    run.path.mkdir()
+    common = {"reused": None, "changed": {}, "inputs": {}, "fingerprint": "f", "placement": {"executor": "local"}}
+    stages = [{"name": stage, "config": {"optimizer": {"lr": lr}}, **common} for stage, lr in configs.items()]
+    run.plan.write_text(json.dumps({"id": name, "title": name, "created": "2026-01-01", "stages": stages}))
+    return load_run(run.path)
+
+
+def test_only_stages_that_do_the_same_are_compared(tmp_path: Path) -> None:
+    """The stage that made a version, whatever else its run did; of several runs those that all of them have."""
+    store = Store(tmp_path / "store")
+    old, new = (register(store, "model", "model", loss) for loss in (0.5, 0.25))
+    views = a_run(tmp_path, "pipe", prep=1.0, sft=0.5), a_run(tmp_path, "alone", sft=0.125)
+    text = release_notes(store, old, new, views)
+    assert "| optimizer.lr | 0.5 | 0.125 |" in text and "prep" not in text
+    assert comparison(views)["config"] == {"sft.optimizer.lr": [0.5, 0.125]}
