@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from nemotron_recipes.config.profiles import read_environment
 from nemotron_recipes.executors import get_executor
 from nemotron_recipes.executors.remote import sites, there, transport
@@ -28,5 +30,7 @@ def examine(profile: str, deep: float | None = None) -> Examination:
             inside = executor.look_into_nodes(complete, shared, deep)
         found = executor.examine(complete)
         told = [said for name, folder in places.items() for said in transport.call(there.look_at, name, folder)]
-    findings = (*found.findings, *(Finding(*said) for said in told), *inside.findings)
+    unset = [name for name in complete.get("secrets", ()) if not os.environ.get(name)]
+    secrets = [Finding(f"secret {name}", "problem", f"not set: export {name}=... where runs begin") for name in unset]
+    findings = (*found.findings, *(Finding(*said) for said in told), *secrets, *inside.findings)
     return Examination(findings, {**found.suggestion, **inside.suggestion} if found.suggestion else {})

@@ -30,10 +30,13 @@ def test_a_machine_with_docker(docker_daemon: docker.Daemon, monkeypatch: pytest
     assert "free for images" in found["docker's disk"][1]
     assert "GiB available" in found["memory"][1]
     assert found["memory watchdog"] == ("ok", "runs are stopped below 6 GiB")
-    assert look(container_image="no.such/image:1")["image"][0] == "problem"
+    assert "nemotron images import no.such/image:1 --docker" in look(container_image="no.such/image:1")["image"][1]
+    assert "docker build -t" in look(container_image="nemotron-recipes/unsloth:25.11")["image"][1]
     docker_daemon.load_foreign_image("nemotron-test:doctor", "s390x")
-    assert look(container_image="nemotron-test:doctor")["image"] == ("problem", "nemotron-test:doctor: s390x")
-    assert look(docker_host="unix:///nowhere")["docker"][0] == "problem"
+    state, told = look(container_image="nemotron-test:doctor")["image"]
+    assert state == "problem" and told.startswith("nemotron-test:doctor: s390x, and this machine is")
+    state, told = look(docker_host="unix:///nowhere")["docker"]
+    assert state == "problem" and "start the daemon" in told
 
 
 def test_what_a_run_would_be_refused_for(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import memory
 from nemotron_recipes.executors.docker.control import Docker, Refused, Unreachable, endpoint
+from nemotron_recipes.executors.docker.preflight import how_to_reach
 from nemotron_recipes.executors.docker.profile import DockerProfile
 from nemotron_recipes.executors.hosts import links
+from nemotron_recipes.executors.images import check as image_check
 from nemotron_recipes.executors.images.enroot import architecture
 from nemotron_recipes.executors.memory import GIB
 from nemotron_recipes.executors.remote import there
@@ -33,13 +35,16 @@ def findings(profile: DockerProfile, hf_cache: Path, where: Transport = HERE) ->
     yield Finding("machine", "ok", f"{where.call(links.me)['machine']}{', ' + product if product else ''}")
     yield from _memory(profile, product, where)
     driver = where.call(links.read, str(_DRIVER)).splitlines()
-    yield Finding("GPU driver", "ok" if driver else "warning", driver[0] if driver else "none: stages run on the CPU")
+    shared = any(name in product.lower() for name in _SHARED_MEMORY)
+    none = "none: stages run on the CPU; a GPU's is there when nvidia-smi works"
+    yield Finding("GPU driver", "ok" if driver else "problem" if shared else "warning", driver[0] if driver else none)
     if driver:
         yield _cuda(where)
     yield from _daemon(profile, bool(driver), where)
     _, free = where.call(there.room, str(hf_cache))
-    said = f"{free / GIB:.0f} GiB free for {hf_cache}"
-    yield Finding("Hugging Face cache", "ok" if free > _MODEL_ROOM else "warning", said)
+    said, enough = f"{free / GIB:.0f} GiB free for {hf_cache}", free > _MODEL_ROOM
+    said += "" if enough else f": the 30B model wants {_MODEL_ROOM // GIB}; make room, or set hf_cache"
+    yield Finding("Hugging Face cache", "ok" if enough else "warning", said)
     for device, interface, up, speed in where.call(links.ports):
         said = f"{interface} is {'up' if up else 'down'}{f', {speed} Mb/s' if up and speed else ''}"
         yield Finding(f"link {device}", "ok" if up else "warning", said)
@@ -92,11 +97,14 @@ def _daemon(profile: DockerProfile, gpu: bool, where: Transport) -> Iterator[Fin
         yield Finding("docker restarts", "ok" if kept else "warning", said)
         image = docker.image(profile.container_image)
         if image is None:
-            yield Finding("image", "problem", f"{profile.container_image} is not here: docker pull it")
+            for problem in image_check.of_docker(profile.container_image, None, str(info["Architecture"]), "", True):
+                yield Finding("image", "problem", f"{problem.what}: {problem.fix}")
             return
         yield Finding("image", *_image(profile, image, info))
         if gpu and profile.gpus != "none":
             yield _gpu_in_docker(docker, profile)
+    except Unreachable as error:
+        yield Finding("docker", "problem", f"{error} {how_to_reach(error)}")
     except NemotronError as error:
         yield Finding("docker", "problem", str(error))
 
@@ -106,7 +114,8 @@ def _image(profile: DockerProfile, image: dict[str, Any], info: dict[str, Any]) 
     told = dict(line.partition("=")[::2] for line in image["Config"].get("Env") or [])
     cuda = f", CUDA {told['CUDA_VERSION']}" if told.get("CUDA_VERSION") else ""
     fits = image["Architecture"] == machine
-    return ("ok" if fits else "problem"), f"{profile.container_image}: {image['Architecture']}{cuda}"
+    other = "" if fits else f", and this machine is {machine}: choose one for it"
+    return ("ok" if fits else "problem"), f"{profile.container_image}: {image['Architecture']}{cuda}{other}"
 
 
 def _gpu_in_docker(docker: Docker, profile: DockerProfile) -> Finding:

@@ -33,7 +33,7 @@ def problems(
             yield from _trial(docker, profile, needed, checks.where(stage, "container_image"))
     except Unreachable as error:
         what = f"docker can't be used: {error}"
-        raise UserError(Problem(what, checks.where(stage), _how_to_reach(error))) from None
+        raise UserError(Problem(what, checks.where(stage), how_to_reach(error))) from None
 
 
 def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan, offline: bool) -> Iterator[Problem]:
@@ -61,7 +61,8 @@ def _trial(docker: Docker, profile: DockerProfile, needed: Need, where: str) -> 
     yield from trial.problems(docker, given, profile.container_image, profile.python, needed, bool(gpus), where)
 
 
-def _how_to_reach(error: Unreachable) -> str:
+def how_to_reach(error: Unreachable) -> str:
+    """What to do about it."""
     words = str(error)
     if isinstance(error, Elsewhere):
         return "start the run on that machine"
