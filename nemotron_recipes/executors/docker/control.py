@@ -162,6 +162,20 @@ class Docker:
                 raise
 
 
+def how_to_reach(error: Unreachable) -> str:
+    """What to do about it."""
+    words = str(error)
+    if isinstance(error, Elsewhere):
+        return "start the run on that machine"
+    if "no docker command" in words:
+        return "install docker: https://docs.docker.com/engine/install"
+    if "permission denied" in words:
+        return "join the group docker (sudo usermod -aG docker $USER, then log in again), or use a rootless daemon"
+    return (
+        "start the daemon (sudo systemctl start docker), or name another: docker_host in the profile, or $DOCKER_HOST"
+    )
+
+
 def advice(words: str) -> str:
     """What to do where docker can't start a container, and says so in these words; "" where nothing is known."""
     if "could not select device driver" in words or "nvidia" in words.lower():

@@ -10,8 +10,7 @@ from typing import Any
 
 from nemotron_recipes.errors import NemotronError
 from nemotron_recipes.executors import memory
-from nemotron_recipes.executors.docker.control import Docker, Refused, Unreachable, endpoint
-from nemotron_recipes.executors.docker.preflight import how_to_reach
+from nemotron_recipes.executors.docker.control import Docker, Refused, Unreachable, endpoint, how_to_reach
 from nemotron_recipes.executors.docker.profile import DockerProfile
 from nemotron_recipes.executors.hosts import links
 from nemotron_recipes.executors.images import check as image_check

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import checks
 from nemotron_recipes.executors.docker import render, trial
-from nemotron_recipes.executors.docker.control import Docker, Elsewhere, Unreachable, endpoint
+from nemotron_recipes.executors.docker.control import Docker, Unreachable, endpoint, how_to_reach
 from nemotron_recipes.executors.docker.profile import DockerProfile
 from nemotron_recipes.executors.images import check as image_check
 from nemotron_recipes.executors.images.trial import Need, need
@@ -59,17 +59,3 @@ def _trial(docker: Docker, profile: DockerProfile, needed: Need, where: str) -> 
         *profile.options,
     ]
     yield from trial.problems(docker, given, profile.container_image, profile.python, needed, bool(gpus), where)
-
-
-def how_to_reach(error: Unreachable) -> str:
-    """What to do about it."""
-    words = str(error)
-    if isinstance(error, Elsewhere):
-        return "start the run on that machine"
-    if "no docker command" in words:
-        return "install docker: https://docs.docker.com/engine/install"
-    if "permission denied" in words:
-        return "join the group docker (sudo usermod -aG docker $USER, then log in again), or use a rootless daemon"
-    return (
-        "start the daemon (sudo systemctl start docker), or name another: docker_host in the profile, or $DOCKER_HOST"
-    )
