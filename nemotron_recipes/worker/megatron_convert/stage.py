@@ -16,6 +16,7 @@ from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.converting import RUN_CONFIG, adapters_of, checkpoint_folder, key_of, require_hf_folder
 from nemotron_recipes.worker.hub import folder_of
+from nemotron_recipes.worker.megatron_bridge.config import repair_yarn
 from nemotron_recipes.worker.megatron_convert.ranks import from_all, joined, layout_of, output_of
 
 # What a config.json has where there are layers that Megatron-Core (0.16 to 0.19) builds only where a GPU is visible:
@@ -33,6 +34,7 @@ def run(config: Tree, context: Context) -> None:
         lora_settings(sources["path"])  # before gigabytes are read
     context.event("ready", model=str(model), checkpoints={name: str(path) for name, path in sources.items()})
     output = Path()
+    repair_imports()
     with joined(context):
         output = output_of(context, "checkpoint" if method == "import" else "model")
         if method == "import":
@@ -49,6 +51,20 @@ def run(config: Tree, context: Context) -> None:
             raise JobFailed(f"Megatron-Bridge wrote no whole checkpoint: {output / TRACKER} names none")
     else:
         require_hf_folder(output, "Megatron-Bridge")
+
+
+def repair_imports() -> None:
+    """From now on what AutoBridge makes of a model's config has YARN's fields filled in where it left them None."""
+    from megatron.bridge import AutoBridge
+
+    made = AutoBridge.to_megatron_provider
+
+    def repaired(bridge: Any, *given: Any, **named: Any) -> Any:
+        provider = made(bridge, *given, **named)
+        repair_yarn(provider)
+        return provider
+
+    AutoBridge.to_megatron_provider = repaired
 
 
 def require_gpu(model: Path, context: Context) -> None:
