@@ -6,6 +6,7 @@ only, and the next run takes them over; so does one that packs to another size.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -27,7 +28,9 @@ from nemotron_recipes.data.shards import Shard
 from nemotron_recipes.data.spool import Spool
 from nemotron_recipes.data.spools import Spools
 from nemotron_recipes.data.template import NO_TEMPLATE
-from nemotron_recipes.errors import Problem, UserError
+from nemotron_recipes.errors import JobFailed, Problem, UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file, or for one so large
 
 
 def prepare(job: Job, output: Path, progress: Progress | None = None) -> Report:
@@ -36,7 +39,12 @@ def prepare(job: Job, output: Path, progress: Progress | None = None) -> Report:
     UserError: nothing to train on, a damaged input, or, with `on_bad_row: fail`, a bad row. JobFailed: the disk is
     full, or a process died. After an error `output` holds parts; the caller discards it.
     """
-    return _Preparation(job, output, progress or Progress()).run()
+    try:
+        return _Preparation(job, output, progress or Progress()).run()
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise JobFailed(f"the data can't be written: {error}; what is done stays done") from None
 
 
 def prepare_part(job: Job, part: int, parts: int, progress: Progress | None = None) -> PartDone:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,13 +129,20 @@ def test_a_killed_worker_process_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_full_disk_is_said_plainly(tmp_path: Path) -> None:
     """A limit on the size of files fails where a full disk would."""
     file = write_rows(tmp_path / "rows.jsonl", varied(400))
-    code = "import sys; from tests.unit.test_data_crashes import full; full(*sys.argv[1:])"
-    words = [sys.executable, "-c", code, str(file), str(tmp_path / "out"), str(tmp_path / "spools")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.stdout.strip().startswith("JobFailed: rows.jsonl: its tokens can't be written: [Errno 27]"), done.stderr
+    assert limited(file, tmp_path).startswith("JobFailed: rows.jsonl: its tokens can't be written: [Errno 27]")
     assert not list((tmp_path / "spools").glob("*/facts.json"))
     assert run(job(file, tmp_path / "spools"), tmp_path / "later").total.read == 400
+    shutil.rmtree(tmp_path / "out")  # as whoever asks discards it
+    assert limited(file, tmp_path).startswith("JobFailed: the data can't be written: [Errno 27]")
+
+
+def limited(file: Path, folder: Path) -> str:
+    code = "import sys; from tests.unit.test_data_crashes import full; full(*sys.argv[1:])"
+    words = [sys.executable, "-c", code, str(file), str(folder / "out"), str(folder / "spools")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def full(file: str, output: str, spools: str) -> None:
