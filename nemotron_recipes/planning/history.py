@@ -14,8 +14,9 @@ from nemotron_recipes.planning.smoke import length
 from nemotron_recipes.rundir import RunDir, StageDir, read_json, read_jsonl
 from nemotron_recipes.spec import Placement, Tree
 
-# Config keys that two runs must agree in for one to say how the other will behave: model, adapter, sequence, batch.
-ALIKE = ("method", "model", "peft", "data.pack_size", "train.micro_batch_size", "backend.name")
+# Config keys that two runs must agree in for one to say how the other will behave: model, adapter, sequence, batch, and
+# what the backend is told beside (gradient checkpointing, whether Unsloth is there).
+ALIKE = ("method", "model", "peft", "data.pack_size", "train.micro_batch_size", "backend.name", "backend.native")
 
 WATCHDOG = "memory_stop_gib"  # what turns the memory watchdog on, in a profile
 

@@ -158,8 +158,8 @@ def test_a_smoke_run_of_the_same_model_adapter_and_sequence_is_found(tmp_path: P
     made_run(runs, "good", smoke, 10)
     assert find_smoke(runs, whole.config, 10) == "good"
     assert find_smoke(runs, whole.config, 50) is None, "too short"
-    for key in ("data.pack_size=2048", "peft.dim=8", "model.path=packs"):
-        section, name = key.partition("=")[0].split(".")
+    for key in ("data.pack_size", "peft.dim", "model.path", "backend.native"):  # native: gradient checkpointing off
+        section, name = key.split(".")
         other = copy.deepcopy(whole.config)
         other[section][name] = "another"
         assert find_smoke(runs, other, 10) is None, key
