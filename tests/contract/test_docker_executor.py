@@ -18,11 +18,11 @@ import pytest
 from pydantic import ValidationError
 
 from nemotron_recipes.errors import UserError
-from nemotron_recipes.executors.docker import files
+from nemotron_recipes.executors.docker import files, preflight
 from nemotron_recipes.executors.docker.control import Docker, Unreachable
 from nemotron_recipes.executors.docker.executor import DockerExecutor
 from nemotron_recipes.executors.docker.profile import DockerProfile
-from nemotron_recipes.executors.docker.render import container_name
+from nemotron_recipes.executors.docker.render import container_name, profile_of
 from nemotron_recipes.executors.local import process_tree
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import Artifact, JobHandle, StagePlan
@@ -364,3 +364,15 @@ def test_gpus_are_asked_for_by_name(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "run", stage_of(fields={"gpus": ["0", "3"]}))
     (stage,) = EXECUTOR.render(plan).stages
     assert stage.argv[stage.argv.index("--gpus") + 1] == '"device=0,3"', "docker reads the value as a line of CSV"
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"), [("name=userns", "--userns=host"), ("name=selinux", "--security-opt=label=disable")]
+)
+def test_a_daemon_whose_containers_could_not_write_is_refused(option: str, flag: str) -> None:
+    info = {"SecurityOptions": ["name=seccomp,profile=default", option]}
+    stage = replace(stage_of(), directory="/run/first")
+    (problem,) = preflight._guarded_files(info, profile_of(stage), stage)
+    assert problem.refuses and flag in problem.fix
+    told = stage_of(fields={"options": [flag]})
+    assert [*preflight._guarded_files(info, profile_of(told), told)] == []

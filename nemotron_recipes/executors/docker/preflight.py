@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors import checks
@@ -14,6 +15,16 @@ from nemotron_recipes.executors.images import check as image_check
 from nemotron_recipes.executors.images.trial import Need, need
 from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.spec import StagePlan
+
+# Of daemons whose containers could not write to your folders; the flag takes one container out of that.
+_GUARDS = (
+    ("userns", "the daemon maps users (userns-remap): a container's files would not be yours", "--userns=host"),
+    (
+        "selinux",
+        "the daemon labels its containers (SELinux): they may not touch folders without its label",
+        "--security-opt=label=disable",
+    ),
+)
 
 
 def problems(
@@ -39,13 +50,21 @@ def problems(
 def _misfits(docker: Docker, profile: DockerProfile, stage: StagePlan, offline: bool) -> Iterator[Problem]:
     """What the daemon could not do of the plan, before anything is started."""
     info = docker.info()
-    rootless = any("rootless" in option for option in info.get("SecurityOptions") or [])
-    if rootless and profile.user is None and os.getuid() != 0:
-        what = "the daemon is rootless: your own user is 0:0 in its containers"
-        yield Problem(what, checks.where(stage, "user"), 'set user = "0:0"')
+    yield from _guarded_files(info, profile, stage)
     here, machine = docker.image(profile.container_image), str(info["Architecture"])
     place = checks.where(stage, "container_image")
     yield from image_check.of_docker(profile.container_image, here, machine, place, offline)
+
+
+def _guarded_files(info: dict[str, Any], profile: DockerProfile, stage: StagePlan) -> Iterator[Problem]:
+    """Whose files a container's would be, and whether it may touch them at all: `docker info`'s SecurityOptions."""
+    guards = {option.partition("name=")[2].partition(",")[0] for option in info.get("SecurityOptions") or []}
+    if "rootless" in guards and profile.user is None and os.getuid() != 0:
+        what = "the daemon is rootless: your own user is 0:0 in its containers"
+        yield Problem(what, checks.where(stage, "user"), 'set user = "0:0"')
+    for guard, words, flag in _GUARDS:
+        if guard in guards and flag not in profile.options:
+            yield Problem(words, checks.where(stage, "options"), f'set options = ["{flag}"]')
 
 
 def _trial(docker: Docker, profile: DockerProfile, needed: Need, where: str) -> Iterator[Problem]:
