@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_recipes.cli import attach
 from nemotron_recipes.cli.follow import Follower
 from nemotron_recipes.rundir import RunDir, append_event
+from nemotron_recipes.spec import JobHandle
 
 STEP = {"step": 2, "steps": 4, "loss": 1.5, "seconds_per_step": 2.0}
 VALIDATION = {"step": 2, "steps": 4, "validation_loss": 1.25}
@@ -46,3 +48,26 @@ def test_the_bar_replaces_the_workers_own_step_lines_only(
     assert ("lr 1e-3" in shown) is not bar
     assert "step 2/4 validation loss 1.2500" in shown
     assert "step by step" in shown
+
+
+def test_a_second_ctrl_c_says_that_the_end_was_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attach.lifecycle, "watch", interrupted)
+    monkeypatch.setattr(attach.lifecycle, "cancel", interrupted)
+    monkeypatch.setattr(attach.lifecycle, "detaches", lambda handle: False)
+    assert attach.attached(JobHandle("docker", "r", str(tmp_path), {}), as_json=False) == 130
+    assert "its end was not waited for: nemotron runs show r" in capsys.readouterr().err
+
+
+def test_a_network_that_goes_and_comes_back_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = started(tmp_path, "")
+    append_event(run.events, "link-down", stage="sft", words="spark1: enp1s0f1np1 is down")
+    append_event(run.events, "link-up", stage="sft", words="after 4 s")
+    Follower(run).poll(last=True)
+    out = capsys.readouterr().out
+    assert "network between the hosts is gone: spark1: enp1s0f1np1 is down" in out
+    assert "network between the hosts is back: after 4 s" in out
