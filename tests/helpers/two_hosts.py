@@ -106,6 +106,8 @@ class Pair:
     def stop_sshd(self) -> None:
         """With all its sessions, as when the machine is gone."""
         for server in self.server:
+            with contextlib.suppress(ProcessLookupError):
+                server.send_signal(signal.SIGSTOP)  # who has lost a session would at once be given another
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
