@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from nemotron_recipes.data.remote import identity_of, is_remote, listed, open_remote, size_of
+from nemotron_recipes.data.remote import is_remote, listed, look, open_remote
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import file_digest, files_below
 from nemotron_recipes.spec import sha256_text, to_json
@@ -35,6 +35,7 @@ class Input:
     name: str
     place: str  # path or address
     size: int  # bytes
+    told: str | None = None  # its identity as the store gave it with the size
 
     def open(self) -> IO[bytes]:
         if is_remote(self.place):
@@ -43,16 +44,14 @@ class Input:
 
     @property
     def identity(self) -> str:
-        """Digest of the content; of a remote file what its store says about it (address, size, ETag)."""
-        if is_remote(self.place):
-            return identity_of(self.place)
-        return file_digest(Path(self.place))
+        """Digest of the content; of a remote file what its store said about it (address, size, ETag)."""
+        return self.told or file_digest(Path(self.place))
 
     @property
     def state(self) -> tuple[int, int | str]:
-        """Cheap facts that change when somebody writes to the file."""
+        """Cheap facts, asked anew, that change when somebody writes to the file."""
         if is_remote(self.place):
-            return self.size, self.identity
+            return look(self.place)
         facts = os.stat(self.place)
         return facts.st_size, facts.st_mtime_ns
 
@@ -64,8 +63,8 @@ def listing_digest(location: str) -> str:
 
 def open_input(place: str) -> Input:
     """The file at an address or path."""
-    size = size_of(place) if is_remote(place) else os.path.getsize(place)
-    return Input(place.rpartition("/")[2], place, size)
+    size, told = look(place) if is_remote(place) else (os.path.getsize(place), None)
+    return Input(place.rpartition("/")[2], place, size, told)
 
 
 def kind_of(place: str) -> str:
@@ -110,6 +109,6 @@ def _find_remote(location: str) -> list[Input]:
         fix = "check the address, and the credentials that the store's own tools use"
         raise UserError(Problem(what, fix=fix)) from None
     scheme = location.partition("://")[0]
-    folders = [place.partition("://")[2].rpartition("/")[0] for place, _ in found]
+    folders = [place.partition("://")[2].rpartition("/")[0] for place, *_ in found]
     root = f"{scheme}://{os.path.commonpath(folders)}/" if found else ""
-    return [Input(place.removeprefix(root), place, size) for place, size in found]
+    return [Input(place.removeprefix(root), place, size, told) for place, size, told in found]

@@ -41,9 +41,10 @@ def is_remote(place: str) -> bool:
     return place.startswith(SCHEMES)
 
 
-def listed(location: str, suffixes: tuple[str, ...]) -> list[tuple[str, int]]:
-    """(address, bytes) of the files that an address, a prefix or a glob means, sorted; of a prefix those that end in
-    one of `suffixes`. None at all: an empty list. OSError: the store can't be asked, or there is no such bucket."""
+def listed(location: str, suffixes: tuple[str, ...]) -> list[tuple[str, int, str]]:
+    """(address, bytes, identity) of the files that an address, a prefix or a glob means, sorted; of a prefix those that
+    end in one of `suffixes`. None at all: an empty list. OSError: the store can't be asked, or there is no such bucket.
+    """
     files = filesystem(location)
     scheme, _, path = location.partition("://")
     with _translated(location):
@@ -54,25 +55,20 @@ def listed(location: str, suffixes: tuple[str, ...]) -> list[tuple[str, int]]:
             found = {name: facts for name, facts in every.items() if name.endswith(suffixes) or _same(name, path)}
         if not found:
             _look_at_bucket(files, path)
-    return sorted((f"{scheme}://{name.lstrip('/')}", int(facts["size"])) for name, facts in found.items())
+    places = {f"{scheme}://{name.lstrip('/')}": facts for name, facts in found.items()}
+    return sorted((place, *_told_of(place, facts)) for place, facts in places.items())
 
 
-def size_of(place: str) -> int:
-    """Bytes. OSError: it isn't there, or the store can't be asked."""
-    return int(_info(place)["size"])
-
-
-def identity_of(place: str) -> str:
-    """What changes when the content does: address, size, and what the store says of it (its ETag or generation).
-    OSError: as `size_of`."""
-    info = _info(place)
-    told = {key: str(info[key]) for key in _CONTENT if info.get(key)}
-    told = told or {key: str(info[key]) for key in _TIMES if info.get(key)}
-    return f"remote:{sha256_text(to_json([place, int(info['size']), told]))}"
+def look(place: str) -> tuple[int, str]:
+    """(bytes, identity), asked anew. The identity changes when the content does. OSError: it isn't there, or the store
+    can't be asked."""
+    files = filesystem(place)
+    with _translated(place):
+        return _told_of(place, files.info(place))
 
 
 def open_remote(place: str) -> IO[bytes]:
-    """Reads by ranges. OSError: now or later, as `size_of`."""
+    """Reads by ranges. OSError: now or later, as `look`."""
     with _translated(place):
         raw = filesystem(place).open(place, "rb", block_size=_READ_AHEAD, cache_type="readahead")
     return io.BufferedReader(_Raw(raw, place), 1 << 20)
@@ -124,11 +120,11 @@ class _Raw(io.RawIOBase):
         super().close()
 
 
-def _info(place: str) -> dict[str, Any]:
-    files = filesystem(place)
-    with _translated(place):
-        found: dict[str, Any] = files.info(place)
-        return found
+def _told_of(place: str, facts: dict[str, Any]) -> tuple[int, str]:
+    """(bytes, identity): address, size, and what the store says of the content (its ETag or generation)."""
+    told = {key: str(facts[key]) for key in _CONTENT if facts.get(key)}
+    told = told or {key: str(facts[key]) for key in _TIMES if facts.get(key)}
+    return int(facts["size"]), f"remote:{sha256_text(to_json([place, int(facts['size']), told]))}"
 
 
 def _look_at_bucket(files: Any, path: str) -> None:
@@ -147,11 +143,11 @@ def _translated(place: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{place} is not there{_told(error)}") from None
+        raise FileNotFoundError(f"{place} is not there{_words(error)}") from None
     except PermissionError as error:
-        raise StoreError(f"the store refuses{_told(error)}") from None
+        raise StoreError(f"the store refuses{_words(error)}") from None
     except TimeoutError as error:
-        raise StoreError(f"the store doesn't answer{_told(error)}") from None
+        raise StoreError(f"the store doesn't answer{_words(error)}") from None
     except _errors_of_stores() as error:
         raise StoreError(f"{type(error).__name__}: {error}") from None
 
@@ -166,6 +162,6 @@ def _errors_of_stores() -> tuple[type[BaseException], ...]:
     )
 
 
-def _told(error: OSError) -> str:
+def _words(error: OSError) -> str:
     lines = str(error).splitlines()
     return f": {lines[0]}" if lines and lines[0] else ""

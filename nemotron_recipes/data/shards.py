@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from nemotron_recipes.data.files import open_input
+from nemotron_recipes.data.files import Input, open_input
 from nemotron_recipes.fsio import file_digest
 
 _PIECE = 1 << 18  # stays in the cache of a CPU
@@ -68,7 +68,7 @@ def file_state(shard: Shard) -> object:
     if shard.kind in ("sample", "hub"):
         return None
     try:
-        return open_input(shard.place).state
+        return Input(shard.name, shard.place, shard.size).state
     except OSError as error:
         return str(error)
 

@@ -1,7 +1,7 @@
 """Object storage for long tests: servers that speak its protocols, and the packages that talk to it.
 
-s3fs and gcsfs ask for another python-dateutil and fsspec than the rest of the environment has, and moto for another
-antlr4, so clients and servers lie in folders of their own, put in front for the processes that need them. Either in the
+The clients are those of the extras s3 and gs, as constraints.txt pins them; moto asks for another antlr4 than the rest
+of the environment has. Both lie in folders of their own, put in front for the processes that need them. Either in the
 one that NEMOTRON_OBJECT_STORES names, or in one below .schemas/ that is made here (350 MB).
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
-    "clients": ("s3fs==2026.7.0", "gcsfs==2026.7.0"),
+    "clients": ("s3fs", "gcsfs", "--constraint", str(ROOT / "constraints.txt")),
     "servers": ("moto[server]==5.2.5", "gcp-storage-emulator==2026.7.19"),
 }
 LONGEST = 300  # seconds; the machine may be busy
