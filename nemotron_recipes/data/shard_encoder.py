@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from nemotron_recipes.data.chat import ChatEncoder
 from nemotron_recipes.data.documents import DocumentEncoder
 from nemotron_recipes.data.encoder import Encoder, label_mask
 from nemotron_recipes.data.gates import EXAMPLES, Candidate, Change, Drop, Gates, Verdict
+from nemotron_recipes.data.gates.pii import redactor
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.readers import BLANK, Line, read_shard
 from nemotron_recipes.data.rows import Row, RowReader
@@ -87,6 +88,7 @@ class ShardEncoder:
         ]
         for gate in recipe.gates.rows:
             gate.open()
+        self._redact = redactor(recipe.gates.rows)
 
     def run(self, shard: Shard, root: Path, base: str) -> Done:
         """See that the shard's spool is below `root`; `base` is what it follows from besides its content.
@@ -185,7 +187,7 @@ class ShardEncoder:
             began = time.process_time()
             verdict = gate.check(candidate)
             tally.seconds[gate.name] = tally.seconds.get(gate.name, 0.0) + time.process_time() - began
-            _count(tally, gate.name, verdict)
+            _count(tally, gate.name, verdict, self._redact)
             if isinstance(verdict, Drop):
                 return verdict
             if isinstance(verdict, Change):
@@ -197,7 +199,7 @@ class ShardEncoder:
             began = time.process_time()
             verdict = gate.check_tokens(candidate, ids)
             tally.seconds[gate.name] = tally.seconds.get(gate.name, 0.0) + time.process_time() - began
-            _count(tally, gate.name, verdict)
+            _count(tally, gate.name, verdict, self._redact)
             if isinstance(verdict, Drop):
                 return verdict
         return None
@@ -300,13 +302,13 @@ def _drop(writer: SpoolWriter, line: int, why: BadRow | Drop) -> None:
     writer.drop(line, why.reason, why.detail if listed else None)  # type: ignore[union-attr]
 
 
-def _count(tally: Tally, gate: str, verdict: Verdict) -> None:
+def _count(tally: Tally, gate: str, verdict: Verdict, redact: Callable[[str], str]) -> None:
     if verdict is None:
         return
     counted = tally.counts.setdefault(gate, {}).setdefault(verdict.reason, [0, []])
     counted[0] += 1
     if verdict.example and len(counted[1]) < EXAMPLES:
-        counted[1].append(verdict.example)
+        counted[1].append(redact(verdict.example))
 
 
 def _held_out(row: Row, prompt: np.ndarray) -> bytes:

@@ -99,3 +99,13 @@ def test_redaction_keeps_masks_right(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(tiny_folder() / "tokenizer.json"))
     assert tokenizer.decode(labels, skip_special_tokens=False) == "It is [IP], paid with [CARD].<|im_end|>"
     assert "[EMAIL]" in tokenizer.decode(pack["input_ids"]) and "b.example" not in tokenizer.decode(pack["input_ids"])
+
+
+def test_no_report_quotes_what_is_private(tmp_path: Path) -> None:
+    """Gates show the text of rows that they leave out; somebody's own gate, too."""
+    rows = [chat("Who?", "LOUDLY TO JANE@CORP.EXAMPLE: 4111 1111 1111 1111"), chat("a", "b")]
+    gate = {"gate": "tests.unit.test_data_gates:NoShouting", "options": {"limit": 0.2}}
+    run_prepare(tmp_path / "out", [write_rows(tmp_path / "rows.jsonl", rows)], gates={"own": [gate]})
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert b"LOUDLY TO [EMAIL]: [CARD]" in written["data-card.md"]
+    assert not [name for name, content in written.items() if b"JANE" in content or b"4111 1111" in content]
