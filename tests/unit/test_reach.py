@@ -36,15 +36,27 @@ def test_a_folder_that_never_answers_is_named(tmp_path: Path, monkeypatch: pytes
         hangs.set()
 
 
+OTHER = """
+import sys, time
+until = time.monotonic() + 120
+while time.monotonic() < until:
+    try:
+        if said := open("left").read():
+            print(said)
+            sys.exit(5)
+    except FileNotFoundError:
+        pass
+    time.sleep(0.01)
+"""
 GUARDED = """
 import os, sys, time
 from nemotron_recipes.cli import reach
 from nemotron_recipes.executors import folders
 
-answers, words = os.listdir, sys.argv[1:]
+OTHER, answers, words = sys.argv[1], os.listdir, sys.argv[2:]
 hangs = "hangs" in words
 def listdir(folder):
-    if (hangs or os.path.exists("hangs")) and os.getpid() != worker:
+    if hangs and os.getpid() != worker:
         time.sleep(600)
     return answers(folder)
 os.listdir = listdir
@@ -52,15 +64,19 @@ worker = 0
 reach.PAUSE = 0.01
 folders.may_fall_silent = lambda folder: "local" not in words
 first = os.getpid()
-reach.guard(seconds=0.2 if hangs or "becomes" in words else 60, acts="acts" in words)
+leave = reach._Guard._leave
+def left(self):
+    leave(self)
+    open("left", "w").write(repr(self.folders) + repr(self.looks))
+reach._Guard._leave = left
+reach.guard(seconds=0.2 if hangs else 60, acts="acts" in words)
 worker = os.getpid()
 assert (worker == first) == ("local" in words)
 if "killed" in words:
     os.kill(first, 9)
     time.sleep(600)
 if "becomes" in words:
-    other = "import sys, time; open('hangs', 'w').close(); time.sleep(1); print('another program'); sys.exit(5)"
-    os.execvp(sys.executable, [sys.executable, "-c", other])
+    os.execvp(sys.executable, [sys.executable, "-c", OTHER])
 print("it works", flush=True)
 print("beside it", file=sys.stderr, flush=True)
 if hangs:
@@ -71,7 +87,7 @@ sys.exit(7)
 
 
 def guarded(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", GUARDED, *words]
+    command = [sys.executable, "-c", GUARDED, OTHER, *words]
     return subprocess.run(
         command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
     )
@@ -97,9 +113,9 @@ def test_whoever_acts_is_guarded_where_a_folder_is_elsewhere_and_dies_with_its_g
     for words in (["acts"], ["acts", "local"]):
         done = guarded(tmp_path, *words)
         assert (done.returncode, done.stdout, done.stderr) == (7, "it works\n" + "x" * 200_000, "beside it\n")
-    done = guarded(tmp_path, "acts", "becomes")  # a shell beside a stage: it outlives the folder's silence
-    assert (done.returncode, done.stdout, done.stderr) == (5, "another program\n", "")
-    (tmp_path / "hangs").unlink()
+    (tmp_path / "left").unlink(missing_ok=True)  # of those that have ended
+    done = guarded(tmp_path, "acts", "becomes")  # a shell beside a stage: nobody looks any more
+    assert (done.returncode, done.stdout, done.stderr) == (5, "[]{}\n", "")
     done = guarded(tmp_path, "acts", "killed")  # ends: nobody holds the pipes
     assert (done.returncode, done.stdout) == (-9, "")
 
