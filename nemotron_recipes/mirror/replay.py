@@ -13,6 +13,8 @@ import argparse
 import os
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror.journal import Journal
-from nemotron_recipes.mirror.lease import SCRATCH, Lease
+from nemotron_recipes.mirror.lease import RENEW_SECONDS, SCRATCH, Lease
 from nemotron_recipes.mirror.sync import BUSY, is_alive
 from nemotron_recipes.mirror.telling import NotTold, Teller
 from nemotron_recipes.redact import scrub, secret_values
@@ -91,14 +93,22 @@ def _alone(journal: Journal, scratch: str, seconds: float) -> Iterator[bool]:
         yield False
         return
     try:
-        lease.keep(_end_at_once)
+        lease.keep(partial(_end_at_once, "another process has taken over"))
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         yield True
     finally:
         lease.release()
 
 
-def _end_at_once() -> None:
-    print("another process has taken over", file=sys.stderr)
+def _end_with(starter: int) -> None:
+    """Whoever started this process ends it when it gets stuck; without that one it would hold the lease for ever."""
+    while os.getppid() == starter:
+        time.sleep(RENEW_SECONDS)
+    _end_at_once("who started this process has ended")
+
+
+def _end_at_once(why: str) -> None:
+    print(why, file=sys.stderr)
     os._exit(BUSY)
 
 
