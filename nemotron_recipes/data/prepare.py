@@ -211,9 +211,9 @@ def _total(merged: Merged) -> Account:
 
 
 def _nothing(total: Account, files: int) -> UserError:
-    if not total.read and files:
-        return UserError(Problem(f"nothing to train on: no row in {files} file(s)", fix="look whether they are whole"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items()))
     what = f"nothing is left to train on: {total.read} rows read, {total.written} of them for validation and test"
     fix = "data.on_bad_row=fail shows the first bad row; data.columns names fields, data.pack_size limits length"
+    if files and not total.read:
+        fix = f"{files} file(s) hold no row at all: look whether they are whole"
     return UserError(Problem(what + (f"; left out: {reasons}" if reasons else ""), fix=fix))
