@@ -1,11 +1,13 @@
 """Digests of whole checkpoints, whichever backend wrote them: what was saved is what training goes on from.
 
-    <checkpoints>/.digests/iter_NNNNNNN.json    sealed; files: relative name -> [bytes, digest]
-    <checkpoints>/iter_NNNNNNN/digests.json     the same, in a checkpoint that this project itself has written
+    <checkpoints>/.digests/of_iter_NNNNNNN.json    sealed; files: relative name -> [bytes, digest]
+    <checkpoints>/iter_NNNNNNN/digests.json        the same, in a checkpoint that this project itself has written
 
 Beside a folder that belongs to a trainer of another project: such trainers remove their old folders at any moment, and
-a file that appears there meanwhile would make that fail, and with it the training. A digest "" says that only the
-length is known: whoever read the checkpoint has been stopped before it came so far. Standard library only.
+a file that appears there meanwhile would make that fail, and with it the training. No name begins with `iter_`:
+Megatron-Bridge takes whatever does, at any depth, for a checkpoint to remove (training/checkpointing.py, 0.3 to 0.6).
+A digest "" says that only the length is known: whoever read the checkpoint has been stopped before it came so far.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from nemotron_recipes.rundir import COPIED, Damaged, check_mark, mark, read_json
 
 DIGESTS = "digests.json"
 BESIDE = ".digests"
+_OF = "of_"
 _NAME = re.compile(r"iter_(\d{7,})")
 _PASSING = ".nfs"  # names that a file system gives to what is removed while somebody has it open
 
@@ -65,9 +68,10 @@ def seal_beside(folder: Path, stop: Callable[[], bool] = lambda: False) -> bool:
 
 def forget(root: Path, after: int) -> None:
     """Remove the digests of later steps, which are saved anew, and of folders that are gone."""
-    for path in (root / BESIDE).glob("iter_*.json"):
-        step = _NAME.fullmatch(path.stem)
-        if step and (int(step[1]) > after or not (root / path.stem).is_dir()):
+    for path in (root / BESIDE).glob(f"{_OF}*.json"):
+        folder = root / path.stem.removeprefix(_OF)
+        step = _NAME.fullmatch(folder.name)
+        if step and (int(step[1]) > after or not folder.is_dir()):
             path.unlink(missing_ok=True)
 
 
@@ -120,7 +124,7 @@ def is_read(folder: Path) -> bool:
 
 def beside_of(folder: Path) -> Path:
     """Where the digests of a trainer's own folder lie."""
-    return folder.parent / BESIDE / f"{folder.name}.json"
+    return folder.parent / BESIDE / f"{_OF}{folder.name}.json"
 
 
 class _Stopped(Exception):

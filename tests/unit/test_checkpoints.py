@@ -163,7 +163,14 @@ def test_a_checkpoint_may_go_while_it_is_read(context: Context, monkeypatch: pyt
     assert checkpoints.is_read(newest)
     with Sealing(context):  # the next attempt
         pass
-    assert [path.stem for path in (root / checkpoints.BESIDE).iterdir()] == [newest.name]
+    assert list((root / checkpoints.BESIDE).iterdir()) == [checkpoints.beside_of(newest)]
+
+
+def test_megatron_bridge_finds_nothing_but_checkpoints_to_remove(context: Context) -> None:
+    """As `cleanup_old_non_persistent_checkpoint` of 0.3 to 0.6 does after each save: any other name ends the training."""
+    sealed("megatron_bridge", context, 2, 4)
+    found = sorted(context.dir.checkpoints.rglob("iter_*"), key=lambda path: int(path.name[len("iter_") :]))
+    assert [path.name for path in found] == ["iter_0000002", "iter_0000004"]
 
 
 def test_a_file_that_comes_while_it_is_read_is_read_too(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
