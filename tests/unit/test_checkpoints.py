@@ -167,7 +167,7 @@ def test_a_checkpoint_may_go_while_it_is_read(context: Context, monkeypatch: pyt
 
 
 def test_megatron_bridge_finds_nothing_but_checkpoints_to_remove(context: Context) -> None:
-    """As `cleanup_old_non_persistent_checkpoint` of 0.3 to 0.6 does after each save: any other name ends the training."""
+    """As its `cleanup_old_non_persistent_checkpoint` does after each save: any other name ends the training."""
     sealed("megatron_bridge", context, 2, 4)
     found = sorted(context.dir.checkpoints.rglob("iter_*"), key=lambda path: int(path.name[len("iter_") :]))
     assert [path.name for path in found] == ["iter_0000002", "iter_0000004"]
@@ -206,6 +206,8 @@ def test_who_has_to_end_leaves_lengths_and_the_next_attempt_reads_on(
     monkeypatch.delenv(DEADLINE_ENV, raising=False)
     assert not checkpoints.is_read(folder)
     (shard := folder / "__0_0.distcp").write_text(shard.read_text().upper())
+    (folder / "tokenizer.json").write_text("its trainer was still writing small files")
+    (folder / "run_config.yaml").write_text("longer than what was there when the lengths were noted")
     require_unchanged(context, folder)
     assert list(read_jsonl(context.dir.events(1, 0)))[-1]["known"] == "lengths"
     shard.write_text("cut")
@@ -216,6 +218,16 @@ def test_who_has_to_end_leaves_lengths_and_the_next_attempt_reads_on(
     with Sealing(context):
         pass
     assert checkpoints.is_read(folder)
+
+
+def test_a_signal_while_the_end_waits_ends_the_reading(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a module that asks whether it shall stop, as NeMo-RL's: no Cancelled is raised there."""
+    folder, held = save("megatron_bridge", context.dir.checkpoints, 2), Held(monkeypatch)
+    with Sealing(context):
+        assert held.begun.wait(120)
+        context.stop_signal = True
+        held.go_on.set()
+    assert not checkpoints.is_read(folder)
 
 
 def _until(true: Callable[[], bool]) -> None:

@@ -3,8 +3,10 @@ project. `nemotron images check` and `import` write the first one that they see;
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -41,15 +43,27 @@ def digests() -> dict[str, str]:
 
 def keep(seen: Mapping[str, str]) -> Path | None:
     """Write these beside those that are there, in their place where they are others; the file, if it has changed."""
-    path, known = file(), digests()
-    new = {name: digest for name, digest in seen.items() if known.get(name) != digest}
-    if path is None or not new:
+    env_file, path, known = find_env_file(Path.cwd()), file(), digests()
+    if env_file is None or path is None or all(known.get(name) == digest for name, digest in seen.items()):
         return None
     today = datetime.now(timezone.utc).date().isoformat()
-    tree = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    tree |= {name: {"digest": digest, "seen": today} for name, digest in new.items()}
     try:
-        write_atomic(path, json.dumps(tree, indent=2, sort_keys=True) + "\n")
+        with _alone(env_file):
+            known = digests()  # somebody may have written meanwhile
+            tree = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+            new = {name: digest for name, digest in seen.items() if known.get(name) != digest}
+            tree |= {name: {"digest": digest, "seen": today} for name, digest in new.items()}
+            write_atomic(path, json.dumps(tree, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise UserError(Problem(f"{path} can't be written: {error.strerror}")) from None
     return path
+
+
+@contextmanager
+def _alone(env_file: Path) -> Iterator[None]:
+    """Of several that write at once each waits for those before it. The lock is on env.toml: it is there already."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # it may not be written to, or the file system has no locks
+            held = stack.enter_context(open(env_file, "ab"))
+            fcntl.flock(held.fileno(), fcntl.LOCK_EX)
+        yield
