@@ -80,25 +80,26 @@ def check(folder: Path, part: int = 0, parts: int = 1) -> Checked | None:
 
     None: nothing is known, since an earlier version or somebody else has written it. Damaged names the file that is
     not as it was saved, is gone, or has come since. With `parts` > 1 each of so many callers reads a part of the files.
+    Where only lengths are known the trainer may still have been adding to it: then nothing may lack.
     """
     known = _read(folder)
     if known is None:
         return None
-    there = _names(folder)
-    for name in sorted(there - known.keys()):
+    unread = sum(not digest for _, digest in known.values())
+    for name in sorted(_names(folder) - known.keys()) if not unread else ():
         fix = f"{_other(folder)}; or move the file away, if it doesn't belong there"
         raise Damaged(folder / name, "the checkpoint had no such file when it was saved", fix=fix)
     mine = sorted(known)[part::parts]
 
     def look(name: str) -> None:
         try:
-            check_mark(folder / name, known[name], exactly=True)
+            check_mark(folder / name, known[name], exactly=not unread)
         except Damaged as error:
             raise Damaged(folder / name, error.reason, fix=_other(folder)) from None
 
     with ThreadPoolExecutor(HASHERS) as pool:
         list(pool.map(look, mine))
-    return Checked(sum(known[name][0] for name in mine), sum(not known[name][1] for name in known))
+    return Checked(sum(known[name][0] for name in mine), unread)
 
 
 def changed(root: Path) -> Iterator[Damaged]:

@@ -15,7 +15,7 @@ from nemotron_recipes.rundir import RANKS_HERE_ENV, TRACKER, latest_checkpoint
 from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.deadline import deadline_from
 
-QUIET = 2.0  # seconds: some trainers write small files right after the one that says that a checkpoint is whole
+QUIET = 15.0  # seconds: some trainers write small files right after the one that says that a checkpoint is whole
 LEAST_LEFT = 15.0  # seconds before the deadline that the end of the worker needs
 
 
@@ -76,13 +76,17 @@ class Sealing:
     def _run(self) -> None:
         while (checkpoint := self._next()) is not None:
             try:
-                whole = checkpoints.seal_beside(checkpoint, lambda: self._stopped)
+                whole = checkpoints.seal_beside(checkpoint, self._must_end)
             except OSError as error:  # nobody may fail for it: whoever goes on from there is told that digests lack
                 if checkpoint.is_dir():  # old ones are removed
                     print(f"warning: {checkpoint.name} gets no digests: {error}", file=sys.stderr, flush=True)
                 whole = True
-            if not (whole or self._stopped):
+            if not (whole or self._must_end()):
                 self.saw(checkpoint)
+
+    def _must_end(self) -> bool:
+        """The end waits no longer, or somebody wants it while it waits."""
+        return self._stopped or self.context.stop_signal
 
     def _next(self) -> Path | None:
         """The newest that is wanted, a while after it was seen; None: there is no more to do."""
