@@ -119,6 +119,8 @@ def _exchanges(row: dict[str, Any], score_field: str | None) -> list[Exchange]:
     request = row["request"] if isinstance(row.get("request"), dict) else row
     response = row["response"] if isinstance(row.get("response"), dict) else row
     messages, choices = request.get("messages"), response.get("choices")
+    if isinstance(choices, list) and any(isinstance(choice, dict) and "delta" in choice for choice in choices):
+        raise BadRow("streamed_chunk", "a piece of an answer: log the answer as a whole")
     if not isinstance(messages, list) or not messages:
         raise BadRow("missing_field", "no messages")
     tools = read_tools(request.get("tools", row.get("tools")))
@@ -126,6 +128,8 @@ def _exchanges(row: dict[str, Any], score_field: str | None) -> list[Exchange]:
     score = number(lookup(row, score_field)) if score_field else None
     if choices is None:
         prompt, answers = messages[:-1], [(messages[-1], score)]
+    elif choices == []:
+        raise BadRow("no_assistant", "no choices")
     elif isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
         own = [number(lookup(choice, score_field)) if score_field else None for choice in choices]
         alone = len(choices) == 1

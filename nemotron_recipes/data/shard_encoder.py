@@ -18,7 +18,7 @@ import numpy as np
 from nemotron_recipes.data.chat import ChatEncoder
 from nemotron_recipes.data.documents import DocumentEncoder
 from nemotron_recipes.data.encoder import Encoder, label_mask
-from nemotron_recipes.data.gates import EXAMPLES, Candidate, Change, Drop, Gates, Verdict
+from nemotron_recipes.data.gates import EXAMPLES, Candidate, Change, Drop, Gates, Quote, Verdict
 from nemotron_recipes.data.gates.pii import redactor
 from nemotron_recipes.data.messages import BadRow
 from nemotron_recipes.data.readers import BLANK, Line, read_shard
@@ -152,16 +152,16 @@ class ShardEncoder:
         gates = self.recipe.gates
         for line in lines:
             if line.number in results:
-                _drop(writer, line.number, results[line.number])
+                _drop(writer, line.number, results[line.number], self._redact)
                 continue
             one, what = next(ready)
             if isinstance(what, BadRow):
-                _drop(writer, line.number, what)
+                _drop(writer, line.number, what, self._redact)
                 continue
             sequences, payload, ids = what
             verdict = self._judge_tokens(one.candidate, ids, tally) if gates.rows else None
             if isinstance(verdict, Drop):
-                _drop(writer, line.number, verdict)
+                _drop(writer, line.number, verdict, self._redact)
                 continue
             signatures = self._signatures(one.candidate, ids, tally) if gates.corpus else []
             length, tokens = _lengths(ids)
@@ -297,12 +297,12 @@ def _lengths(ids: Sequence[np.ndarray]) -> tuple[int, int]:
     return first + max(others, default=0), first + sum(others)
 
 
-def _drop(writer: SpoolWriter, line: int, why: BadRow | Drop) -> None:
-    listed = isinstance(why, BadRow) and why.reason not in POLICY
-    writer.drop(line, why.reason, why.detail if listed else None)  # type: ignore[union-attr]
+def _drop(writer: SpoolWriter, line: int, why: BadRow | Drop, redact: Callable[[str | Quote], str]) -> None:
+    detail = why.detail if isinstance(why, BadRow) and why.reason not in POLICY else None
+    writer.drop(line, why.reason, redact(detail) if detail else detail)
 
 
-def _count(tally: Tally, gate: str, verdict: Verdict, redact: Callable[[str], str]) -> None:
+def _count(tally: Tally, gate: str, verdict: Verdict, redact: Callable[[str | Quote], str]) -> None:
     if verdict is None:
         return
     counted = tally.counts.setdefault(gate, {}).setdefault(verdict.reason, [0, []])

@@ -24,11 +24,12 @@ from nemotron_recipes.data.gate_settings import (
     Repetition,
     Structure,
 )
-from nemotron_recipes.data.gates import Candidate, Drop, duplicates
+from nemotron_recipes.data.gates import Candidate, Drop, Swept, duplicates
 from nemotron_recipes.data.gates.build import build_gates
+from nemotron_recipes.data.gates.pii import redactor
 from nemotron_recipes.data.settings import read_settings
 from nemotron_recipes.errors import UserError
-from tests.helpers.data_prep import chat
+from tests.helpers.data_prep import chat, run_prepare, write_rows
 from tests.helpers.gates import TALK, Turn, assistant, candidate, judge, reason, user
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def test_repetition() -> None:
     looping = candidate({"messages": [user("a"), assistant("I am not sure. " * 20)]})
     verdict = judge(settings, looping)
     assert verdict.reason == "repetitive"
-    assert verdict.example == "95% repeated; 20 times: i am not"
+    assert redactor([])(verdict.example) == "95% repeated; 20 times: I am not"
     assert reason(settings, candidate({"messages": [user("I am not sure. " * 20), assistant("Why?")]})) is None
     assert reason(settings, candidate({"messages": [user("a"), assistant("我不知道。" * 20)]})) == "repetitive"
     assert reason(settings, candidate({"messages": [user("a"), assistant("", reasoning_content="hm hm " * 20)]}))
@@ -161,7 +162,7 @@ def test_contamination(tmp_path: Path) -> None:
 
     verdict = check("Tell me: a TRAIN leaves Bonn, at nine, and drives eighty kilometres per hour — when?")
     assert verdict.reason == "contaminated"
-    assert "eval.jsonl, line 1: a train leaves bonn at nine" in verdict.example
+    assert "eval.jsonl, line 1: a TRAIN leaves Bonn, at nine" in redactor([])(verdict.example)
     assert check("A train leaves Bonn at nine and drives ninety kilometres per hour.") is None
     assert check("Name all the nine planets of our own sun!").reason == "contaminated"  # a short item counts whole
     assert check("Name all the nine planets") is None
@@ -256,6 +257,48 @@ def test_an_own_gate_with_a_fault_is_named(fault: Any, message: str) -> None:
         judge(GateSettings(own=[own]), candidate())
     if fault == "raises":
         assert "test_data_gates.py, line" in str(caught.value) and "in check" in str(caught.value)
+
+
+class FaultyCorpus:
+    """A gate over all rows that does what it was told to do wrong."""
+
+    name, key, width = "order", 1, 4
+
+    def __init__(self, fault: str, given: Any = None):
+        self.fault, self.given = fault, given
+        if fault == "width":
+            self.width = given
+        if fault == "made":
+            raise ValueError("no such model")
+
+    def signature(self, candidate: Candidate, sequences: Any) -> Any:
+        return self.given if self.fault == "signature" else b"1234"
+
+    def sweep(self, corpus: Any, scratch: Path) -> Any:
+        return [1 / 0] if self.fault == "raises" else self.given if self.fault == "sweep" else []
+
+
+@pytest.mark.parametrize(
+    ("fault", "given", "message"),
+    [
+        ("made", None, "FaultyCorpus can't be made (check data.gates.own.0.options): ValueError: no such model"),
+        ("raises", None, "the gate 'order' failed: ZeroDivisionError"),
+        ("width", -1, "its width is -1"),
+        ("signature", "abcd", "signature gives str"),
+        ("signature", b"abc", "signature gives bytes of 3"),
+        ("sweep", ["row 1"], "sweep gives 'row 1'"),
+        ("sweep", [Swept(0, "")], "sweep gives Swept(index=0, reason=''"),
+        ("sweep", [Swept(1, "odd"), Swept(0, "odd")], "sweep gives row 0 after row 1, of 2"),
+        ("sweep", [Swept(2, "odd")], "sweep gives row 2 after row -1, of 2"),
+    ],
+)
+def test_an_own_corpus_gate_with_a_fault_is_named(fault: str, given: Any, message: str, tmp_path: Path) -> None:
+    gate = {"gate": "tests.unit.test_data_gates:FaultyCorpus", "options": {"fault": fault, "given": given}}
+    rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), chat("c", "d")])
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        run_prepare(tmp_path / "out", [rows], gates={"own": [gate]})
+    if fault in ("made", "raises"):
+        assert "test_data_gates.py, line" in str(caught.value)
 
 
 def test_an_installed_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

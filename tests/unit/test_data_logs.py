@@ -43,7 +43,8 @@ def make(tmp_path: Path, rows: list[Any], target: str, good: float = 7, bad: flo
     return found, report
 
 
-LINES = {"invalid_json", "not_an_object", "missing_field", "wrong_type", "unknown_role", "bad_order", "no_assistant"}
+LINES = {"invalid_json", "not_an_object", "missing_field", "wrong_type", "unknown_role", "bad_order", "no_assistant",
+         "streamed_chunk"}  # fmt: skip
 
 
 def test_sft_rows_are_those_above_the_threshold(tmp_path: Path) -> None:
@@ -52,6 +53,17 @@ def test_sft_rows_are_those_above_the_threshold(tmp_path: Path) -> None:
     assert found == [log("a", "good", score=7.0, license="MIT")]  # other fields stay: gates ask for them
     assert report["left_out"] == {"low_score": 1, "missing_field": 1, "no_score": 1, "not_an_object": 1}
     assert report["lines"] == 5
+
+
+def test_what_has_no_answer_or_no_number_is_counted(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "Q"}]
+    chunk = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": "A"}}]}
+    odd = [log("b", "x", score=score) for score in (float("nan"), 1e999, 10**400)]
+    chunks = [chunk, {"request": {"messages": asked}, "response": chunk}]
+    rows = [log("a", "good", score=7), *odd, *chunks, {"messages": asked, "choices": []}]
+    found, report = make(tmp_path, rows, "sft")
+    assert [row["messages"][-1]["content"] for row in found] == ["good"]
+    assert report["left_out"] == {"no_assistant": 1, "no_score": 3, "streamed_chunk": 2}
 
 
 @pytest.mark.parametrize(("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)])

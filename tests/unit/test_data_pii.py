@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +104,18 @@ def test_redaction_keeps_masks_right(tmp_path: Path) -> None:
 
 def test_no_report_quotes_what_is_private(tmp_path: Path) -> None:
     """Gates show the text of rows that they leave out; somebody's own gate, too."""
-    rows = [chat("Who?", "LOUDLY TO JANE@CORP.EXAMPLE: 4111 1111 1111 1111"), chat("a", "b")]
+    filler = "It is said so. " * 3  # as much as brings a cut into the middle
+    rows = [
+        chat("Who?", "LOUDLY TO JANE@CORP.EXAMPLE: 4111 1111 1111 1111"),
+        chat("a", "b" * 100),
+        chat("Whom?", f"{filler}Pay 4111 1111 1111 1111"),
+        chat("Where?", f"{filler}Ask JANE.DOE@CORP.EXAMPLE"),
+        chat("Again?", "Ask Jane@Corp.example, card 4111 1111 1111 1111. " * 9),
+    ]
     gate = {"gate": "tests.unit.test_data_gates:NoShouting", "options": {"limit": 0.2}}
-    run_prepare(tmp_path / "out", [write_rows(tmp_path / "rows.jsonl", rows)], gates={"own": [gate]})
+    gates = {"own": [gate], "length": {"min_answer_chars": 90}, "repetition": {"ngram": 3, "max_share": 0.3}}
+    run_prepare(tmp_path / "out", [write_rows(tmp_path / "rows.jsonl", rows)], gates=gates)
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
-    assert b"LOUDLY TO [EMAIL]: [CARD]" in written["data-card.md"]
-    assert not [name for name, content in written.items() if b"JANE" in content or b"4111 1111" in content]
+    assert b"Pay [CARD]" in written["data-card.md"] and b"9 times: Ask [EMAIL]" in written["data-card.md"]
+    quotes = b"".join(content for name, content in written.items() if name.startswith(("data-card", "metadata")))
+    assert not re.search(rb"jane|corp|4111|1111 ?1111", quotes, re.IGNORECASE)

@@ -30,11 +30,23 @@ EXAMPLES = 5  # shown per gate and reason in the report: the first ones in input
 
 
 @dataclass(frozen=True)
+class Quote:
+    """What an example shows of a row's text: the piece from `start` to `end`, on one line and kept short. What is
+    private is taken out of the whole text first: of a number cut in two no pattern would find the rest."""
+
+    said: str  # stands before it
+    text: str
+    start: int = 0
+    end: int | None = None
+
+
+@dataclass(frozen=True)
 class Drop:
-    """The row is left out. `reason` is one of the gate's closed set; `example` shows a person why (kept short)."""
+    """The row is left out. `reason` is one of the gate's closed set; `example` shows a person why (kept short; what it
+    takes from the row's text is a `Quote`)."""
 
     reason: str
-    example: str = ""
+    example: str | Quote = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Change:
 
     row: Row
     reason: str
-    example: str = ""
+    example: str | Quote = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Note:
     """The row goes on as it is, but is counted under `reason` (PII reported)."""
 
     reason: str
-    example: str = ""
+    example: str | Quote = ""
 
 
 Verdict = Drop | Change | Note | None  # None: nothing to say

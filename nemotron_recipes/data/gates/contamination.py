@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nemotron_recipes.data.gate_settings import Contamination
-from nemotron_recipes.data.gates import Candidate, Drop, Verdict
+from nemotron_recipes.data.gates import Candidate, Drop, Quote, Verdict
 from nemotron_recipes.data.gates.simple import Gate
-from nemotron_recipes.data.gates.text import lookup, ngram_hashes, short, texts, word_hashes, words
+from nemotron_recipes.data.gates.text import lookup, ngram_hashes, texts, word_hashes, words, words_at
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.fsio import files_below, path_digest
 
@@ -60,8 +60,7 @@ class ContaminationGate(Gate):
     def check(self, candidate: Candidate) -> Verdict:
         index = _LOADED[self._place]
         for where, text in texts(candidate.row):
-            found = words(text)
-            hashes = word_hashes(found)
+            hashes = word_hashes(words(text))
             for length, known in index.hashes.items():
                 grams = ngram_hashes(hashes, length)
                 if not len(grams):
@@ -71,8 +70,8 @@ class ContaminationGate(Gate):
                 if len(hits):
                     start = int(hits[0])
                     place = index.places[index.owners[length][at[start]]]
-                    shared = short(" ".join(found[start : start + length]))
-                    return Drop("contaminated", f"{where} shares {length} words with {place}: {shared}")
+                    said = f"{where} shares {length} words with {place}: "
+                    return Drop("contaminated", Quote(said, text, *words_at(text, start, length)))
         return None
 
     @property

@@ -7,9 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 from nemotron_recipes.data.gate_settings import Language
-from nemotron_recipes.data.gates import Candidate, Drop, Verdict
+from nemotron_recipes.data.gates import Candidate, Drop, Quote, Verdict
 from nemotron_recipes.data.gates.simple import Gate
-from nemotron_recipes.data.gates.text import said, short
+from nemotron_recipes.data.gates.text import said
 from nemotron_recipes.errors import Problem, UserError
 
 _MOST = 4000  # characters looked at: more don't make the guess better
@@ -35,9 +35,9 @@ class LanguageGate(Gate):
             return None
         language, probability = _identifier().classify(text.encode("utf-8", "replace").decode("utf-8"))
         if probability < self.settings.min_probability:
-            return Drop("language_unclear", f"{language}, {probability:.0%}: {short(text)}")
+            return Drop("language_unclear", Quote(f"{language}, {probability:.0%}: ", text))
         if language not in self.settings.allow:
-            return Drop("other_language", f"{language}, {probability:.0%}: {short(text)}")
+            return Drop("other_language", Quote(f"{language}, {probability:.0%}: ", text))
         return None
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nemotron_recipes.data.gate_settings import PII_KINDS, Pii
-from nemotron_recipes.data.gates import Candidate, Change, Drop, Note, Verdict
+from nemotron_recipes.data.gates import Candidate, Change, Drop, Note, Quote, Verdict
 from nemotron_recipes.data.gates.simple import Gate
-from nemotron_recipes.data.gates.text import replaced, texts
+from nemotron_recipes.data.gates.text import replaced, short, texts
 from nemotron_recipes.errors import Problem, UserError
 
 Span = tuple[int, int]
@@ -88,11 +88,7 @@ class PiiGate(Gate):
 
     def redact(self, text: str) -> str:
         """`text` with `[EMAIL]` and the like in place of what was found."""
-        pieces, done = [], 0
-        for kind, (start, end) in self.find(text):
-            pieces += [text[done:start], f"[{kind.upper()}]"]
-            done = end
-        return "".join([*pieces, text[done:]])
+        return _without(text, self.find(text))
 
     def find(self, text: str) -> list[tuple[str, Span]]:
         """(kind, span) in order, without overlaps. Where kinds overlap, the one that is checked harder wins."""
@@ -116,17 +112,30 @@ class PiiGate(Gate):
         return [(match.start, match.end) for match in matches]
 
 
-def redactor(gates: Sequence[Any]) -> Callable[[str], str]:
+def redactor(gates: Sequence[Any]) -> Callable[[str | Quote], str]:
     """What takes personal data and credentials out of the examples that any gate quotes in a report: all kinds that
     need no library, and what the PII gate among `gates` looks for."""
     every = [PiiGate(Pii(kinds=["email", "card", "ip", "key"])), *(gate for gate in gates if isinstance(gate, PiiGate))]
 
-    def redact(text: str) -> str:
+    def redact(example: str | Quote) -> str:
+        quote = example if isinstance(example, Quote) else Quote("", example)
+        found: list[tuple[str, Span]] = []
         for gate in every:
-            text = gate.redact(text)
-        return text
+            found += [one for one in gate.find(quote.text) if not any(_overlap(one[1], other) for _, other in found)]
+        text = _without(quote.text, sorted(found, key=lambda one: one[1]), quote.start, quote.end)
+        return quote.said + short(text) if isinstance(example, Quote) else text
 
     return redact
+
+
+def _without(text: str, found: Sequence[tuple[str, Span]], start: int = 0, end: int | None = None) -> str:
+    """The piece of `text` from `start` to `end`, with the kind in place of each span that reaches into it."""
+    pieces, end = [], len(text) if end is None else end
+    for kind, span in found:
+        if _overlap(span, (start, end)):
+            pieces += [text[start : span[0]], f"[{kind.upper()}]"]
+            start = span[1]
+    return "".join([*pieces, text[start:end]])
 
 
 def luhn(digits: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,8 +21,8 @@ from nemotron_recipes.data.gate_settings import (
     Structure,
     read_condition,
 )
-from nemotron_recipes.data.gates import Candidate, Drop, Note, Verdict
-from nemotron_recipes.data.gates.text import answers, lookup, ngram_hashes, short, word_hashes, words
+from nemotron_recipes.data.gates import Candidate, Drop, Note, Quote, Verdict
+from nemotron_recipes.data.gates.text import answers, lookup, ngram_hashes, word_hashes, words, words_at
 
 _COMPARE = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq, "!=": operator.ne
@@ -62,7 +63,7 @@ class ProvenanceGate(Gate):
             if not isinstance(named, str) or not named.strip():
                 return Drop("missing_license", f"no text in {settings.license_field}")
             if settings.licenses is not None and named not in settings.licenses:
-                return Drop("license_not_allowed", short(named))
+                return Drop("license_not_allowed", Quote("", named))
         if settings.source_field is not None:
             source = lookup(candidate.fields, settings.source_field)
             if not isinstance(source, str) or not source.strip():
@@ -92,14 +93,14 @@ class StructureGate(Gate):
         if settings.max_turns is not None and len(turns) > settings.max_turns:
             return Drop("too_many_turns", f"{len(turns)} turns")
         if settings.alternating and not _alternates(roles):
-            return Drop("not_alternating", short(", ".join(roles)))
+            return Drop("not_alternating", Quote("", ", ".join(roles)))
         if settings.ends_with_assistant and candidate.row.messages and roles[-1] != "assistant":
             return Drop("ends_without_answer", f"the last turn is the {roles[-1]}'s")
         has_system = "system" in roles
         if settings.system == "required" and not has_system:
             return Drop("system_missing")
         if settings.system == "forbidden" and has_system:
-            return Drop("system_present", short(talk[roles.index("system")]["content"]))
+            return Drop("system_present", Quote("", talk[roles.index("system")]["content"]))
         return None
 
 
@@ -149,9 +150,9 @@ class LengthGate(Gate):
         found = answers(candidate.row)
         size = sum(map(len, found))
         if found and self.settings.min_answer_chars is not None and size < self.settings.min_answer_chars:
-            return Drop("answer_too_short", f"{size} characters: {short(found[-1])}")
+            return Drop("answer_too_short", Quote(f"{size} characters: ", found[-1]))
         if found and self.settings.max_answer_chars is not None and size > self.settings.max_answer_chars:
-            return Drop("answer_too_long", f"{size} characters: {short(found[-1])}")
+            return Drop("answer_too_long", Quote(f"{size} characters: ", found[-1]))
         return None
 
     def check_tokens(self, candidate: Candidate, sequences: Sequence[np.ndarray]) -> Drop | Note | None:
@@ -171,16 +172,15 @@ class RepetitionGate(Gate):
 
     def check(self, candidate: Candidate) -> Verdict:
         for answer in answers(candidate.row):
-            found = words(answer)
-            grams = ngram_hashes(word_hashes(found), self.settings.ngram)
+            grams = ngram_hashes(word_hashes(words(answer)), self.settings.ngram)
             if not len(grams):
                 continue
             values, first, counts = np.unique(grams, return_index=True, return_counts=True)
             share = 1 - len(values) / len(grams)
             if share > self.settings.max_share:
                 start = int(first[np.lexsort((first, -counts))[0]])
-                most = " ".join(found[start : start + self.settings.ngram])
-                return Drop("repetitive", f"{share:.0%} repeated; {counts.max()} times: {short(most)}")
+                said = f"{share:.0%} repeated; {counts.max()} times: "
+                return Drop("repetitive", Quote(said, answer, *words_at(answer, start, self.settings.ngram)))
         return None
 
 
@@ -191,8 +191,10 @@ def row_tokens(candidate: Candidate, sequences: Sequence[np.ndarray]) -> int:
 
 
 def number(value: Any) -> float | None:
-    """A number that is given as one."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A finite number that is given as one."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        return None
+    return float(value)
 
 
 def _alternates(roles: list[str]) -> bool:

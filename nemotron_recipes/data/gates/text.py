@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,12 @@ def answers(row: Row) -> list[str]:
 def words(text: str) -> list[str]:
     """Words in lower case, without punctuation; of scripts without spaces, characters."""
     return _WORD.findall(text.lower())
+
+
+def words_at(text: str, first: int, count: int) -> tuple[int, int]:
+    """(start, end) in `text` of `count` of its `words`, from number `first` on."""
+    spans = [match.span() for match in islice(_WORD.finditer(text), first, first + count)]
+    return (spans[0][0], spans[-1][1]) if spans else (0, 0)
 
 
 def ngram_hashes(hashes: np.ndarray, length: int) -> np.ndarray:
