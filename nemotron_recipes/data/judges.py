@@ -17,12 +17,13 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 from nemotron_recipes.data.exchanges import Exchange
 from nemotron_recipes.data.rules import Positive, Rule
@@ -41,7 +42,7 @@ Reply with nothing but {{"score": N}}, N from 1 (useless) to 10 (perfect).
 Conversation: {prompt}
 
 Answer: {answer}"""
-_SCORE = re.compile(r'\{[^{}]*"score"\s*:\s*(-?\d+(?:\.\d+)?)[^{}]*\}')
+_SCORE = re.compile(r'"score"\s*:\s*(-?\d+(?:\.\d*)?)\s*[,}]')  # to its end: the 1 of 1e1, or of 1/10, is no score
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,34 @@ def read_ensemble(path: Path, kind: type[AnEnsemble] = Ensemble) -> AnEnsemble: 
     names = [judge.name for judge in found.judges]
     problems = [Problem(f"two judges are called '{n}'", str(path)) for n in sorted(set(names)) if names.count(n) > 1]
     for judge in found.judges:
-        if not judge.base_url.startswith(("http://", "https://")):
-            problems.append(Problem(f"judge {judge.name}: '{judge.base_url}' is no http(s) address", str(path)))
-        if judge.api_key_env and not os.environ.get(judge.api_key_env):
-            problems.append(Problem(f"judge {judge.name}: {judge.api_key_env} is not set", str(path), "export it"))
+        problems += [Problem(f"judge {judge.name}: {what}", str(path), fix) for what, fix in _unfit(judge)]
     if problems:
         raise UserError(*problems)
     return found
+
+
+def _unfit(judge: Judge) -> Iterator[tuple[str, str]]:
+    """(what is wrong with its address or key, what to do). Neither a key nor a password is in it."""
+    if "@" in judge.base_url.partition("://")[2].partition("/")[0]:
+        yield "base_url holds a user or a password", "leave it out: a key goes into the variable that api_key_env names"
+    elif not _is_address(judge.base_url):
+        yield f"'{judge.base_url}' is no http(s) address", "https://HOST/v1"
+    if judge.api_key_env:
+        key = os.environ.get(judge.api_key_env, "")
+        if not key:
+            yield f"{judge.api_key_env} is not set", "export it"
+        elif not (key.isascii() and key.isprintable() and key == key.strip()):
+            yield f"{judge.api_key_env} holds a line end, a space or a letter that no key has", "export the key alone"
+
+
+def _is_address(written: str) -> bool:
+    try:
+        parts = urlsplit(written)
+        _ = parts.port  # ValueError: it is none
+        (parts.hostname or "").encode("idna")  # UnicodeError is a ValueError
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and written.split() == [written]
 
 
 class Client:
@@ -101,7 +123,7 @@ class Client:
         self.judge = judge
         self._wait = wait
         self._http = httpx.Client(base_url=judge.base_url.rstrip("/"), headers=headers, timeout=judge.timeout)
-        self._errors = (httpx.TransportError,)
+        self._errors = (httpx.RequestError,)
 
     def score(self, question: str) -> float | None:
         """None: the reply holds no score within the scale. JobFailed: no reply after all tries. UserError: the
@@ -117,33 +139,46 @@ class Client:
             if attempt:
                 self._wait(min(LONGEST_WAIT, 2.0 ** (attempt - 1) * (0.5 + random.random())))
             try:
-                reply = self._http.post("/chat/completions", json=body)
+                status, headers, text = self._post(body)
             except self._errors as error:
                 last = str(error) or type(error).__name__
                 continue
-            if reply.status_code == 200:
-                return read_score(reply.text)
-            last = f"status {reply.status_code}"
-            if reply.status_code not in AGAIN:
-                what = f"judge {self.judge.name} refuses: status {reply.status_code}"
+            if status == 200:
+                return read_score(text)
+            last = f"status {status}"
+            if status not in AGAIN:
+                what = f"judge {self.judge.name} refuses: status {status}"
                 raise UserError(Problem(what, self.judge.base_url, "check base_url, model and the key"))
-            after = reply.headers.get("retry-after", "")
-            if after.isdigit():
+            after = headers.get("retry-after", "")
+            if re.fullmatch("[0-9]+", after):
                 self._wait(min(LONGEST_WAIT, float(after)))
         raise JobFailed(
             f"judge {self.judge.name} at {self.judge.base_url} gives no reply in {self.judge.tries} tries: {last}"
         )
+
+    def _post(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], str]:
+        """(status, headers, text). httpx limits each piece's time: one that sends blanks would have no limit."""
+        import httpx
+
+        end = time.monotonic() + self.judge.timeout
+        with self._http.stream("POST", "/chat/completions", json=body) as reply:
+            pieces = []
+            for piece in reply.iter_bytes():
+                pieces.append(piece)
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("the reply is not whole in time")
+            return reply.status_code, reply.headers, b"".join(pieces).decode("utf-8", "replace")
 
     def close(self) -> None:
         self._http.close()
 
 
 def read_score(reply: str) -> float | None:
-    """The score in a chat completion. The last one counts: a reasoning judge may mention others before."""
+    """The score in a chat completion. The last one behind its thoughts counts: it may mention others before."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
-        found = _SCORE.findall(content)
-    except (ValueError, LookupError, TypeError):
+        found = _SCORE.findall(content.rpartition("</think>")[2])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     value = float(found[-1]) if found else None
     return value if value is not None and LOW <= value <= HIGH else None

@@ -6,6 +6,9 @@ import gzip
 import json
 import re
 import socket
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -264,15 +267,60 @@ def test_a_silent_judge_ends_the_run(tmp_path: Path) -> None:
         Client(Judge("j", url, "m", tries=1), lambda seconds: None).score("Q")
 
 
+def test_a_judge_that_keeps_its_connection_busy_has_no_longer() -> None:
+    """Some endpoints send blanks until the reply is ready: its time is that of the whole reply, not of each piece."""
+    whole = json.dumps({"choices": [{"message": {"content": '{"score": 3}'}}]}).encode()
+    given_up = threading.Event()
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # whoever asked has gone
+                for _ in range(400):  # 20 s
+                    self.wfile.write(b" ")
+                    if given_up.wait(0.05):
+                        return
+                self.wfile.write(whole)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/v1"
+            with pytest.raises(JobFailed, match="no reply in 1 tries: (the reply is not whole in time|timed out)"):
+                Client(Judge("j", url, "m", tries=1, timeout=0.5)).score("Q")
+        finally:
+            given_up.set()
+            server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "words"),
+    [(200, {"Content-Encoding": "gzip"}, "decompressing"), (429, {"Retry-After": "²"}, "status 429")],
+)
+def test_a_reply_that_breaks_the_protocol_is_no_reply(status: int, headers: dict[str, str], words: str) -> None:
+    failed = pytest.raises(JobFailed, match=f"no reply in 2 tries: .*{words}")
+    with judge_server({"m": lambda prompt, n: (status, headers)}) as (url, _), failed:
+        Client(Judge("j", url, "m", tries=2), lambda seconds: None).score("Q")
+
+
 @pytest.mark.parametrize(("content", "score"), [
     ('{"score": 7}', 7), ('```json\n{"score": 7.5, "why": "x"}\n```', 7.5), ('{"score": 2} or {"score": 3}', 3),
+    ('{"score": 4, "why": "a {b} c"}', 4), ('{"score": 1e1}', None), ('{"score": 7/10}', None),
+    ('{"score": nan}', None), ([{"type": "text"}], None),
+    ('<think>{"score": 2}?</think> It is {"score": 5}', 5), ('<think>{"score": 2}?</think> It is bad', None),
     ('{"score": 11}', None), ('{"score": 0}', None), ('{"score": "7"}', None), ("7", None), ("", None), (None, None),
 ])  # fmt: skip
 def test_scores_are_read_strictly(content: Any, score: float | None) -> None:
     assert read_score(json.dumps({"choices": [{"message": {"content": content}}]})) == score
 
 
-@pytest.mark.parametrize("reply", ["", "{", "[]", "{}", '{"choices": []}', '{"choices": [{"message": null}]}'])
+@pytest.mark.parametrize("reply", [
+    "", "{", pytest.param("[" * 100_000, id="deep"), "[]", "{}", '{"choices": []}', '{"choices": [{"message": null}]}',
+])  # fmt: skip
 def test_odd_replies_hold_no_score(reply: str) -> None:
     assert read_score(reply) is None
 
@@ -281,6 +329,9 @@ def test_odd_replies_hold_no_score(reply: str) -> None:
     ("judges: []", "at least 1"),
     ("judges: [{name: a, base_url: 'http://x', model: m, api_key: s}]", "did you mean 'api_key_env'"),
     ("judges: [{name: a, base_url: 'x', model: m}]", "is no http"),
+    *((f"judges: [{{name: a, base_url: '{address}', model: m}}]", "is no http") for address in (
+        "http://x:port/v1", "http://[::1/v1", "http:///v1", "http://x/v1 ", f"http://{'a' * 70}.x/v1")),
+    ("judges: [{name: a, base_url: 'http://me:password@x/v1', model: m}]", "holds a user or a password"),
     ("judges: [{name: a, base_url: 'http://x', model: m, api_key_env: NO_SUCH}]", "NO_SUCH is not set"),
     ("judges: [{name: a, base_url: 'http://x', model: m}, {name: a, base_url: 'http://x', model: n}]", "two judges"),
     ("judges: [", "can't be read"),
@@ -288,8 +339,19 @@ def test_odd_replies_hold_no_score(reply: str) -> None:
 ])  # fmt: skip
 def test_a_wrong_judges_file(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "judges.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         read_ensemble(tmp_path / "judges.yaml")
+    assert "me:password" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["the-key\n", "the-key\r", "the-kéy", " the-key"])
+def test_a_key_that_no_request_can_carry_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("A_KEY", key)
+    with pytest.raises(UserError, match="A_KEY holds a line end") as refused:
+        read_ensemble(judges_file(tmp_path, "http://x/v1", "m", api_key_env="A_KEY"))
+    assert "the-k" not in str(refused.value)
 
 
 # --- figures ---
