@@ -29,12 +29,12 @@ def images() -> None:
 @images.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
 def list_images(as_json: bool) -> None:
-    """What is known of each image, and how."""
+    """What is known of each image, and how; with the digests that the project keeps in images.lock.json."""
     from dataclasses import asdict
 
-    from nemotron_recipes.executors.images.catalog import known_images
+    from nemotron_recipes.executors.images import catalog
 
-    known = known_images()
+    known = catalog.all_known()
     if as_json:
         click.echo(json.dumps([asdict(image) for image in known], indent=2))
         return

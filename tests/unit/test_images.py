@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from nemotron_recipes.backends.trl import IMPORTS as TRL
 from nemotron_recipes.cli import main
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors.docker.control import Docker
-from nemotron_recipes.executors.images import catalog, check
+from nemotron_recipes.executors.images import catalog, check, lock
 from nemotron_recipes.executors.images.credentials import find_credentials
 from nemotron_recipes.executors.images.enroot import Reference, architecture, parse_reference
 from nemotron_recipes.executors.images.registry import Found, look_up
@@ -255,8 +257,28 @@ def test_a_digest_that_nobody_lists_is_kept_with_the_project(
     assert f"images.lock.json has {first}, this is {second}" in refused
     assert json.loads(kept.read_text())[name]["digest"] == first
     assert str(kept) in look("--accept") and told(check.of_registry(name, ("amd64",), "", False)) == ("", "")
+    with pytest.raises(SystemExit):
+        main.main(["images", "list", "--json"])
+    listed = {image["reference"]: image for image in json.loads(capsys.readouterr().out)}
+    assert (listed[name]["digest"], listed[name]["digest_from"]) == (second, "images.lock.json")
+    assert not listed["nvcr.io/nvidia/nemo:26.04.00"]["digest"]
     kept.write_text("[]")
     assert "can't be read" in look(code=2)
+
+
+def test_several_that_keep_digests_at_once_lose_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "env.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    images = {f"here.invalid/team/image:{number}": f"sha256:{number:064x}" for number in range(8)}
+    together = threading.Barrier(len(images))
+
+    def keep(name: str) -> Path | None:
+        together.wait(60)
+        return lock.keep({name: images[name]})
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        assert [*pool.map(keep, images)] == [tmp_path / lock.NAME] * len(images)
+    assert lock.digests() == images
 
 
 def test_an_import_carries_the_digest_in_its_name(public: Registry, tmp_path: Path, fake_enroot: Path) -> None:

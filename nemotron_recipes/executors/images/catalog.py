@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,10 +72,21 @@ def find(written: str, images: Sequence[Image]) -> Image | None:
 def listed(written: str) -> Image | None:
     """The same of all that is known of it: with the digest that the project keeps, where the list has none."""
     found, name = find(written, known_images()), lock.name_of(reference(written))
-    kept = "" if found and found.digest else lock.digests().get(name, "")
-    if not kept:
-        return found
-    return replace(found or Image(name, (), ()), digest=kept, digest_from=lock.NAME)
+    return _kept(found or Image(name, (), ()), lock.digests()) or found
+
+
+def all_known() -> list[Image]:
+    """Every entry of the list as `listed` has it, then what the project alone keeps a digest of."""
+    digests, entries = lock.digests(), known_images()
+    names = {lock.name_of(reference(image.reference)) for image in entries}
+    others = [Image(name, (), ()) for name in sorted(digests) if name not in names]
+    return [_kept(image, digests) or image for image in (*entries, *others)]
+
+
+def _kept(image: Image, digests: Mapping[str, str]) -> Image | None:
+    """The image with the digest that the project keeps; None where the list has one, or neither has."""
+    kept = "" if image.digest else digests.get(lock.name_of(reference(image.reference)), "")
+    return replace(image, digest=kept, digest_from=lock.NAME) if kept else None
 
 
 def find_or_none(written: str, images: Sequence[Image]) -> Image | None:
