@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from nemotron_recipes.errors import JobFailed
 from nemotron_recipes.executors.docker import settle
 from nemotron_recipes.executors.driver import Driver, StageFailed, Started
 from nemotron_recipes.executors.hosts import copies
@@ -56,6 +58,27 @@ def test_a_copy_is_given_up_in_the_middle_of_a_file_and_made_whole_later(login: 
     assert copies.send(host, [large]) == 0, "it is there"
 
 
+def test_a_disk_that_is_full_is_said_in_a_line_however_many_there_are(
+    login: Login, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tar has a line for each of many files, more than pipes hold, while it is still being fed. tar is faked."""
+    large, said = tmp_path / "rows.jsonl", tmp_path / "said"
+    with open(large, "wb") as file:
+        file.truncate(8 << 20)
+    words = "tar: rows: Cannot write: No space left on device"
+    script = f"yes '{words}' | head -n 200000 >&2; touch {said}; cat > /dev/null; exit 2"
+    feed = Remote.feed
+
+    def fed(self: Remote, argv: list[str], *rest: Any) -> subprocess.Popen[bytes]:
+        return feed(self, ["timeout", "120", "sh", "-c", script], *rest)
+
+    monkeypatch.setattr(Remote, "feed", fed)
+    host = Host("cluster", 1, Remote(connection(login)), str(tmp_path / "far"))
+    with pytest.raises(JobFailed, match=f"cluster: files can't be written below .*: {words}$"):
+        copies.send(host, [large])
+    assert said.exists(), "it could say all of it"
+
+
 def test_what_a_driver_that_was_killed_while_it_copied_has_left_is_removed(login: Login, tmp_path: Path) -> None:
     run, far = RunDir(tmp_path / "run"), tmp_path / "far"
     left = Path(f"{far}{run.path}/secrets.json")
@@ -79,9 +102,6 @@ class FakeRunner:
     def __init__(self) -> None:
         self.native: dict[str, Any] = {}
         self.driver: Driver | None = None
-
-    def load(self) -> None:
-        pass
 
     def close(self) -> None:
         pass

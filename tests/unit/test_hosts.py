@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,22 @@ def test_a_checkpoint_that_all_ranks_write_needs_files_that_all_hosts_see() -> N
     assert "W&B" in problem.what
     (problem,) = EXECUTOR.check(dataclasses.replace(stage_of(launcher="plain"), directory="/run/first"))
     assert "one process" in problem.what
+
+
+def test_other_hosts_are_asked_although_the_daemon_of_this_one_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data prep runs here alone, and is asked about first; what is wrong here is said once for all such stages."""
+
+    def fake_docker(*_: object) -> Iterator[Problem]:
+        raise UserError(Problem("docker can't be used"))
+        yield
+
+    monkeypatch.setattr("nemotron_recipes.executors.docker.preflight.problems", fake_docker)
+    monkeypatch.setattr("nemotron_recipes.executors.hosts.preflight.problems", lambda *_: [Problem("spark2: away")])
+    alone = [probe_stage(name, placement=placement(EXECUTOR, container_image=name)) for name in ("prep", "pack")]
+    problems = EXECUTOR.preflight(plan_of(tmp_path / "run", *alone, stage_of()))
+    assert [problem.what for problem in problems] == ["docker can't be used", "spark2: away"]
 
 
 def test_each_host_has_its_own_container_of_the_same_kind(tmp_path: Path) -> None:

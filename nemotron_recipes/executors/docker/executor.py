@@ -62,6 +62,7 @@ class DockerExecutor(DrivenExecutor):
             profile = profile_of(stage)
             key = (stage.placement.nodes, profile.docker_host, profile.container_image, profile.user, profile.python)
             alike.setdefault(key, []).append(stage)
+        told: set[str] = set()
         for stages in alike.values():
             stage, profile = stages[0], profile_of(stages[0])
             ask = partial(preflight.problems, profile, stages, plan.request.offline)
@@ -70,9 +71,9 @@ class DockerExecutor(DrivenExecutor):
                     yield from hosts_preflight.problems(plan, stage, profile, ask)
                 else:
                     yield from ask(transport.HERE)
-            except UserError as error:  # nothing more can be asked
-                yield from error.problems
-                return
+            except UserError as error:  # nothing more can be asked there; other hosts, of another stage, can
+                yield from (problem for problem in error.problems if problem.what not in told)
+                told |= {problem.what for problem in error.problems}
 
     def examine(self, profile: Tree) -> Examination:
         """The profile, the machine, its memory and GPUs, docker and the image; of several hosts each, and what joins

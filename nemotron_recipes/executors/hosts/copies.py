@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING
 
 from nemotron_recipes.errors import JobFailed, NemotronError
@@ -163,8 +164,9 @@ def _stream(host: Host, names: Sequence[str], unwanted: Callable[[], bool]) -> N
     assert isinstance(host.where, Remote)
     host.where.call(there.make_folder, host.root)
     argv = ["tar", "--extract", "--no-same-owner", "--preserve-permissions", "--directory", host.root, "--file", "-"]
-    with host.where.feed(argv) as tar:
-        assert tar.stdin is not None and tar.stderr is not None
+    # Of a full disk it has a line a file to say: nobody reads a pipe while it is fed, and both would wait for ever.
+    with TemporaryFile() as words, host.where.feed(argv, words) as tar:
+        assert tar.stdin is not None
         try:
             pipe = _Pipe(tar.stdin, unwanted)
             with tarfile.open(fileobj=pipe, mode="w|", format=tarfile.GNU_FORMAT, dereference=True) as stream:
@@ -173,8 +175,9 @@ def _stream(host: Host, names: Sequence[str], unwanted: Callable[[], bool]) -> N
             tar.stdin.close()
         except BrokenPipeError:
             pass  # it says why
-        said = tar.stderr.read().decode("utf-8", "replace").strip().partition("\n")[0]  # of a full disk a line a file
         code = tar.wait()
+        words.seek(0)
+        said = words.readline().decode("utf-8", "replace").strip()
     if code == 255:
         raise Unreachable(f"the connection to {host.name} was lost while files were copied")
     if code:

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from nemotron_recipes.executors.remote import replica
 from nemotron_recipes.executors.remote.ssh_login import Login, environment, shell_words
@@ -47,14 +47,14 @@ class Remote:
             stderr=subprocess.DEVNULL,
         )
 
-    def feed(self, argv: list[str]) -> subprocess.Popen[bytes]:
-        """Over the same connection, a command whose input this process writes; its stderr is a pipe."""
+    def feed(self, argv: list[str], said: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Over the same connection, a command whose input this process writes; its stderr goes to the file `said`."""
         return subprocess.Popen(
             [*self.connection.login.argv("-T", "-o", "BatchMode=yes"), shell_words(argv)],
             env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=said,
         )
 
     def refresh(self) -> None:
