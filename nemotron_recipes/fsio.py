@@ -7,7 +7,7 @@ import glob
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 HASHERS = 4  # threads
@@ -100,13 +100,21 @@ def files_below(root: Path) -> list[Path]:
 
 def tree_digest(root: Path, files: Iterable[Path] | None = None) -> str:
     """Digest of a file or of a folder: relative names and contents; times, modes and owners don't count."""
-    if root.is_file():
-        return file_digest(root)
+    return file_digest(root) if root.is_file() else digest_of(digests_below(root, files))
+
+
+def digests_below(root: Path, files: Iterable[Path] | None = None) -> dict[str, str]:
+    """Relative POSIX name -> digest, of all files below a folder or of some, ordered by name."""
     ordered = _ordered(root, files) if files is not None else files_below(root)
+    names = (path.relative_to(root).as_posix() for path in ordered)
+    return dict(zip(names, _file_digests(ordered), strict=True))
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """The digest of the folder that has just these files."""
     digest = hashlib.sha256()
-    for path, content in zip(ordered, _file_digests(ordered), strict=True):
-        name = path.relative_to(root).as_posix()
-        digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
+    for name in sorted(digests):
+        digest.update(f"{name}\0{digests[name]}\n".encode("utf-8", "surrogateescape"))
     return "sha256:" + digest.hexdigest()
 
 

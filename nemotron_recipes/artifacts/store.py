@@ -1,6 +1,7 @@
 """The artifact store: numbered, immutable versions in plain folders, safe without locks.
 
     <root>/<name>/v3/artifact.json         the manifest
+    <root>/<name>/v3/files.json            which files the data are, with their digests (contents.py)
     <root>/<name>/v3/content/...           the data; `digest` in the manifest covers just this folder
     <root>/<name>/.aliases/<alias>         text "v3"
     <root>/.index/<key>/<name>@v3          empty; key = digest of "fingerprint/slot"
@@ -25,10 +26,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from nemotron_recipes.artifacts import aliases, staging
+from nemotron_recipes.artifacts import aliases, contents, staging
 from nemotron_recipes.artifacts.staging import Staged
 from nemotron_recipes.errors import Problem, UserError, nearest
-from nemotron_recipes.fsio import fsync_folder, fsync_tree, tree_digest, write_atomic
+from nemotron_recipes.fsio import digest_of, digests_below, fsync_folder, fsync_tree, write_atomic
 from nemotron_recipes.rundir import Damaged, read_json
 from nemotron_recipes.seals import SEAL, digest
 from nemotron_recipes.spec import Artifact, Producer, Tree, sha256_text
@@ -97,19 +98,11 @@ class Store:
         return manifest
 
     def verify(self, artifact: Artifact) -> None:
-        """Read all its data and raise UserError unless the digest is the recorded one."""
+        """Read all its data and raise UserError, naming the file, unless the digest is the recorded one."""
         recorded = self.describe(artifact)["digest"]
         content = self.content(artifact)
-        actual = tree_digest(content) if content.is_dir() else "missing"
-        for expected, whose in ((recorded, "recorded at registration"), (artifact.digest or recorded, "pinned")):
-            if actual != expected:
-                raise UserError(
-                    Problem(
-                        f"{artifact.label} has changed: its content is {actual}, {whose} was {expected}",
-                        str(content),
-                        "restore that folder, or run its stage again with --force",
-                    )
-                )
+        if found := [*contents.problems(artifact.label, content, recorded, artifact.digest or recorded)]:
+            raise UserError(*found)
 
     def content(self, artifact: Artifact) -> Path:
         """The folder with the data of a registered version."""
@@ -150,10 +143,11 @@ class Store:
         files = staging.own_files(staged.content)
         if not files:
             raise UserError(Problem(f"the output '{staged.name}' is empty", str(staged.content)))
+        digests = digests_below(staged.content, files)
         manifest: Tree = {
             "name": staged.name,
             "kind": kind,
-            "digest": tree_digest(staged.content, files),
+            "digest": digest_of(digests),
             "size": sum(path.stat().st_size for path in files),
             "files": len(files),
             "created": round(time.time(), 3),
@@ -162,6 +156,7 @@ class Store:
             "metadata": metadata or {},
             "results": dict(results or {}),
         }
+        contents.write(staged.content, digests)
         fsync_tree(staged.version)
         version = self._publish(staged, manifest, producer)
         with suppress(OSError):  # the version is there; a network file system may keep a file that somebody reads

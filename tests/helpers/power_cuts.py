@@ -21,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nemotron_recipes import checkpoints, closing
+from nemotron_recipes.artifacts import contents
 from nemotron_recipes.artifacts.stages import read_events
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.fsio import files_below
@@ -158,7 +159,8 @@ def _check(root: Path, lines: list[str], told: set[str]) -> None:
         if line.startswith("v"):
             assert int(line[1:]) in versions, f"{line} was acknowledged"
     for version in versions[-5:]:
-        store.verify(store.resolve(f"rows:v{version}"))
+        store.verify(made := store.resolve(f"rows:v{version}"))
+        assert (store.content(made).parent / contents.FILES).is_file()
     records = [int(line[1:]) for line in lines if line.startswith("r")]
     if records:
         record = read_json(StageDir(root / "stage").record)

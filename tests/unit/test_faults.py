@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_recipes import checkpoints, closing
-from nemotron_recipes.artifacts import gc, staging
+from nemotron_recipes.artifacts import contents, gc, staging
 from nemotron_recipes.artifacts import store as store_module
 from nemotron_recipes.artifacts.stages import read_events
 from nemotron_recipes.artifacts.store import Store
@@ -69,6 +69,7 @@ def test_a_version_is_whole_or_absent(tmp_path: Path, fault: str) -> None:
         if versions:
             newest = store.resolve(f"rows:v{versions[-1]}")
             store.verify(newest)
+            assert (store.content(newest).parent / contents.FILES).is_file(), f"step {step}"
             producer = Producer(f"f{step}", "r", "s", "data")
             found = store.find_output(producer)
             assert found is None or found.version == newest.version, f"step {step}"
@@ -211,7 +212,7 @@ def test_a_new_file_of_events_is_in_its_folder_before_anything_is_acknowledged(
 
 
 def test_every_byte_counts(tmp_path: Path) -> None:
-    """A byte flipped, or the end cut off, in any file of a version is noticed and the version named."""
+    """A byte flipped, or the end cut off, in any file of a version is noticed, and both are named."""
     store = Store(tmp_path)
     register(store, "some text")
     artifact = store.resolve("rows:v1")
@@ -219,10 +220,11 @@ def test_every_byte_counts(tmp_path: Path) -> None:
         path.chmod(0o644)
         whole = path.read_bytes()
         spoilt = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(len(whole))]
-        for text in [*spoilt, whole[:-1], whole[: len(whole) // 2], b""]:
+        for text in [*spoilt, whole.rstrip()[:-1], whole[: len(whole) // 2], b""]:  # a last line break says nothing
             path.write_bytes(text)
-            with pytest.raises(UserError, match="rows:v1"):
+            with pytest.raises(UserError, match="rows:v1") as caught:
                 store.verify(artifact)
+            assert [problem.where for problem in caught.value.problems] == [str(path)]
         path.write_bytes(whole)
     store.verify(artifact)
 
@@ -292,7 +294,8 @@ def test_mutants_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mut
         with pytest.raises((AssertionError, UserError)):
             test_the_journal_loses_nothing_that_it_acknowledged(tmp_path, "short")
     else:
-        monkeypatch.setattr(store_module, "tree_digest", lambda *_: "sha256:always the same")
+        for module in (store_module, contents):
+            monkeypatch.setattr(module, "digest_of", lambda _: "sha256:always the same")
         with pytest.raises(pytest.fail.Exception):
             test_every_byte_counts(tmp_path)
 

@@ -36,7 +36,8 @@ def test_what_was_acknowledged_survives_300_power_cuts(tmp_path: Path) -> None:
     "mutant",
     [
         *("fsio.fsync_folder", "fsio.fsync_file", "rundir.fsync_file", "closing.fsync_all", "closing.close"),
-        *("artifacts.store.fsync_tree", "worker.trl.checkpoints.fsync_tree", "worker.trl.checkpoints.seal_inside"),
+        *("artifacts.contents.write", "artifacts.store.fsync_tree"),
+        *("worker.trl.checkpoints.fsync_tree", "worker.trl.checkpoints.seal_inside"),
     ],
 )
 def test_a_removed_precaution_is_noticed(tmp_path: Path, mutant: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nemotron_recipes.artifacts import staging
+from nemotron_recipes.artifacts import contents, staging
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.fsio import files_below, tree_digest
@@ -138,23 +139,36 @@ def test_the_index_can_be_made_anew(tmp_path: Path) -> None:
     assert store.find("sha256:f", "data", "rows") == made
 
 
-def test_verify_sees_every_kind_of_change(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed", ["as it was", "none", "of another version", "a folder's", "cut"])
+def test_verify_sees_every_kind_of_change(tmp_path: Path, listed: str) -> None:
+    """It names the file, unless the list of files is not there, or isn't this version's; then it says that."""
     store = Store(tmp_path)
-    made = register(store, "rows")
+    other, made = register(store, "rows", "other"), register(store, "rows")
     store.verify(made)
-    file = Path(made.uri) / "deep" / "data.txt"
-    for change in ("content", "extra", "missing"):
-        if change == "content":
-            file.chmod(0o644)
-            file.write_text("y")
-        elif change == "extra":
-            file.write_text("x")
-            (Path(made.uri) / "more").write_text("")
-        else:
-            (Path(made.uri) / "more").unlink()
-            file.unlink()
-        with pytest.raises(UserError, match="rows:v1 has changed"):
+    files = Path(made.uri).parent / contents.FILES
+    if listed == "none":
+        files.unlink()
+    elif listed == "of another version":
+        files.write_bytes((Path(other.uri).parent / contents.FILES).read_bytes())
+    elif listed == "a folder's":
+        files.write_text('{"files": ["deep/data.txt"]}')
+    elif listed == "cut":
+        files.write_bytes(files.read_bytes()[:50])
+    file, more = Path(made.uri) / "deep" / "data.txt", Path(made.uri) / "more"
+    file.chmod(0o644)
+    changes: list[tuple[Callable[[], object], Path, str]] = [
+        (lambda: file.write_text("y"), file, "it isn't what was registered"),
+        (lambda: file.write_text(""), file, "of its 1 bytes 0 are left"),
+        (lambda: (file.write_text("x"), more.touch()), more, "it was not there at registration"),
+        (lambda: (more.unlink(), file.unlink()), file, "it is gone"),
+    ]
+    for change, path, why in changes:
+        change()
+        with pytest.raises(UserError, match="rows:v2 has changed") as caught:
             store.verify(made)
+        first, *rest = caught.value.problems
+        assert (first.where, why in first.what) == ((str(path), True) if listed == "as it was" else (made.uri, False))
+        assert [problem.where for problem in rest] == ([] if listed in ("as it was", "none") else [str(files)])
 
 
 def test_verify_compares_the_pinned_digest_too(tmp_path: Path) -> None:
@@ -198,7 +212,12 @@ def test_odd_file_names_survive(tmp_path: Path) -> None:
     for name in names:
         (staged.content / name).parent.mkdir(exist_ok=True) if name != "a-b" else None
         (staged.content / name).write_text(name, errors="surrogateescape")
-    store.verify(store.commit(staged, kind="data"))  # the order of a-b and a/b once differed between the two digests
+    made = store.commit(staged, kind="data")
+    store.verify(made)  # the order of a-b and a/b once differed between the two digests
+    (Path(made.uri) / names[-1]).unlink()
+    with pytest.raises(UserError, match="it is gone") as caught:
+        store.verify(made)
+    assert caught.value.problems[0].where == f"{made.uri}/{names[-1]}"
 
 
 def test_staging_of_living_and_foreign_owners_stays(tmp_path: Path) -> None:

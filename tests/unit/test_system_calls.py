@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_recipes import checkpoints, closing
+from nemotron_recipes.artifacts import contents
 from nemotron_recipes.artifacts.stages import read_events
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.mirror.journal import Journal
@@ -56,7 +57,8 @@ def check(folder: Path, said: list[str], acknowledged: list[str]) -> None:
     versions = store.versions("rows")
     assert versions == list(range(1, len(versions) + 1))
     for version in versions:
-        store.verify(store.resolve(f"rows:v{version}"))
+        store.verify(made := store.resolve(f"rows:v{version}"))
+        assert (store.content(made).parent / contents.FILES).is_file()
     record = read_json(StageDir(folder / "stage").record)
     acknowledged += [line.removeprefix("journal ") for line in said if line.startswith("journal ")]
     for line in said:
