@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import threading
 import time
 import uuid
@@ -25,14 +24,13 @@ from nemotron_recipes.artifacts.owner import fate, this_process
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 120.0  # longer than a network file system may show an old time
 POLL_SECONDS = 0.5
-SCRATCH = "nemotron-mirror-"  # what the folder of a teller's temporary files begins with
 
 
 class Lease:
     """The right to tell W&B of the run whose `mirror` folder this is."""
 
-    def __init__(self, folder: Path, scratch: str):
-        self.folder, self.scratch = folder, scratch
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.number = 0
         self.over = threading.Event()
 
@@ -61,7 +59,7 @@ class Lease:
         path = self._path(self.number)
         try:
             with open(path, "x", encoding="utf-8") as out:
-                json.dump({**this_process(), "scratch": self.scratch}, out)
+                json.dump(this_process(), out)
         except FileExistsError:
             return False
         # Another process may have removed what was over, and have begun anew below this number.
@@ -69,7 +67,7 @@ class Lease:
             path.unlink(missing_ok=True)
             return False
         for number in found:
-            self._tidy(number)
+            self._path(number).unlink(missing_ok=True)
         return True
 
     def _renew(self, lost: Callable[[], None]) -> None:
@@ -77,7 +75,7 @@ class Lease:
         while not self.over.wait(RENEW_SECONDS):
             try:
                 os.utime(path)
-                if max(self._numbers()) == self.number:
+                if max(self._numbers(), default=0) == self.number:
                     continue
             except FileNotFoundError:
                 pass
@@ -103,17 +101,6 @@ class Lease:
             return probe.stat().st_mtime
         finally:
             probe.unlink()
-
-    def _tidy(self, number: int) -> None:
-        """A lease that is over, and what its process left behind on this machine."""
-        try:
-            owner = _owner(self._path(number).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return
-        scratch = Path(str(owner.get("scratch", "")))
-        if fate(owner) == "gone" and scratch.name.startswith(SCRATCH):
-            shutil.rmtree(scratch, ignore_errors=True)
-        self._path(number).unlink(missing_ok=True)
 
     def _numbers(self) -> list[int]:
         names = (path.name.partition("-") for path in self.folder.glob("lease-*"))

@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +22,7 @@ from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import JobFailed, Problem, UserError, printable
 from nemotron_recipes.fsio import tree_digest
 from nemotron_recipes.mirror.lease import Lease
+from nemotron_recipes.mirror.scratch import scratch
 from nemotron_recipes.redact import scrub, secret_values
 from nemotron_recipes.spec import Artifact, Producer, Tree
 
@@ -67,7 +67,7 @@ def _fetch_alone(store: Store, artifact: Artifact, producer: Producer) -> Artifa
     """Of several runs that want it at a time one fetches it, and the others take what it has brought."""
     place = store.root / ".incoming" / hashlib.sha256(artifact.identity.encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
-    lease = Lease(place, "")
+    lease = Lease(place)
     if not lease.take(DOWNLOAD_SECONDS):
         raise JobFailed(f"{artifact.label} was not brought into the store by another run: {place}")
     lease.keep(lambda: None)  # taken over, it is there twice, which harms nobody
@@ -117,8 +117,8 @@ def _ask(arguments: list[str], seconds: float) -> Tree:
 
 def main(argv: list[str] | None = None) -> int:
     order, path, *folder = sys.argv[1:] if argv is None else argv
-    with tempfile.TemporaryDirectory(prefix="nemotron-pull-") as scratch:
-        places = dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"), scratch)
+    with scratch() as own:
+        places = dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"), own)
         os.environ.update(places, WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
         try:
             import wandb
@@ -145,7 +145,7 @@ def _download(found: Any, folder: Path) -> None:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name:
             raise ValueError(f"it holds a file named {name!r}, which leads out of its folder")
-    found.download(root=str(folder))
+    found.download(root=str(folder), skip_cache=True)  # the cache is a second copy, of a model that may not fit there
     found.verify(root=str(folder))
 
 

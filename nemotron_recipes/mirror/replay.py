@@ -1,6 +1,6 @@
 """One run's journal, told to W&B by the real SDK: the only process, beside pull.py's, that imports it.
 
-    python -m nemotron_recipes.mirror.replay RUN [--wait SECONDS] [--follow PID]
+    python -m nemotron_recipes.mirror.replay RUN [--wait SECONDS] [--follow PID] [--watcher PID]
     python -m nemotron_recipes.mirror.replay       only ask whether W&B answers
 
 Whoever starts it watches it (sync.py): the SDK may wait for ever. Exit codes: 0 all told, 1 not all, 3 another process
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ from pathlib import Path
 
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror.journal import Journal
-from nemotron_recipes.mirror.lease import RENEW_SECONDS, SCRATCH, Lease
+from nemotron_recipes.mirror.lease import RENEW_SECONDS, Lease
+from nemotron_recipes.mirror.scratch import scratch
 from nemotron_recipes.mirror.sync import BUSY, is_alive
 from nemotron_recipes.mirror.telling import NotTold, Teller
 from nemotron_recipes.redact import scrub, secret_values
@@ -33,20 +33,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, nargs="?", help="without it: only ask whether W&B answers")
     parser.add_argument("--wait", type=float, metavar="SECONDS", default=0.0)
     parser.add_argument("--follow", type=int, metavar="PID", default=None)
+    parser.add_argument("--watcher", type=int, metavar="PID", default=os.getppid(), help="it ends with that process")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+    with scratch() as folder:
+        _prepare_environment(folder)
         if options.run is None:
-            return _ask(scratch)
+            return _ask()
         journal = Journal(options.run)
-        with _alone(journal, scratch, options.wait) as free:
-            return _replay(journal, options.follow, scratch) if free else BUSY
+        with _alone(journal, options.wait, options.watcher) as free:
+            return _replay(journal, options.follow) if free else BUSY
 
 
-def _replay(journal: Journal, follow: int | None, scratch: str) -> int:
+def _replay(journal: Journal, follow: int | None) -> int:
     target = journal.target
     if target is None:
         return 0
-    _prepare_environment(scratch)
     hidden = secret_values(os.environ)
     try:
         import wandb
@@ -70,9 +71,8 @@ def _replay(journal: Journal, follow: int | None, scratch: str) -> int:
     return 0
 
 
-def _ask(scratch: str) -> int:
+def _ask() -> int:
     """0: W&B answers, and takes the key."""
-    _prepare_environment(scratch)
     try:
         import wandb
         from wandb.errors import Error as WandbError
@@ -86,23 +86,23 @@ def _ask(scratch: str) -> int:
 
 
 @contextmanager
-def _alone(journal: Journal, scratch: str, seconds: float) -> Iterator[bool]:
+def _alone(journal: Journal, seconds: float, watcher: int) -> Iterator[bool]:
     """Held while a run is told; False where another process holds it for longer than that."""
-    lease = Lease(journal.folder, scratch)
+    lease = Lease(journal.folder)
     if not lease.take(seconds):
         yield False
         return
     try:
         lease.keep(partial(_end_at_once, "another process has taken over"))
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(watcher,), daemon=True).start()
         yield True
     finally:
         lease.release()
 
 
-def _end_with(starter: int) -> None:
+def _end_with(watcher: int) -> None:
     """Whoever started this process ends it when it gets stuck; without that one it would hold the lease for ever."""
-    while os.getppid() == starter:
+    while os.getppid() == watcher:  # named by the starter: it may have ended before this process could ask
         time.sleep(RENEW_SECONDS)
     _end_at_once("who started this process has ended")
 
@@ -112,11 +112,11 @@ def _end_at_once(why: str) -> None:
     os._exit(BUSY)
 
 
-def _prepare_environment(scratch: str) -> None:
+def _prepare_environment(folder: str) -> None:
     """The SDK's own files go to a folder that vanishes; settings of a trainer's own W&B run must not reach in here."""
     for name in ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_PROJECT", "WANDB_ENTITY"):
         os.environ.pop(name, None)
-    places = dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"), scratch)
+    places = dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"), folder)
     os.environ.update(places, WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from nemotron_recipes.mirror.journal import Journal, pending, unmark
+from nemotron_recipes.mirror.scratch import sweep
 from nemotron_recipes.rundir import ATTEMPT_ENV, DEADLINE_ENV, RUN_ID_ENV, Damaged, RunDir
 
 STALL_SECONDS = 120.0  # without a new acknowledgement or traffic: the SDK itself would wait for days
@@ -181,7 +182,7 @@ def can_reach(environ: Mapping[str, str]) -> bool:
 def _start(arguments: list[str], log: IO[bytes] | int) -> subprocess.Popen[bytes]:
     """The replaying process, in a session of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", MODULE, *arguments],
+        [sys.executable, "-m", MODULE, *arguments, "--watcher", str(os.getpid())],
         env=_environment(os.environ),
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -252,10 +253,11 @@ def written_by(group: int) -> dict[int, int]:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """The SDK's own service process, too."""
+    """The SDK's own service process, too, and what they leave behind."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    sweep()
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ class Teller:
                 id=self.target.runs[stage],
                 resume="allow",
                 name=self.target.runs[stage],
-                group=self.plan["id"],
+                group=self.plan.get("sweep") or self.plan["id"],
                 job_type=stage,
                 config={**planned["config"], "nemotron": {**about, "folder": str(self.run.path)}},
                 reinit="create_new",
@@ -241,7 +241,7 @@ class Teller:
         made = self.wandb.Artifact(name.collection, name.type, metadata=facts)
         content = Path(artifact.uri)
         if artifact.source == "store" and self.target.upload == "files":
-            made.add_dir(str(content))
+            made.add_dir(str(content), policy="immutable", skip_cache=True)  # as they lie: no copy of a model in /tmp
         elif artifact.source == "store" and content.is_dir():
             # The prefix keeps two versions with files of the same names and sizes apart; digests are in the metadata.
             made.add_reference(content.as_uri(), name=name.alias, checksum=False, max_objects=MOST_FILES)

@@ -77,7 +77,7 @@ def a_run(output: Path, run: str = "run-1", **target: str) -> Journal:
     return journal
 
 
-def whole(server: FakeWandb, run: str = "run-1", version: int = 0) -> None:
+def whole(server: FakeWandb, run: str = "run-1", version: int = 0, group: str = "") -> None:
     """W&B shows the run: its graph, its curve with every step once, its end."""
     rows, model = f"DataBlendsArtifact-sft:v{version}", f"ModelArtifact-sft:v{version}"
     expected = {
@@ -94,5 +94,5 @@ def whole(server: FakeWandb, run: str = "run-1", version: int = 0) -> None:
     assert history[STEPS - 1]["validation_loss"] == 0.5 and history[STEPS - 1]["loss"] == 1 / STEPS
     for name in ("data-prep-sft", "sft"):
         told = server.runs[f"{run}.{name}"]
-        assert told.complete and told.exit_code == 0 and told.group == run and told.job_type == name
+        assert told.complete and told.exit_code == 0 and told.group == (group or run) and told.job_type == name
     assert server.runs[f"{run}.sft"].summary["loss"] == 0.2

@@ -19,6 +19,8 @@ from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import UserError
 from nemotron_recipes.mirror import pull, sync
 from nemotron_recipes.mirror.journal import Journal, pending
+from nemotron_recipes.mirror.names import named
+from nemotron_recipes.mirror.telling import Teller
 from nemotron_recipes.rundir import RunDir, append_event
 from tests.helpers.cli import nemotron
 from tests.helpers.fake_wandb import KEY, FakeWandb
@@ -47,9 +49,11 @@ def test_a_run_is_mirrored_once_and_runs_share_versions(wandb: FakeWandb, tmp_pa
     assert len(wandb.artifacts) == requests, "told twice is told once"
 
     again = a_run(tmp_path, "run-2")
+    plan = RunDir(again.run_dir).plan
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "sweep": "sweep-1"}))
     store.alias("model", "best", 2)
     assert sync.replay(again.run_dir).left == 0
-    whole(wandb, "run-2", version=1)
+    whole(wandb, "run-2", version=1, group="sweep-1")
     assert wandb.named("ModelArtifact-sft:best").number == 1
     assert not any(b"x of" in blob for blob in wandb.blobs.values()), "references, no uploads"
 
@@ -203,12 +207,16 @@ def test_without_a_key_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert sync.can_reach(os.environ) and not sync.can_reach({**os.environ, "WANDB_MODE": "offline"})
 
 
-def test_an_artifact_that_only_wandb_has_becomes_a_version_once(
-    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_artifact_that_only_wandb_has_becomes_a_version_once(wandb: FakeWandb, tmp_path: Path) -> None:
+    import wandb as sdk
+
     origin = a_run(tmp_path / "elsewhere", upload="files")
     assert sync.replay(origin.run_dir).why == ""
     model = Store(tmp_path / "elsewhere/store").resolve("model")
+    fake_sdk = type("FakeSdk", (), {"Api": lambda timeout: None, "Artifact": sdk.Artifact})
+    assert origin.target is not None
+    sent = Teller(fake_sdk, origin.run_dir, origin.target)._reference(named(origin.target, model), model)
+    assert [entry.local_path for entry in sent.manifest.entries.values()] == [f"{model.uri}/x"], "sent as it lies"
     pinned = pull.describe("team/p/ModelArtifact-sft:latest", "model")
     assert (pinned.label, bool(pinned.digest)) == ("wandb:team/p/ModelArtifact-sft:v0", True)
     store = Store(tmp_path / "here")
