@@ -66,11 +66,11 @@ def test_a_disk_that_is_full_is_said_in_a_line_however_many_there_are(
     with open(large, "wb") as file:
         file.truncate(8 << 20)
     words = "tar: rows: Cannot write: No space left on device"
-    script = f"yes '{words}' | head -n 200000 >&2; touch {said}; cat > /dev/null; exit 2"
+    script = f"(echo tar: rows: Wrote only 4096 of 5120 bytes; yes '{words}' | head -n 200000) >&2; touch {said}"
     feed = Remote.feed
 
     def fed(self: Remote, argv: list[str], *rest: Any) -> subprocess.Popen[bytes]:
-        return feed(self, ["timeout", "120", "sh", "-c", script], *rest)
+        return feed(self, ["timeout", "120", "sh", "-c", f"{script}; cat > /dev/null; exit 2"], *rest)
 
     monkeypatch.setattr(Remote, "feed", fed)
     host = Host("cluster", 1, Remote(connection(login)), str(tmp_path / "far"))

@@ -177,11 +177,16 @@ def _stream(host: Host, names: Sequence[str], unwanted: Callable[[], bool]) -> N
             pass  # it says why
         code = tar.wait()
         words.seek(0)
-        said = words.readline().decode("utf-8", "replace").strip()
+        said = _reason(words.read().decode("utf-8", "replace").splitlines())
     if code == 255:
         raise Unreachable(f"the connection to {host.name} was lost while files were copied")
     if code:
         raise JobFailed(f"{host.name}: files can't be written below {host.root}: {said or f'tar ended with {code}'}")
+
+
+def _reason(said: Sequence[str]) -> str:
+    """One of tar's lines: the first of a disk that is filling up gives no reason ("Wrote only 4096 of 5120 bytes")."""
+    return next((line for line in said if ": Cannot " in line), said[0] if said else "")
 
 
 def _in_whole_seconds(member: tarfile.TarInfo) -> tarfile.TarInfo:
