@@ -11,7 +11,7 @@ from nemotron_recipes.errors import JobFailed, Problem, UserError
 from nemotron_recipes.rundir import TRACKER, latest_checkpoint
 from nemotron_recipes.spec import Tree
 from nemotron_recipes.worker.context import Context
-from nemotron_recipes.worker.sealing import require_unchanged
+from nemotron_recipes.worker.sealing import require_input_unchanged
 
 RUN_CONFIG = "run_config.yaml"  # beside the shards of Megatron's checkpoint: what it was made with
 
@@ -28,7 +28,7 @@ def checkpoint_folder(context: Context, name: str) -> Path:
     if folder is None or not folder.is_dir():
         what = f"no whole checkpoint at {given}"
         raise UserError(Problem(what, key_of(name), f"give an iter_NNNNNNN folder, or one that holds {TRACKER}"))
-    require_unchanged(context, folder)
+    require_input_unchanged(context, key_of(name), folder)
     return folder
 
 

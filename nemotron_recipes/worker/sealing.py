@@ -117,6 +117,13 @@ def require_unchanged(context: Context, checkpoint: Path, alone: bool = False) -
     context.event("checkpoint-verified", checkpoint=str(checkpoint), known=known, seconds=seconds)
 
 
+def require_input_unchanged(context: Context, key: str, checkpoint: Path) -> None:
+    """The same of a checkpoint in an input. A version of the store was compared as a whole when the stage began."""
+    artifact = context.artifacts.get(key)
+    if artifact is None or artifact.source != "store":
+        require_unchanged(context, checkpoint)
+
+
 def own_newest(root: Path) -> Path | None:
     """The newest whole checkpoint of this run; None: it has saved none. UserError: the one that the tracker names is
     not there, and training must not start anew by accident."""

@@ -15,9 +15,11 @@ from nemotron_recipes import checkpoints
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.errors import JobFailed, UserError
 from nemotron_recipes.rundir import DEADLINE_ENV, RANKS_HERE_ENV, TRACKER, Damaged, StageDir, read_jsonl
+from nemotron_recipes.spec import Artifact
 from nemotron_recipes.worker import sealing
 from nemotron_recipes.worker.automodel import checkpoints as automodel
 from nemotron_recipes.worker.context import Context
+from nemotron_recipes.worker.converting import checkpoint_folder
 from nemotron_recipes.worker.megatron_bridge import stage as megatron
 from nemotron_recipes.worker.nemo_rl import checkpoints as nemo_rl
 from nemotron_recipes.worker.sealing import Sealing, own_newest, require_unchanged
@@ -284,6 +286,18 @@ def test_megatron_unpickles_the_state_of_the_checkpoint_that_was_looked_at(conte
 def context_with(context: Context, attempt: int) -> Context:
     context.attempt = attempt
     return context
+
+
+@pytest.mark.parametrize(("source", "known"), [("store", []), ("path", ["nothing", "nothing"])])
+def test_nothing_is_said_of_a_version_of_the_store(context: Context, source: str, known: list[str]) -> None:
+    """It was compared as a whole already; a folder of somebody's may carry digests or not."""
+    folder = save("megatron_bridge", context.dir.checkpoints, 2)
+    for key in ("checkpoint.path", megatron.BASE, "model.path", "data.path"):
+        context.inputs[key] = context.dir.checkpoints
+        context.artifacts[key] = Artifact(source, "checkpoint", name="made", version=1)
+    assert checkpoint_folder(context, "path") == folder
+    assert megatron.find_paths({"resume_from": None}, context).pretrained == folder.parent
+    assert [event["known"] for event in read_jsonl(context.dir.events(1, 0))] == known
 
 
 def test_steps_that_are_done_again_are_saved_anew(context: Context) -> None:

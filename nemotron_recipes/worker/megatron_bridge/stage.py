@@ -12,7 +12,7 @@ from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.event_files import EventMetrics
 from nemotron_recipes.worker.guest import CheckpointWatch, Guest, link_tree, step_of
 from nemotron_recipes.worker.megatron_bridge.config import Paths, build_config, read_native
-from nemotron_recipes.worker.sealing import Sealing, own_newest, require_unchanged
+from nemotron_recipes.worker.sealing import Sealing, own_newest, require_input_unchanged, require_unchanged
 
 # Tags of its TensorBoard files (megatron/bridge/training/utils/train_utils.py and eval.py, 0.3 to 0.6) -> ours. Their
 # doubles "... vs samples" count samples, not steps.
@@ -24,6 +24,7 @@ _TAGS = {
     "lm loss validation": "validation_loss",
 }
 STATE = "latest_train_state.pt"
+BASE = "checkpoint.pretrained_checkpoint"
 
 
 def run(config: Tree, context: Context) -> None:
@@ -95,23 +96,23 @@ def find_paths(config: Tree, context: Context) -> Paths:
     return Paths(
         data=context.inputs["data.path"],
         tokenizer=str(context.inputs[key]) if key in context.inputs else tokenizer.name,
-        pretrained=_root(context, context.inputs.get("checkpoint.pretrained_checkpoint")),
+        pretrained=_root(context),
         load=load,
         load_step=step,
     )
 
 
-def _root(context: Context, path: Path | None) -> Path | None:
+def _root(context: Context) -> Path | None:
     """The folder with the tracker file, of which Megatron-Bridge loads the newest: an older one is refused."""
-    if path is None:
+    if (path := context.inputs.get(BASE)) is None:
         return None
     root = path.parent if path.name.startswith("iter_") else path
     newest = latest_checkpoint(root)
     if path != root and newest != path:
         what = f"{path} is not the newest checkpoint of {root}, and Megatron-Bridge would load the newest"
-        raise UserError(Problem(what, "checkpoint.pretrained_checkpoint", "copy it into a folder of its own"))
+        raise UserError(Problem(what, BASE, "copy it into a folder of its own"))
     if newest is not None:
-        require_unchanged(context, newest)
+        require_input_unchanged(context, BASE, newest)
     return root
 
 
