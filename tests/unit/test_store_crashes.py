@@ -89,8 +89,8 @@ def die_at(step: int) -> None:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    real = os.fsync
-    os.fsync = lambda descriptor: (count("os.fsync"), real(descriptor))[1]  # type: ignore[assignment]
+    # A process that dies loses nothing that the kernel has: the disk, which is slow, is for the power cuts.
+    os.fsync = lambda descriptor: (count("os.fsync"), os.fstat(descriptor))[1]  # type: ignore[assignment,func-returns-value]
     sys.addaudithook(lambda event, args: count(event))
 
 
