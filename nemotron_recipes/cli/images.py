@@ -54,7 +54,7 @@ def list_images(as_json: bool) -> None:
 
 @images.command("check")
 @click.argument("references", nargs=-1, metavar="[IMAGE]...")
-@click.option("--arch", metavar="NAME", help="amd64 or arm64; this machine's, unless you say another, or any.")
+@click.option("--arch", type=click.Choice(("amd64", "arm64", "any")), help="This machine's, unless you name one.")
 @click.option("--accept", is_flag=True, help="Keep the digests of now, where the project's own file has others.")
 @click.option("--json", "as_json", is_flag=True, help="Print for programs.")
 def check(references: tuple[str, ...], arch: str | None, accept: bool, as_json: bool) -> None:

@@ -103,7 +103,7 @@ def smoke_problems(config: Tree, placement: Placement, smoke: int, runs: Path) -
     if placement.options.get(WATCHDOG) is None:
         what = "this recipe may take more memory than there is: it runs under the memory watchdog alone"
         yield Problem(what, "plan.requires_smoke", f"set {WATCHDOG} in the profile (docs/docker.md)")
-    elif not smoke and transport.call(there.smoke_run, str(runs), config, steps) is None:
+    elif not smoke and transport.call(there.smoke_run, str(runs), config, steps, asdict(placement)) is None:
         what = f"no run has shown yet that {steps} steps of this model, adapter and sequence length fit into the memory"
         yield Problem(what, "plan.requires_smoke", f"run the same command with --smoke {steps} first")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from nemotron_recipes.spec import Placement, Tree
 # Config keys that two runs must agree in for one to say how the other will behave: model, adapter, sequence, batch, and
 # what the backend is told beside (gradient checkpointing, whether Unsloth is there).
 ALIKE = ("method", "model", "peft", "data.pack_size", "train.micro_batch_size", "backend.name", "backend.native")
+# The same of their placements: the machines, and what of them is used.
+SAME_MACHINES = ("executor", "nodes", "nproc_per_node", "options.hosts", "options.docker_host", "options.gpus")
 
 WATCHDOG = "memory_stop_gib"  # what turns the memory watchdog on, in a profile
 
@@ -68,18 +70,18 @@ def wall_time(runs: Path, fingerprint: str, config: Tree, placement: Placement) 
     return projected
 
 
-def find_smoke(runs: Path, config: Tree, steps: int, alike: Sequence[str] = ALIKE, watched: bool = False) -> str | None:
-    """The newest smoke run of at least `steps` steps that succeeded and agrees with `config` in the keys `alike`.
+def find_smoke(runs: Path, config: Tree, steps: int, on: Tree | None = None) -> str | None:
+    """The newest smoke run of at least `steps` steps that succeeded and agrees with `config` in the keys ALIKE.
 
     A bounded run in which this model, adapter and sequence length have been seen to fit, whatever the code was then.
-    watched: only those count that ran under the memory watchdog
+    on: a placement; only those count that ran there, under the memory watchdog
     """
     for run, plan in _plans(runs, '"smoke"'):
         if (plan.get("request") or {}).get("smoke", 0) < steps:
             continue
         for stage in plan["stages"]:
-            same = all(_at(stage["config"], key) == _at(config, key) for key in alike)
-            if watched and _at(stage, f"placement.options.{WATCHDOG}") is None:
+            same = all(_at(stage["config"], key) == _at(config, key) for key in ALIKE)
+            if on is not None and not _watched_on(stage["placement"], on):
                 continue
             if same and _record(run.stage(stage["name"])).get("state") == "succeeded":
                 return str(plan["id"])
@@ -125,6 +127,11 @@ def _plans(runs: Path, text: str) -> Iterator[tuple[RunDir, dict[str, Any]]]:
     for _, run, raw in sorted(found, key=lambda one: one[0], reverse=True):
         with suppress(ValueError):  # damaged: `runs list` says so
             yield run, json.loads(raw)
+
+
+def _watched_on(placement: Tree, wanted: Tree) -> bool:
+    same = all(_at(placement, key) == _at(wanted, key) for key in SAME_MACHINES)
+    return same and _at(placement, f"options.{WATCHDOG}") is not None
 
 
 def _as_many(stage: dict[str, Any], placement: Placement) -> bool:

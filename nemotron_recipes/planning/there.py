@@ -112,9 +112,9 @@ def wall_time(runs: str, fingerprint: str, config: Tree, placement: Tree) -> Tre
     return asdict(found) if found else None
 
 
-def smoke_run(runs: str, config: Tree, steps: int) -> str | None:
-    """The newest run that has shown, under the memory watchdog, that so many steps of such a stage fit."""
-    return history.find_smoke(Path(runs), config, steps, watched=True)
+def smoke_run(runs: str, config: Tree, steps: int, placement: Tree) -> str | None:
+    """The newest run that has shown there, under the memory watchdog, that so many steps of such a stage fit."""
+    return history.find_smoke(Path(runs), config, steps, on=placement)
 
 
 def _no_causal_model(folder: Path) -> str:

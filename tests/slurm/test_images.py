@@ -63,6 +63,7 @@ def test_two_imports_at_once_on_a_node(
     assert arguments[-1] == f"docker://{made.host}#team/on-a-node:{digest}"
 
 
+@pytest.mark.long
 def test_an_import_from_a_laptop_outlives_its_connection(
     slurm_cluster: slurm.Cluster, tmp_path: Path, fake_enroot: Path
 ) -> None:

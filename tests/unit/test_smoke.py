@@ -188,3 +188,9 @@ def test_a_recipe_that_may_not_fit_wants_a_smoke_run_under_the_watchdog_first(tm
     assert planned(tmp_path, *qlora, watched).config["train"]["train_iters"] == 500
     with pytest.raises(UserError, match="--smoke 50 first"):
         planned(tmp_path, *qlora, watched, "peft.dim=64")
+    for elsewhere in ({"executor": "docker"}, {"options": {"memory_stop_gib": 6.0, "hosts": ["spark1", "spark2"]}}):
+        other = json.loads(json.dumps(plan))
+        other["stages"][0]["placement"] |= elsewhere
+        blind.plan.write_text(json.dumps(other))
+        with pytest.raises(UserError, match="--smoke 50 first"):
+            planned(tmp_path, *qlora, watched)
