@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -71,7 +71,23 @@ def open_remote(place: str) -> IO[bytes]:
     """Reads by ranges. OSError: now or later, as `look`."""
     with _translated(place):
         raw = filesystem(place).open(place, "rb", block_size=_READ_AHEAD, cache_type="readahead")
+    if cache := getattr(raw, "cache", None):
+        cache.fetcher = _exactly(cache.fetcher)
     return io.BufferedReader(_Raw(raw, place), 1 << 20)
+
+
+def _exactly(fetch: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
+    """The clients take whatever comes as the range that they asked for: from a server or a proxy that knows no ranges
+    the start of the file, again and again."""
+
+    def fetched(start: int, end: int) -> bytes:
+        data = fetch(start, end)
+        if len(data) != end - start:
+            what = f"asked for the bytes {start} to {end}, it gives {len(data)}"
+            raise StoreError(f"{what}: the file changed, or something on the way ignores ranges")
+        return data
+
+    return fetched
 
 
 def filesystem(place: str) -> Any:

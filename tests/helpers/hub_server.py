@@ -2,7 +2,8 @@
 
 It stands in for the hub alone; the client is the real library. `fail`: file or ORG/NAME -> what happens to the next
 requests for it, first one first: "rate" (429, and how long to wait), "cut" (the connection ends in the middle; files
-alone), "error" (500). A repository whose name begins with `gated` tells what it has, and gives nothing.
+alone), "error" (500), "whole" (of a file all, whatever range was asked for), "" (nothing). A repository whose name
+begins with `gated` tells what it has, and gives nothing.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class HubServer:
         if trouble == "error":
             _send(request, 500, b"")
             return
-        asked = re.match(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        asked = re.match(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "") if trouble != "whole" else "")
         first = int(asked[1]) if asked else 0
         part = content[first : int(asked[2]) + 1 if asked and asked[2] else None]
         if asked:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfFileSystem
 
+from nemotron_recipes.data import remote
 from nemotron_recipes.data.blend import read_blend
+from nemotron_recipes.data.cuts import cut_inputs
+from nemotron_recipes.data.files import open_input
 from nemotron_recipes.data.hub_rows import hub_files
 from nemotron_recipes.data.job import Hub, Job, Report
 from nemotron_recipes.data.prepare import prepare
@@ -111,6 +115,22 @@ def test_a_published_blend_from_a_hub(tmp_path: Path) -> None:
         "name": "nvidia/rows", "revision": COMMIT, "subset": "infinibyte.part_00",
         "split": "infinibyte_part00", "file": "infinibyte.part_00.jsonl",
     }  # fmt: skip
+
+
+def test_a_range_that_is_ignored_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client takes the whole file for a piece from its middle: rows would come twice, and torn."""
+    content = b"".join(b'{"n": %d, "text": "%s"}\r\n' % (n, b"x" * 200) for n in range(15_000)) + b'{"n": -1}'
+    with HubServer({"some/rows": {"a.jsonl": content}}) as hub:
+        files = HfFileSystem(endpoint=hub.url, use_listings_cache=False, skip_instance_cache=True)
+        monkeypatch.setattr(remote, "filesystem", lambda place: files)
+        monkeypatch.setattr(remote, "_READ_AHEAD", 1 << 20)
+        place = f"hf://datasets/some/rows@{COMMIT}/a.jsonl"
+        shards = cut_inputs(0, [open_input(place)], None, 1 << 20)
+        values = [line.value["n"] for shard in shards for line in read_shard(shard)]
+        assert values == [*range(15_000), -1]
+        hub.fail["a.jsonl"] = ["", "whole"]
+        with pytest.raises(UserError, match=r"asked for the bytes \d+ to \d+, it gives"):
+            list(read_shard(replace(shards[0], hi=len(content))))
 
 
 def parquet(folder: Path) -> Path:
