@@ -286,6 +286,7 @@ class FaultyCorpus:
         ("width", -1, "its width is -1"),
         ("signature", "abcd", "signature gives str"),
         ("signature", b"abc", "signature gives bytes of 3"),
+        ("sweep", 7, "the gate 'order' failed: TypeError: 'int' object is not iterable"),
         ("sweep", ["row 1"], "sweep gives 'row 1'"),
         ("sweep", [Swept(0, "")], "sweep gives Swept(index=0, reason=''"),
         ("sweep", [Swept(1, "odd"), Swept(0, "odd")], "sweep gives row 0 after row 1, of 2"),

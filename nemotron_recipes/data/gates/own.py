@@ -81,7 +81,7 @@ class CheckedCorpusGate(_Checked):
         return signature
 
     def sweep(self, corpus: Corpus, scratch: Path) -> Iterator[Swept]:
-        found = iter(self._call(self._gate.sweep, corpus, scratch) or ())
+        found = self._call(lambda: iter(self._gate.sweep(corpus, scratch) or ()))
         last, reasons = -1, set()
         while (one := self._call(next, found, None)) is not None:
             if not isinstance(one, Swept) or not _telling(one):
