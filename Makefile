@@ -11,7 +11,7 @@ SETUP = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	$(PYTHON) tools/venv.py --venv "$(VENV)"
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart slurm-demo test test-system test-long test-slurm-versions lint bench bench-slurm lock schemas clean
+.PHONY: help quickstart slurm-demo test test-system test-long test-slurm-versions lint bench bench-slurm lock schemas schemas-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -76,6 +76,10 @@ lock: ## pin anew after a change of dependencies in pyproject.toml
 schemas: ## what NVIDIA's packages accept, read from them anew (network; 1.5 GB below .schemas/)
 	@$(SETUP) --extra test
 	"$(BIN)/python" tools/schemas/build.py
+
+schemas-check: ## megatron-bridge 0.3.1 anew, held against the checked-in file (network; 1.6 GB)
+	@$(SETUP) --extra test
+	"$(BIN)/python" tools/schemas/build.py --check megatron_bridge-0.3.1
 
 clean: ## remove the environment, caches and builds; runs and artifacts stay
 	rm -rf "$(VENV)" "$(VENV).lock" .schemas build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
