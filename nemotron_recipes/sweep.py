@@ -98,8 +98,8 @@ def submit(
     remarks: list[Problem] = []
     asked: set[str] = set()
     for member in sweep.left:
-        place = to_json([asdict(stage.placement) for stage in _prepared(member).plan.stages])
-        try:  # of what is placed alike a cluster has to be asked once
+        place = _asked_of(_prepared(member).plan)
+        try:
             others = [_prepared(other).plan for other in sweep.left if other is not member]
             remarks += lifecycle.check(_prepared(member), preflight and place not in asked, others)
             asked.add(place)
@@ -120,6 +120,16 @@ def submit(
             except (NemotronError, KeyboardInterrupt) as error:
                 raise _broken_off(sweep, member, handles, error) from None
     return handles
+
+
+def _asked_of(plan: Plan) -> str:
+    """All that a preflight looks at: of runs that are alike in it, a machine or a cluster has to be asked once."""
+    looked_at = []
+    for stage in map(asdict, plan.stages):
+        said = [stage[key] for key in ("placement", "inputs", "method", "resume_from")]
+        weighs = [stage["config"].get("model"), stage["config"].get("peft"), stage["estimate"].get("disk")]
+        looked_at.append([*said, *weighs, stage["launch"]["imports"]])
+    return to_json(looked_at)
 
 
 def runs_of(output: Path, text: str) -> list[str]:

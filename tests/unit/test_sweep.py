@@ -194,6 +194,26 @@ def test_a_run_that_failed_gets_its_next_attempt(tmp_path: Path, fake_submit: li
     assert (left.run, left.values) == (first.members[0].run, first.members[0].values)
 
 
+@pytest.mark.parametrize(
+    ("swept", "asked"), [("model.dtype=float32,bfloat16", [True, True]), ("optimizer.lr=1e-3,1e-4", [True, False])]
+)
+def test_a_preflight_sees_every_run_that_differs_in_what_it_looks_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_submit: list[str], swept: str, asked: list[bool]
+) -> None:
+    """The second may not fit into memory where the first does."""
+    found: list[bool] = []
+
+    def fake_check(prepared: Prepared, preflight: bool, beside: list[Any]) -> list[Any]:
+        found.append(preflight)
+        return []
+
+    monkeypatch.setattr(lifecycle, "check", fake_check)
+    (tmp_path / "rows.jsonl").touch()
+    overrides = (f"data.path={tmp_path}/rows.jsonl", swept)
+    sweep.submit(sweep.prepare(Request("nano3", ("sft",), "tiny", overrides=overrides, cwd=str(tmp_path)), 1))
+    assert found == asked
+
+
 def test_two_people_do_not_submit_the_same_sweep_twice(tmp_path: Path, fake_submit: list[str]) -> None:
     (tmp_path / "env.toml").write_text('[lab]\nexecutor = "slurm"\n')
     asked = request(tmp_path, "data.pack_size=128,256", mode="batch", profile="lab")
