@@ -288,6 +288,25 @@ def context_with(context: Context, attempt: int) -> Context:
     return context
 
 
+def test_megatron_goes_on_from_a_checkpoint_alone_and_never_anew(context: Context, tmp_path: Path) -> None:
+    """As a container sees one, or a copy: without a tracker file beside it Megatron-Bridge would not look for any."""
+    shutil.copytree(save("megatron_bridge", context.dir.checkpoints, 4), copy := tmp_path / "copy" / "iter_0000004")
+    context.artifacts["model.path"] = context.artifacts["data.path"] = Artifact("path", "data", uri="/d")
+    context.inputs |= {"model.path": Path("/m"), "data.path": Path("/d")}
+    for _ in ("an attempt", "the next one, with nothing saved"):
+        shutil.rmtree(context.dir.checkpoints, ignore_errors=True)
+        paths = megatron.find_paths({"resume_from": str(copy)}, context)
+        assert paths.load is not None and paths.load_step == 4
+        assert (paths.load / TRACKER).read_text().strip() == "4"
+        assert (paths.load / copy.name / "common.pt").samefile(copy / "common.pt")
+        context.attempt = 2
+    context.inputs[megatron.BASE] = copy.parent
+    with pytest.raises(UserError, match="no whole checkpoint at"):
+        megatron.find_paths({"resume_from": None}, context)
+    shutil.copy(copy / "train_state.pt", copy.parent / megatron.STATE)
+    assert megatron.find_paths({"resume_from": None}, context).pretrained == copy.parent
+
+
 @pytest.mark.parametrize(("source", "known"), [("store", []), ("path", ["nothing", "nothing"])])
 def test_nothing_is_said_of_a_version_of_the_store(context: Context, source: str, known: list[str]) -> None:
     """It was compared as a whole already; a folder of somebody's may carry digests or not."""

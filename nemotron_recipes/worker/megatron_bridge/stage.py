@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nemotron_recipes.errors import Problem, UserError
@@ -90,7 +91,7 @@ def find_paths(config: Tree, context: Context) -> Paths:
                 Problem(f"there is no checkpoint {folder}", "checkpoint.load", "give an iter_NNNNNNN folder")
             )
         require_unchanged(context, folder)
-        load, step = folder.parent, step_of(folder)
+        load, step = _root_of(folder, context), step_of(folder)
     tokenizer = context.artifacts.get("model.tokenizer") or context.artifacts["model.path"]
     key = "model.tokenizer" if "model.tokenizer" in context.artifacts else "model.path"
     return Paths(
@@ -100,6 +101,20 @@ def find_paths(config: Tree, context: Context) -> Paths:
         load=load,
         load_step=step,
     )
+
+
+def _root_of(checkpoint: Path, context: Context) -> Path:
+    """A root with this one checkpoint. In one without a tracker file (a copy; in a container, which sees this folder
+    alone) Megatron-Bridge looks for no checkpoint, and would start anew without a word (training/setup.py). All ranks
+    look when they have joined, which is after rank 0 was here."""
+    root = context.dir.path / "resume"
+    if context.is_main:
+        root.mkdir(parents=True, exist_ok=True)
+        link = root / f"iter_{step_of(checkpoint):07d}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.abspath(checkpoint))
+        write_atomic(root / TRACKER, f"{step_of(checkpoint)}\n")
+    return root
 
 
 def _root(context: Context) -> Path | None:
@@ -113,6 +128,9 @@ def _root(context: Context) -> Path | None:
         raise UserError(Problem(what, BASE, "copy it into a folder of its own"))
     if newest is not None:
         require_input_unchanged(context, BASE, newest)
+    elif not any((root / name).is_file() for name in (TRACKER, STATE)):  # it would go on with random weights
+        what = f"no whole checkpoint at {root}: it holds neither {TRACKER} nor {STATE}"
+        raise UserError(Problem(what, BASE, "give what convert import or a training has made"))
     return root
 
 
