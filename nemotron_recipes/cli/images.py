@@ -169,11 +169,12 @@ def _refuse_another(written: str, found: Found, machine: str) -> None:
     from nemotron_recipes.executors.images import catalog as catalogue
     from nemotron_recipes.executors.images import lock
 
-    listed = catalogue.listed(written) or catalogue.Image(written, (), ())
+    named, listed = catalogue.reference(written), catalogue.listed(written) or catalogue.Image(written, (), ())
+    if named.digest:  # that is the image, whatever its tag was or has become
+        listed = replace(listed, digest="", digest_from="")
     problems = [*catalogue.differences(listed, found, machine)]
     if problems:
         raise UserError(*problems)
-    named = catalogue.reference(written)
     if not listed.digest and not named.digest:
         lock.keep({lock.name_of(named): found.digest})
 

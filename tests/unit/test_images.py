@@ -232,7 +232,11 @@ def test_check_on_the_command_line(public: Registry, tmp_path: Path) -> None:
 
 
 def test_a_digest_that_nobody_lists_is_kept_with_the_project(
-    public: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    public: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fake_enroot: Path,
 ) -> None:
     """The first one that is seen; a tag that moves afterwards is said before anything is queued."""
     (tmp_path / "project" / "below").mkdir(parents=True)
@@ -255,6 +259,10 @@ def test_a_digest_that_nobody_lists_is_kept_with_the_project(
     assert f"was {first}, and is {second} now" in said and f"nemotron images check --accept {name}" in said
     refused, _ = told(check.of_registry(name, ("amd64",), "stage sft", False))
     assert f"images.lock.json has {first}, this is {second}" in refused
+    for chosen, done in ((name, 2), (f"{name}@{second}", 0), (f"{name}@{first}", 0)):  # who names a digest has chosen
+        with pytest.raises(SystemExit) as ended:
+            main.main(["images", "import", chosen, "--arch", "amd64", "--to", "images"])
+        assert ended.value.code == done, capsys.readouterr().err
     assert json.loads(kept.read_text())[name]["digest"] == first
     assert str(kept) in look("--accept") and told(check.of_registry(name, ("amd64",), "", False)) == ("", "")
     with pytest.raises(SystemExit):
