@@ -25,6 +25,7 @@ from nemotron_recipes.rundir import RunDir, read_json, read_jsonl, write_sealed
 from nemotron_recipes.spec import JobHandle
 from tests.helpers import slurm, sshd
 from tests.helpers.data_prep import bytes_of, chat, write_rows
+from tests.helpers.leaks import leaks
 from tests.helpers.plans import ROOT
 from tests.helpers.small_disk import small_disk
 
@@ -102,7 +103,19 @@ class Laptop:
         return str(folder)
 
 
+def explains_itself(*copies: RunDir) -> None:
+    """The machine that ran it and the one that sent it say the same of its code, its patch and what it ran on."""
+    for run in copies:
+        plan, (facts,) = read_json(run.plan) or {}, [*run.path.glob("*/environment/attempt-1.json")]
+        environment = read_json(facts) or {}
+        assert environment["host"] and environment["cpus"] and "numpy" in environment["packages"]
+        assert (run.path / "code.patch").is_file() == bool(plan["code"]["git_diff_digest"])
+    texts = [[path.read_bytes() for path in sorted(run.path.glob("code.patch"))] for run in copies]
+    assert texts[0] == texts[-1]
+
+
 def test_the_same_commands_from_a_laptop(laptop: Laptop) -> None:
+    laptop.env["LICENCE_TOKEN"] = 't0ken/of+the "laptop"&its-owner'
     shown = laptop.nemotron(
         "nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40", "--dry-run", "--batch", "far"
     ).stdout
@@ -122,6 +135,8 @@ def test_the_same_commands_from_a_laptop(laptop: Laptop) -> None:
     for stage in rendered["stages"]:
         for path, text in stage["files"].items():
             assert Path(path).is_relative_to(laptop.far) and Path(path).read_text() == text
+    explains_itself(there, here)
+    assert leaks(laptop.env["LICENCE_TOKEN"], [laptop.far, laptop.folder]) == []
     # What was made there is found there.
     again = laptop.nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "40", "--batch", "far").stdout
     assert "nothing to run" in again
