@@ -53,8 +53,15 @@ def write_rows(source: Path, target: Path, method: str, layout: str, given: str 
     """The rows of one split (JSON Lines), which are in the layout `given`, in the layout "trl" or "nemo_rl".
     UserError: a row that has no place there."""
     read = {"native": lambda row, _: row, "trl": of_trl, "nemo_rl": of_nemo_rl}[given]
+    if not source.is_file():
+        raise UserError(Problem(f"{source} is not there", fix="prepare anew"))
     with source.open(encoding="utf-8") as rows, target.open("w", encoding="utf-8", newline="\n") as out:
         for number, line in enumerate(rows, 1):
-            row = read(json.loads(line), method)
-            made = trl_row(row, method) if layout == "trl" else nemo_rl_row(row, method, f"{source}, line {number}")
+            where = f"{source}, line {number}"
+            try:
+                row = read(json.loads(line), method)
+                made = trl_row(row, method) if layout == "trl" else nemo_rl_row(row, method, where)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                what = f"the row is not as data prep wrote it: {error!r}"
+                raise UserError(Problem(what, where, "prepare anew")) from None
             out.write(json.dumps(made, ensure_ascii=True) + "\n")

@@ -74,17 +74,18 @@ def load_tokenizer(folder: Path, metadata: dict[str, Any]) -> Any:
 
 
 def show_row(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str, number: int) -> Shown:
-    """Row `number`, from 0, of a split. UserError: there is none."""
+    """Row `number`, from 0, of a split. UserError: there is none, or a file is damaged."""
     if split not in SPLITS:
         raise UserError(Problem(f"there is no split '{split}'", fix=nearest(split, SPLITS)))
     if "converted_from" in metadata and metadata["format"] not in PACKS:
         fix = "show the data that these were converted from"
         raise UserError(Problem(f"rows in the layout {metadata['format']} can't be shown", fix=fix))
-    if metadata["method"] == "sft":
-        return _sequence(folder, metadata, tokenizer, split, number)
-    if metadata["method"] == "pretrain":
-        return _document(folder, metadata, tokenizer, split, number)
-    return _answers(folder, metadata, tokenizer, split, number)
+    show = {"sft": _sequence, "pretrain": _document}.get(metadata["method"], _answers)
+    try:
+        return show(folder, metadata, tokenizer, split, number)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = f"split '{split}' of {folder} is not as data prep wrote it: {error!r}"
+        raise UserError(Problem(what, fix="prepare anew")) from None
 
 
 def _sequence(folder: Path, metadata: dict[str, Any], tokenizer: Any, split: str, number: int) -> Shown:

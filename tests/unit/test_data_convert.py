@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from nemotron_recipes.data.convert import convert
+from nemotron_recipes.data.layouts import write_rows as write_layout
 from nemotron_recipes.data.packed import PackedSplit
 from nemotron_recipes.data.packs_in import packs_of_npy
+from nemotron_recipes.data.show import show_row
 from nemotron_recipes.errors import UserError
 from tests.helpers.cli import nemotron
 from tests.helpers.data_prep import bytes_of, chat, rows_of, run_prepare, write_rows
@@ -83,6 +85,23 @@ def test_an_npy_is_read_as_data_alone(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(UserError, match="is not as data prep wrote it"):
             convert(source, tmp_path / "out", "native")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_said_plainly(tmp_path: Path) -> None:
+    npy = tmp_path / "npy"
+    convert(prepared(tmp_path), npy, "megatron_npy")
+    (npy / "training.npy").write_bytes((npy / "training.npy").read_bytes()[:-40])
+    metadata = json.loads((npy / "metadata.json").read_text())
+    with pytest.raises(UserError, match="is not as data prep wrote it"):
+        show_row(npy, metadata, None, "train", metadata["splits"]["train"]["sequences"] - 1)
+    rows = tmp_path / "rows.jsonl"
+    for damaged in ('{"prompt":', '{"prompt": []}', "7"):
+        rows.write_text(damaged + "\n")
+        with pytest.raises(UserError, match="the row is not as data prep wrote it") as caught:
+            write_layout(rows, tmp_path / "out.jsonl", "dpo", "trl")
+        assert "rows.jsonl, line 1" in str(caught.value)
+    with pytest.raises(UserError, match="is not there"):
+        write_layout(tmp_path / "none.jsonl", tmp_path / "out.jsonl", "dpo", "trl")
 
 
 def test_another_pack_size(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_choices_do_not_count_as_bad_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "nothing to train on: no row in 1 file"),
+        ([], r"(?s)nothing is left to train on: 0 rows read.*1 file\(s\) hold no row at all"),
         ([{"text": "no such field"}], "nothing is left to train on: 1 rows read.* left out: 1 missing_field"),
     ],
 )
