@@ -124,6 +124,16 @@ def require_input_unchanged(context: Context, key: str, checkpoint: Path) -> Non
         require_unchanged(context, checkpoint)
 
 
+def given_checkpoint(resume_from: str) -> Path:
+    """The folder that `checkpoint.load` names; the newest in a version of the store. UserError: there is none."""
+    given = Path(resume_from)
+    folder = given if given.name.startswith("iter_") else latest_checkpoint(given)
+    if folder is None or not folder.is_dir():
+        fix = f"give an iter_NNNNNNN folder, or one that holds {TRACKER}"
+        raise UserError(Problem(f"there is no checkpoint {given}", "checkpoint.load", fix))
+    return folder
+
+
 def own_newest(root: Path) -> Path | None:
     """The newest whole checkpoint of this run; None: it has saved none. UserError: the one that the tracker names is
     not there, and training must not start anew by accident."""

@@ -22,7 +22,7 @@ from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.converting import checkpoint_folder
 from nemotron_recipes.worker.megatron_bridge import stage as megatron
 from nemotron_recipes.worker.nemo_rl import checkpoints as nemo_rl
-from nemotron_recipes.worker.sealing import Sealing, own_newest, require_unchanged
+from nemotron_recipes.worker.sealing import Sealing, given_checkpoint, own_newest, require_unchanged
 from nemotron_recipes.worker.trl import checkpoints as trl
 
 # What lies in a checkpoint of each, as their sources write it; one file of each is hidden, empty, or in a folder.
@@ -300,6 +300,10 @@ def test_megatron_goes_on_from_a_checkpoint_alone_and_never_anew(context: Contex
         assert (paths.load / TRACKER).read_text().strip() == "4"
         assert (paths.load / copy.name / "common.pt").samefile(copy / "common.pt")
         context.attempt = 2
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        megatron.find_paths({"resume_from": str(copy.parent)}, context)
+    version = paths.load  # one of the store has its checkpoint below a tracker file
+    assert given_checkpoint(str(version)) == version / copy.name
     context.inputs[megatron.BASE] = copy.parent
     with pytest.raises(UserError, match="no whole checkpoint at"):
         megatron.find_paths({"resume_from": None}, context)

@@ -326,12 +326,12 @@ def test_it_continues_from_another_runs_checkpoint(tmp_path: Path) -> None:
     (there / "tmp_step_8").mkdir()  # killed while it saved
     link = adopt(there)
     assert link is not None and link.name == "iter_0000006"
-    continue_from(str(link), here)
+    continue_from(link, here)
     assert (here / "step_6" / "training_info.json").read_text() == "{}" and latest_checkpoint(here) is None
     assert adopt(here) == latest_checkpoint(here)
-    continue_from("/nowhere", here)  # a later attempt has its own
+    continue_from(Path("/nowhere"), here)  # a later attempt has its own
     with pytest.raises(UserError, match="isn't a whole checkpoint of NeMo-RL"):
-        continue_from(str(tmp_path), tmp_path / "new")
+        continue_from(tmp_path, tmp_path / "new")
 
 
 def test_removed_checkpoints_lose_their_names(tmp_path: Path) -> None:

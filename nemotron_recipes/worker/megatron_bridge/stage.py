@@ -13,7 +13,13 @@ from nemotron_recipes.worker.context import Context
 from nemotron_recipes.worker.event_files import EventMetrics
 from nemotron_recipes.worker.guest import CheckpointWatch, Guest, link_tree, step_of
 from nemotron_recipes.worker.megatron_bridge.config import Paths, build_config, read_native
-from nemotron_recipes.worker.sealing import Sealing, own_newest, require_input_unchanged, require_unchanged
+from nemotron_recipes.worker.sealing import (
+    Sealing,
+    given_checkpoint,
+    own_newest,
+    require_input_unchanged,
+    require_unchanged,
+)
 
 # Tags of its TensorBoard files (megatron/bridge/training/utils/train_utils.py and eval.py, 0.3 to 0.6) -> ours. Their
 # doubles "... vs samples" count samples, not steps.
@@ -85,12 +91,8 @@ def find_paths(config: Tree, context: Context) -> Paths:
             _state_of(newest)
         load = own
     elif config["resume_from"]:
-        folder = Path(config["resume_from"])
-        if not folder.is_dir():
-            raise UserError(
-                Problem(f"there is no checkpoint {folder}", "checkpoint.load", "give an iter_NNNNNNN folder")
-            )
-        require_unchanged(context, folder)
+        folder = given_checkpoint(config["resume_from"])
+        require_input_unchanged(context, "checkpoint.load", folder)
         load, step = _root_of(folder, context), step_of(folder)
     tokenizer = context.artifacts.get("model.tokenizer") or context.artifacts["model.path"]
     key = "model.tokenizer" if "model.tokenizer" in context.artifacts else "model.path"

@@ -35,11 +35,10 @@ def adopt(root: Path) -> Path | None:
     return link
 
 
-def continue_from(resume_from: str | None, root: Path) -> None:
+def continue_from(given: Path | None, root: Path) -> None:
     """NeMo-RL continues from the newest in `root`: another run's checkpoint is put there, under its name."""
-    if resume_from is None or adopt(root) is not None:
+    if given is None or adopt(root) is not None:
         return
-    given = Path(resume_from)
     if not (given / "training_info.json").is_file():
         fix = "give an iter_NNNNNNN folder of a run of the nemo_rl backend"
         raise UserError(Problem(f"{given} isn't a whole checkpoint of NeMo-RL", "checkpoint.load", fix))

@@ -30,7 +30,7 @@ from nemotron_recipes.worker.guest import LEAST_RESERVE, SAVES, CheckpointWatch,
 from nemotron_recipes.worker.hub import folder_of
 from nemotron_recipes.worker.nemo_rl import cluster
 from nemotron_recipes.worker.nemo_rl.checkpoints import adopt, continue_from
-from nemotron_recipes.worker.sealing import Sealing, own_newest, require_unchanged
+from nemotron_recipes.worker.sealing import Sealing, given_checkpoint, own_newest, require_unchanged
 
 FILE = "nemo_rl.yaml"  # in the stage's folder: the Plan's values, with what is known only here
 TIME_IS_UP = "nemo_rl-time-is-up"  # beside it: launch.py's word that the time limit ended the program
@@ -48,10 +48,11 @@ def run(config: Tree, context: Context) -> None:
         return
     root, source = context.dir.checkpoints, source_folder()
     root.mkdir(parents=True, exist_ok=True)
-    given = Path(config["resume_from"]) if config["resume_from"] else None
-    if (resume := adopt(root) or own_newest(root) or given) is not None:
+    own, named = adopt(root) or own_newest(root), config["resume_from"]
+    given = given_checkpoint(named) if named and own is None else None
+    if (resume := own or given) is not None:
         require_unchanged(context, resume, alone=True)
-    continue_from(config["resume_from"], root)
+    continue_from(given, root)
     began = adopt(root)
     deadline = deadline_from(os.environ)
     save = last_save_seconds(context.dir, context.attempt)
