@@ -157,6 +157,12 @@ CAUSES = (
         "install it where the stage runs (`python` and `setup` in the profile), or use an image that has it",
     ),
     Cause(
+        *("damaged", "what it was to read has changed or is damaged"),
+        r"has changed: its content is (sha256:|missing)|the list of the files of \S+ is damaged|"
+        r"(error|failed|input \S+): (the manifest of )?\S+ is damaged: ",
+        "bring back what is named there, make it again, or start a new run with what is there now",
+    ),
+    Cause(
         *("permission", "a file or folder may not be read or written there"),
         r"^(\S+: )?PermissionError|Read-only file system|\[Errno 13\]",
         "see who owns it, and what `mounts` makes of it",
