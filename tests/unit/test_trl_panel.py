@@ -84,6 +84,14 @@ def test_a_judge_that_is_too_slow_counts_as_missing():
         over.set()
 
 
+@pytest.mark.parametrize("status", [503, 401])
+def test_once_the_run_must_end_nobody_is_asked_about_the_rest(status):
+    with judge_server({"m0": lambda prompt, before: (status, {})}) as (url, requests):
+        with pytest.raises((JobFailed, UserError), match=f"status {status}"):
+            judged(["a"] * 200, ["q"] * 200, panel=panel_of(1.0, url=url))
+        assert len(requests) < 200
+
+
 def test_a_judge_that_refuses_ends_the_run_at_once():
     with judge_server({"m0": lambda prompt, before: (401, {})}) as (url, requests):
         with pytest.raises(UserError, match="refuses: status 401"):

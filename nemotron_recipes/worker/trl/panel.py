@@ -67,8 +67,14 @@ def judged(
             pool = stack.enter_context(ThreadPoolExecutor(judge.concurrency))
             pairs = zip(prompts, completions, strict=True)
             asked.append([pool.submit(client.score, question_for(panel, p, c)) for p, c in pairs])
-        rows = [[_reply(reply) for reply in of_row] for of_row in zip(*asked, strict=True)]
-    _require_replies(panel, rows)
+        rows = []
+        try:
+            for of_row in zip(*asked, strict=True):
+                rows.append([_reply(reply) for reply in of_row])
+                _require_replies(panel, rows[-1])
+        finally:  # once the run has to end, nobody is asked about the rest: all tries of all of them take hours
+            for reply in (reply for of_judge in asked for reply in of_judge):
+                reply.cancel()
     scores = [[None if isinstance(score, JobFailed) else score for score in row] for row in rows]
     if log_metric is not None and scores:
         log_metric("judges/disagreed", sum(_disagree(panel, row) for row in scores) / len(scores))
@@ -105,8 +111,7 @@ def _reply(asked: Future[float | None]) -> float | JobFailed | None:
         return silent
 
 
-def _require_replies(panel: Panel, rows: Sequence[Sequence[float | JobFailed | None]]) -> None:
-    for row in rows:
-        silent = [reply for reply in row if isinstance(reply, JobFailed)]
-        if len(row) - len(silent) < _quorum(panel):
-            raise JobFailed(f"{_quorum(panel)} judges must reply, and {len(row) - len(silent)} did: {silent[0]}")
+def _require_replies(panel: Panel, row: Sequence[float | JobFailed | None]) -> None:
+    silent = [reply for reply in row if isinstance(reply, JobFailed)]
+    if len(row) - len(silent) < _quorum(panel):
+        raise JobFailed(f"{_quorum(panel)} judges must reply, and {len(row) - len(silent)} did: {silent[0]}")
