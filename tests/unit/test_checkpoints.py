@@ -309,6 +309,11 @@ def test_megatron_goes_on_from_a_checkpoint_alone_and_never_anew(context: Contex
         megatron.find_paths({"resume_from": None}, context)
     shutil.copy(copy / "train_state.pt", copy.parent / megatron.STATE)
     assert megatron.find_paths({"resume_from": None}, context).pretrained == copy.parent
+    context.inputs[megatron.BASE] = copy  # so planning names it
+    (copy.parent / megatron.STATE).unlink()
+    base = megatron.find_paths({"resume_from": None}, context).pretrained
+    assert base is not None and (base / copy.name / "common.pt").samefile(copy / "common.pt")
+    assert (base / megatron.STATE).read_bytes() == (copy / "train_state.pt").read_bytes()
 
 
 @pytest.mark.parametrize(("source", "known"), [("store", []), ("path", ["nothing", "nothing"])])

@@ -93,7 +93,7 @@ def find_paths(config: Tree, context: Context) -> Paths:
     elif config["resume_from"]:
         folder = given_checkpoint(config["resume_from"])
         require_input_unchanged(context, "checkpoint.load", folder)
-        load, step = _root_of(folder, context), step_of(folder)
+        load, step = _root_of(folder, context, "resume"), step_of(folder)
     tokenizer = context.artifacts.get("model.tokenizer") or context.artifacts["model.path"]
     key = "model.tokenizer" if "model.tokenizer" in context.artifacts else "model.path"
     return Paths(
@@ -105,29 +105,29 @@ def find_paths(config: Tree, context: Context) -> Paths:
     )
 
 
-def _root_of(checkpoint: Path, context: Context) -> Path:
-    """A root with this one checkpoint. In one without a tracker file (a copy; in a container, which sees this folder
-    alone) Megatron-Bridge looks for no checkpoint, and would start anew without a word (training/setup.py). All ranks
-    look when they have joined, which is after rank 0 was here."""
-    root = context.dir.path / "resume"
+def _root_of(checkpoint: Path, context: Context, name: str) -> Path:
+    """A root with this one checkpoint, `name` in the stage's folder. Where no tracker file lies (a copy; a container
+    sees this folder alone) Megatron-Bridge looks for no checkpoint, and would start anew without a word
+    (training/setup.py). All ranks look when they have joined, which is after rank 0 was here."""
+    root = context.dir.path / name
     if context.is_main:
         root.mkdir(parents=True, exist_ok=True)
         link = root / f"iter_{step_of(checkpoint):07d}"
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.abspath(checkpoint))
+        _state_of(link)
         write_atomic(root / TRACKER, f"{step_of(checkpoint)}\n")
     return root
 
 
 def _root(context: Context) -> Path | None:
-    """The folder with the tracker file, of which Megatron-Bridge loads the newest: an older one is refused."""
-    if (path := context.inputs.get(BASE)) is None:
+    """The folder with the tracker file of the base weights, of which Megatron-Bridge loads the newest."""
+    if (root := context.inputs.get(BASE)) is None:
         return None
-    root = path.parent if path.name.startswith("iter_") else path
+    if root.name.startswith("iter_"):
+        require_input_unchanged(context, BASE, root)
+        return _root_of(root, context, "base")
     newest = latest_checkpoint(root)
-    if path != root and newest != path:
-        what = f"{path} is not the newest checkpoint of {root}, and Megatron-Bridge would load the newest"
-        raise UserError(Problem(what, BASE, "copy it into a folder of its own"))
     if newest is not None:
         require_input_unchanged(context, BASE, newest)
     elif not any((root / name).is_file() for name in (TRACKER, STATE)):  # it would go on with random weights
