@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ class RunView:
     explanation: str = ""
     differences: tuple[str, ...] = ()  # sentences on where the sources disagree about it, where they were compared
 
+    @property
+    def command(self) -> str:
+        """What was asked, with the values that were typed, or set by a sweep."""
+        request = self.plan.get("request", {})
+        return command_line(self.title, request.get("mode"), request.get("profile"), request.get("overrides", ()))
+
     def stage(self, name: str) -> StageView:
         """The stage of that name; UserError names the nearest."""
         for stage in self.stages:
@@ -41,6 +48,12 @@ class RunView:
                 return stage
         fix = nearest(name, (stage.name for stage in self.stages))
         raise UserError(Problem(f"run {self.id} has no stage '{name}'", self.path, fix))
+
+
+def command_line(title: str, mode: str | None, profile: str | None, overrides: Iterable[str]) -> str:
+    """The command that a request was made with."""
+    where = f" --{mode} {profile}" if mode in ("run", "batch") else ""
+    return f"nemotron {title}{where} {shlex.join(overrides)}".rstrip()
 
 
 def run_folders(runs_root: Path, newest: int | None = None) -> list[Path]:

@@ -7,6 +7,7 @@ import shlex
 
 import click
 
+from nemotron_recipes.artifacts.records import command_line
 from nemotron_recipes.cli.estimate_text import estimate_lines
 from nemotron_recipes.cli.text import short
 from nemotron_recipes.config.tree import flatten
@@ -17,10 +18,10 @@ from nemotron_recipes.spec import Artifact, Code, JobHandle, RenderedStage, Stag
 
 def describe(prepared: Prepared) -> str:
     """The whole Plan: stages with provenance, pinned inputs, layout, files, argv, outputs, fingerprints."""
-    plan = prepared.plan
+    plan, request = prepared.plan, prepared.plan.request
     lines = [
         f"Plan {plan.id}",
-        f"  command   nemotron {plan.title}",
+        f"  command   {command_line(plan.title, request.mode, request.profile, request.overrides)}",
         *_code(plan.code),
         f"  run dir   {plan.run_dir}",
         f"  store     {plan.store}",

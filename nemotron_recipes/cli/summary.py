@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,8 +53,7 @@ def describe(view: RunView, differences: Sequence[str] = ()) -> str:
 
     differences   sentences on where the sources disagree about it
     """
-    given = shlex.join(view.plan.get("request", {}).get("overrides", ()))
-    lines = [f"{view.id}  {view.state}", f"  command  nemotron {view.title} {given}".rstrip()]
+    lines = [f"{view.id}  {view.state}", f"  command  {view.command}"]
     lines.append(f"  created  {view.created}")
     lines.append(f"  folder   {view.path}")
     lines += _mirrored(view)
@@ -72,7 +70,7 @@ def as_tree(view: RunView) -> dict[str, Any]:
     return {
         "id": view.id,
         "state": view.state,
-        "command": f"nemotron {view.title}",
+        "command": view.command,
         "created": view.created,
         "run_dir": view.path,
         "explanation": view.explanation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from nemotron_recipes.artifacts.owner import fate, this_process
 
 PREFIX = "nemotron-wandb-"
 OWNER = "owner.json"
+NAMELESS_SECONDS = 3600.0  # the owner's name follows at once
 
 
 @contextmanager
@@ -29,7 +31,15 @@ def sweep() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
             owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # somebody else's, or one that begins just now
-            continue
-        if isinstance(owner, dict) and fate(owner) == "gone":
+        except (OSError, ValueError):  # it begins just now, or what removed it was killed
+            owner = {} if _age(folder) > NAMELESS_SECONDS else None
+        if owner == {} or (isinstance(owner, dict) and fate(owner) == "gone"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _age(folder: Path) -> float:
+    """Seconds since something in it came or went; 0: it is gone."""
+    try:
+        return time.time() - folder.stat().st_mtime
+    except OSError:
+        return 0.0

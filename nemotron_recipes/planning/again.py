@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from nemotron_recipes.artifacts.records import command_line
 from nemotron_recipes.errors import Problem, UserError
 from nemotron_recipes.executors.remote import transport
 from nemotron_recipes.planning import there
@@ -84,11 +85,8 @@ def profile_differences(saved: Plan, today: Tree) -> list[str]:
 
 def command_of(plan: Plan) -> str:
     """The command that a plan was made from."""
-    import shlex
-
     request = plan.request
-    where = {"run": f" --run {request.profile}", "batch": f" --batch {request.profile}"}.get(request.mode, "")
-    return f"nemotron {plan.title}{where} {shlex.join(request.overrides)}".rstrip()
+    return command_line(plan.title, request.mode, request.profile, request.overrides)
 
 
 def _input_problems(plan: Plan, stage: StagePlan) -> Iterator[Problem]:

@@ -71,7 +71,7 @@ def release_notes(store: Store, old: Artifact, new: Artifact, views: tuple[RunVi
 
 
 def _run_section(view: RunView, stage: str) -> list[str]:
-    lines = ["## Run", "", *_table(("", ""), [("id", view.id), ("command", f"nemotron {view.title}")])]
+    lines = ["## Run", "", *_table(("", ""), [("id", view.id), ("command", view.command)])]
     code = view.plan.get("code", {})
     lines += [
         "",

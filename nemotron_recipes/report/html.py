@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -75,10 +74,9 @@ def lineage_page(root: Node) -> str:
 
 def run_page(view: RunView) -> str:
     """A run: how it ended, its graph, curves, config by layer, environment and the end of its logs."""
-    request = view.plan.get("request", {})
     facts = [
         ("state", view.state),
-        ("command", f"nemotron {view.title} {shlex.join(request.get('overrides', ()))}"),
+        ("command", view.command),
         ("created", view.created),
         ("folder", view.path),
         ("rerun of", view.plan.get("rerun_of") or ""),

@@ -55,11 +55,12 @@ def test_a_killed_process_holds_nothing_and_its_files_go(tmp_path: Path, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = {**this_process(), "start": "1"}  # that PID is another process now
     owners = {"killed": gone, "lives": this_process(), "elsewhere": ELSEWHERE}
-    folders = {name: tmp_path / f"{PREFIX}{name}" for name in (*owners, "begins")}
+    folders = {name: tmp_path / f"{PREFIX}{name}" for name in (*owners, "begins", "half gone")}
     for folder in folders.values():
         folder.mkdir()
     for name, owner in owners.items():
         (folders[name] / OWNER).write_text(json.dumps(owner))
+    os.utime(folders["half gone"], (1, 1))
     held(tmp_path, gone)
     mine = Lease(tmp_path)
     assert mine.take(0.0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from nemotron_recipes.artifacts.lineage import lineage
 from nemotron_recipes.artifacts.records import RunView, load_run
 from nemotron_recipes.artifacts.store import Store
 from nemotron_recipes.report.compare import comparison
-from nemotron_recipes.report.document import release_notes, report
+from nemotron_recipes.report.document import _run_section, release_notes, report
 from nemotron_recipes.rundir import RunDir
 from nemotron_recipes.spec import Artifact, Producer
 
@@ -67,3 +68,11 @@ def test_only_stages_that_do_the_same_are_compared(tmp_path: Path) -> None:
     text = release_notes(store, old, new, views)
     assert "| optimizer.lr | 0.5 | 0.125 |" in text and "prep" not in text
     assert comparison(views)["config"] == {"sft.optimizer.lr": [0.5, 0.125]}
+
+
+def test_a_run_tells_the_command_that_was_typed() -> None:
+    request = {"mode": "batch", "profile": "h100", "overrides": ["a.b=[1, 2]"]}
+    view = RunView("r", "/r", "nano3 sft -c tiny", "", "failed", (), {"request": request, "stages": []})
+    assert view.command == "nemotron nano3 sft -c tiny --batch h100 'a.b=[1, 2]'"
+    assert "h100" in "\n".join(_run_section(view, "sft"))
+    assert replace(view, plan={}).command == "nemotron nano3 sft -c tiny"
