@@ -15,7 +15,7 @@ from nemotron_recipes.artifacts.records import RunView
 from nemotron_recipes.cli import plan_text, summary
 from nemotron_recipes.cli.attach import INTERRUPTED, asked_again, stop_signals
 from nemotron_recipes.cli.text import table
-from nemotron_recipes.errors import printable
+from nemotron_recipes.errors import NemotronError, printable
 from nemotron_recipes.spec import JobHandle, Request
 
 LOOK_SECONDS = 1.0
@@ -71,6 +71,7 @@ def _watched(found: sweep.Sweep, folders: list[Path], quiet: bool) -> dict[str, 
     """Say what has changed until no run goes on; the runs by name."""
     said: dict[str, str] = {}
     began = time.monotonic()
+    ended = False
     while True:
         views = {view.id: view for view in lifecycle.load_all(folders)}
         for member in found.members:
@@ -80,9 +81,24 @@ def _watched(found: sweep.Sweep, folders: list[Path], quiet: bool) -> dict[str, 
                 if not quiet:
                     click.echo(printable(f"{view.state:<10} {' '.join(member.values)}  {view.id}"))
         if not any(view.state in sweep.GOES_ON for view in views.values()):
-            return views
+            if ended:
+                return views
+            ended = all(_has_ended(views[member.run]) for member in found.left if member.run in views)
+            if ended:
+                continue  # how it has ended may differ from what was known before
         most = max([lifecycle.ask_seconds(view.handle) for view in views.values() if view.handle], default=0.0)
         time.sleep(max(LOOK_SECONDS, min(most, (time.monotonic() - began) / 10)))
+
+
+def _has_ended(view: RunView) -> bool:
+    """Whether nobody is at work on it any more: a stage's record comes before its processes and containers have ended,
+    and how they do counts too. Of a machine that can't be asked the record is all there is."""
+    if view.handle is None or view.state != "succeeded":
+        return True
+    try:
+        return lifecycle.liveness(view.handle) not in ("queued", "running")
+    except NemotronError:
+        return True
 
 
 def _ends(views: list[RunView]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from nemotron_recipes import lifecycle, sweep
+from nemotron_recipes.artifacts.records import RunView
+from nemotron_recipes.cli import sweep as sweep_command
 from nemotron_recipes.cli.main import main
 from nemotron_recipes.config.catalog import Catalog, config_roots
 from nemotron_recipes.config.sweep import expand
@@ -212,6 +214,31 @@ def test_a_preflight_sees_every_run_that_differs_in_what_it_looks_at(
     overrides = (f"data.path={tmp_path}/rows.jsonl", swept)
     sweep.submit(sweep.prepare(Request("nano3", ("sft",), "tiny", overrides=overrides, cwd=str(tmp_path)), 1))
     assert found == asked
+
+
+def test_what_a_run_ends_with_counts_after_its_record_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_submit: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record says that it is done; then one of its containers fails, and with it the run."""
+    (tmp_path / "env.toml").write_text('[lab]\nexecutor = "slurm"\n')
+    found = sweep.prepare(request(tmp_path, "data.pack_size=128,256", mode="batch", profile="lab"), None)
+    handle = sweep.submit(found)[0]
+    found = replace(found, members=found.members[:1])
+    state, alive = "succeeded", ["running", "ended"]
+
+    def fake_liveness(asked: JobHandle) -> str:
+        nonlocal state
+        state = "failed" if alive[0] == "ended" else state
+        return alive.pop(0)
+
+    def fake_views(folders: list[Path]) -> list[RunView]:
+        return [RunView(found.members[0].run, str(folders[0]), "", "", state, (), {}, handle)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lifecycle, "liveness", fake_liveness)
+    monkeypatch.setattr(lifecycle, "load_all", fake_views)
+    (view,) = sweep_command._watched(found, [Path(handle.run_dir)], quiet=False).values()
+    assert view.state == "failed"
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["succeeded", "failed"]
 
 
 def test_two_people_do_not_submit_the_same_sweep_twice(tmp_path: Path, fake_submit: list[str]) -> None:
