@@ -141,10 +141,18 @@ def test_a_signal_to_the_driver_stops_the_stage_and_is_recorded(tmp_path: Path, 
     assert events(handle)[-1] == {"event": "cancelled", "stage": "first", "attempt": 1}
 
 
-def test_a_signal_before_the_first_stage_starts_none(tmp_path: Path) -> None:
-    handle, _ = submit(EXECUTOR, plan_of(tmp_path / "run", stage_of()))
-    EXECUTOR.cancel(handle)  # at once: the driver is busy with the import of nemo_run
-    assert [e["event"] for e in events(handle)] == ["driver-started", "cancelled"]
+def test_a_run_that_is_cancelled_as_it_starts_leaves_nothing(tmp_path: Path) -> None:
+    """Whether its first stage has been started by then or not."""
+    for turn in range(3):
+        handle, _ = submit(EXECUTOR, plan_of(tmp_path / f"run{turn}", stage_of(sleep=120)))
+        EXECUTOR.cancel(handle)
+        told = [event["event"] for event in events(handle)]
+        stages = [name for name in told if name.startswith("stage-")]
+        assert (told[0], told[-1], stages) in [
+            ("driver-started", "cancelled", []),
+            ("driver-started", "cancelled", ["stage-started", "stage-exited"]),
+        ]
+        assert process_tree.members(handle.run) == []
 
 
 def test_a_stage_gets_its_grace_and_no_more(tmp_path: Path) -> None:
