@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gsm8k")
 
 
+@pytest.mark.long
 def test_gsm8k_from_rows_to_a_trained_model(folder: Path) -> None:
     sources = (
         f"data.sources=[{{path: '{GSM8K}/train.jsonl', split: train}}, {{path: '{GSM8K}/test.jsonl', split: test}}]"

@@ -34,6 +34,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 def test_the_output_folder_fills_up_during_a_checkpoint(
     disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -80,6 +80,7 @@ def test_a_failure_of_the_code_does_not_go_back(cluster: slurm.Cluster, tmp_path
     assert cluster.wait(handle.native["jobs"]["first"])["Restarts"] == "0"
 
 
+@pytest.mark.long
 def test_a_worker_that_does_not_look_at_the_clock_is_told(cluster: slurm.Cluster, tmp_path: Path) -> None:
     """The deadline is the allocation's real end less the margin; then comes SIGTERM."""
     place = placement(EXECUTOR, max_requeues=1, time="5", save_margin=296.0)

@@ -139,6 +139,7 @@ def test_what_a_step_leaves_behind_ends_with_its_last_task(slurm_cluster: Cluste
     wait_for(lambda: not _sleepers(mark), "the process to end")
 
 
+@pytest.mark.long
 def test_a_dead_node_fails_its_jobs_or_has_them_requeued(plain: Cluster, tmp_path: Path) -> None:
     marks = {"--no-requeue": _mark(), "--requeue": _mark()}
     script = "echo restart ${{SLURM_RESTART_COUNT:-0}} >> restarts{flag}; srun sleep {mark}"

@@ -113,7 +113,8 @@ def test_wandb_that_fails_leaves_the_journal_for_later(
     whole(wandb)
 
 
-@pytest.mark.parametrize("status", [429, pytest.param(503, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("status", [429, 503])
 def test_wandb_that_asks_to_wait_is_told_in_the_end(wandb: FakeWandb, tmp_path: Path, status: int) -> None:
     journal = a_run(tmp_path)
     wandb.failing = (status, 2)
